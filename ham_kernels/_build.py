@@ -1,0 +1,315 @@
+"""Builds the CUDA extension with one direct nvcc call, and writes down what happened.
+
+Standard library only, and nothing of this package: setup.py and the build backend load this file by its path,
+in environments that may lack torch.
+
+``HAM_BUILD_CUDA``  unset: build where possible; 0: skip; 1: it is an error if nothing gets built.
+``HAM_CUDA_ARCHS``  such as ``8.0;9.0+PTX``, ``80 90``, ``9.0a``, ``all-major``. If it is not set:
+                    ``TORCH_CUDA_ARCH_LIST``, else the GPUs present, else ``all-major``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+LIBRARY = "_C.so"
+BUILD_INFO = "_build_info.json"
+MIN_TORCH = (2, 10)
+TORCH_TARGET_VERSION = "0x020a000000000000ULL"  # 2.10: one library for this and every later torch
+
+
+class BuildError(RuntimeError):
+    """The extension was required (``HAM_BUILD_CUDA=1``) and could not be built."""
+
+
+class Torch(NamedTuple):
+    """A torch to build against: the package's folder and its version, ``2.15.0+cu132`` say."""
+
+    path: Path
+    version: str
+
+    @property
+    def usable(self) -> bool:
+        """Whether the headers of the stable ABI that csrc uses are there."""
+        numbers = tuple(int(part) for part in re.findall(r"\d+", self.version)[:2])
+        return numbers >= MIN_TORCH and (self.path / "include/torch/csrc/stable/library.h").is_file()
+
+
+class _Stop(Exception):
+    """Ends a build: (status, reason[, output of the compiler])."""
+
+
+def build_extension(
+    root: Path,
+    *,
+    out_dir: Path | None = None,
+    required: bool | None = None,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Compiles ``root/csrc`` into ``out_dir/_C.so`` and writes ``out_dir/_build_info.json``.
+
+    After any status other than ``built`` there is no ``_C.so``: an older one would not be of this csrc.
+
+    Args:
+        root: the checkout, with ``csrc`` and ``pyproject.toml``.
+        out_dir: where the files go; ``root/ham_kernels`` by default.
+        required: True: raise where nothing was built; False: do not build; None: best effort.
+            By default what ``HAM_BUILD_CUDA`` says.
+        log: receives the lines to show.
+
+    Returns:
+        What was written: ``status`` (``built``, ``skipped``, ``failed``), ``reason``, ``versions``,
+        ``archs``, ``command``, ``csrc_sha256``, ``library_bytes``, ``output`` (of a compiler that failed).
+
+    Raises:
+        ValueError: a ``HAM_*`` variable holds something else than what is allowed.
+        BuildError: nothing was built, and ``required``.
+    """
+    root = Path(root).resolve()
+    out_dir = root / "ham_kernels" if out_dir is None else Path(out_dir).resolve()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    mode = build_mode() if required is None else required
+    python = ".".join(map(str, sys.version_info[:3]))
+    versions = {"package": _package_version(root), "python": python, "torch": None, "nvcc": None}
+    info: dict[str, Any] = {"status": "", "reason": "", "versions": versions, "archs": [], "command": None}
+    info |= {"csrc_sha256": csrc_hash(root), "library_bytes": None, "output": []}
+    try:
+        _build(root, out_dir, mode, info, log)
+        info["status"] = "built"
+        info["library_bytes"] = (out_dir / LIBRARY).stat().st_size
+        info["reason"] = f"compiled with nvcc {versions['nvcc']} for {', '.join(info['archs'])}"
+    except _Stop as stop:
+        (out_dir / LIBRARY).unlink(missing_ok=True)
+        info["status"], info["reason"], *output = stop.args
+        info["output"] = "".join(output).splitlines()[-30:]
+    (out_dir / BUILD_INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+    log(f"ham_kernels: CUDA extension {info['status']}: {info['reason']}")
+    for line in info["output"]:
+        log(f"    {line}")
+    if mode is True and info["status"] != "built":
+        raise BuildError("\n".join([f"HAM_BUILD_CUDA=1, but: {info['reason']}", *info["output"]]))
+    return info
+
+
+def _build(root: Path, out_dir: Path, mode: bool | None, info: dict[str, Any], log: Callable) -> None:
+    """Finds the tools and compiles; fills ``info`` as it learns. Raises _Stop."""
+    again = "run `python -m ham_kernels build` in the checkout"
+    if mode is False:
+        raise _Stop("skipped", "HAM_BUILD_CUDA=0 asks for no CUDA extension")
+    nvcc = find_nvcc()
+    if nvcc is None:
+        places = "$CUDA_HOME/bin, $CUDA_PATH/bin, PATH or /usr/local/cuda/bin (Linux only)"
+        raise _Stop("skipped", f"no nvcc in {places}; install the CUDA toolkit, then {again}")
+    info["versions"]["nvcc"] = nvcc_version(nvcc)
+    torch = find_torch()
+    if torch is None:
+        raise _Stop("skipped", f"no torch to build against; install torch 2.10 or later, then {again}")
+    info["versions"]["torch"] = torch.version
+    if not torch.usable:
+        have = f"torch {torch.version} in {torch.path} lacks the headers of torch 2.10 or later"
+        raise _Stop("skipped", f"{have}; upgrade torch, then {again}")
+    try:
+        info["archs"] = cuda_archs(nvcc)
+    except ValueError as error:
+        if os.environ.get("HAM_CUDA_ARCHS", "").strip():
+            raise
+        # TORCH_CUDA_ARCH_LIST may be meant for other packages: no reason to fail an installation.
+        raise _Stop("failed", f"{error}; HAM_CUDA_ARCHS overrules it") from None
+
+    # Compiled in a folder beside the target: os.replace is atomic within a file system, and a process that
+    # has the old library loaded keeps it.
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=out_dir) as scratch:
+        library = Path(scratch) / LIBRARY
+        command = nvcc_command(nvcc, torch, info["archs"], library)
+        info["command"] = shlex.join(command)
+        log(f"ham_kernels: compiling for {', '.join(info['archs'])} against torch {torch.version}")
+        done = _run(command, cwd=root)
+        if done.returncode != 0 or not library.is_file():
+            lines = done.stdout.splitlines()
+            error = next((line for line in lines if re.search("error|fatal", line)), "no error")
+            raise _Stop("failed", f"nvcc ended with code {done.returncode}: {error}", done.stdout)
+        os.replace(library, out_dir / LIBRARY)
+
+
+def nvcc_command(nvcc: Path, torch: Torch, archs: list[str], library: Path) -> list[str]:
+    """The one call that compiles and links; with a relative source, since error messages quote its path."""
+    return [
+        str(nvcc),
+        *["-O3", "-std=c++17", "-shared", "--threads=0"],
+        "-Xcompiler=-fPIC,-fvisibility=hidden",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        f"-isystem={torch.path / 'include'}",
+        *arch_flags(archs),
+        "csrc/bindings.cu",
+        *["-o", str(library)],
+        # Static and hidden: it works beside whatever libcudart torch has brought into the process.
+        *["-cudart=static", "-Xlinker=--exclude-libs,ALL"],
+        # Nothing of libtorch.so is used by name (it stands for libtorch_cpu and, if there, libtorch_cuda).
+        *[f"-L{torch.path / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch"],
+    ]
+
+
+def build_mode() -> bool | None:
+    """``HAM_BUILD_CUDA`` as True (required), False (skip) or None (best effort)."""
+    value = os.environ.get("HAM_BUILD_CUDA", "").strip()
+    if value not in ("", "0", "1"):
+        raise ValueError(f"HAM_BUILD_CUDA={value!r}: allowed are 0 (skip), 1 (must be built), or unset")
+    return {"": None, "0": False, "1": True}[value]
+
+
+def find_nvcc() -> Path | None:
+    """The first nvcc of $CUDA_HOME, $CUDA_PATH, PATH, /usr/local/cuda; None on anything but Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [str(Path(home) / "bin" / "nvcc") for home in homes]
+    candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    # Not resolved: a symlink or a wrapper script is called under the name that its owner gave it.
+    found = (shutil.which(candidate) for candidate in candidates)
+    return next((Path(path) for path in found if path), None)
+
+
+def nvcc_version(nvcc: Path) -> str:
+    """The toolkit's version, ``13.0`` say. Raises _Stop for an nvcc that does not run."""
+    done = _run([str(nvcc), "--version"])
+    match = re.search(r"release (\d+\.\d+)", done.stdout)
+    if done.returncode != 0 or match is None:
+        raise _Stop("failed", f"`{nvcc} --version` ended with code {done.returncode}", done.stdout)
+    return match.group(1)
+
+
+def find_torch() -> Torch | None:
+    """The first usable torch, else the first: of the target environment (under pip's build isolation only
+    sysconfig still knows it), then on the import path. Torch is not imported.
+    """
+    folders = [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        folders.append(Path(spec.origin).parent)
+    found = []
+    for folder in folders:
+        version_file = folder / "version.py"
+        if version_file.is_file():
+            match = re.search(r"__version__\s*=\s*['\"]([^'\"]+)", version_file.read_text(encoding="utf-8"))
+            found.append(Torch(folder, match.group(1) if match else "unknown"))
+    return next((torch for torch in found if torch.usable), found[0] if found else None)
+
+
+def cuda_archs(nvcc: Path) -> list[str]:
+    """The architectures to build for, ``["8.0", "9.0+PTX"]`` say."""
+    for variable in ("HAM_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+        text = os.environ.get(variable, "").strip()
+        if text:
+            return parse_archs(text, variable)
+    present = gpu_archs()
+    known = _run([str(nvcc), "--list-gpu-code"]).stdout.split()
+    # A GPU newer than nvcc runs the PTX that all-major contains.
+    if present and all(f"sm_{arch.replace('.', '')}" in known for arch in present):
+        return present
+    return ["all-major"]
+
+
+def parse_archs(text: str, variable: str) -> list[str]:
+    """Reads ``8.0;9.0+PTX``, ``80 90``, ``9.0a`` or ``all-major``; names ``variable`` when it cannot."""
+    if text in ("all", "all-major", "native"):
+        return [text]
+    archs = []
+    for item in re.split(r"[;,\s]+", text.strip(";, \t")):
+        match = re.fullmatch(r"(\d{1,2})\.?(\d)([af]?)(\+PTX)?", item, re.IGNORECASE)
+        if match is None:
+            allowed = "8.0;9.0+PTX, 80 90, 9.0a and the like, or one of all, all-major, native"
+            raise ValueError(f"{variable}={text!r}: cannot read {item!r}; allowed: {allowed}")
+        major, minor, suffix, ptx = match.groups()
+        archs.append(f"{major}.{minor}{suffix.lower()}{'+PTX' if ptx else ''}")
+    return list(dict.fromkeys(archs))
+
+
+def arch_flags(archs: list[str]) -> list[str]:
+    """nvcc's flags for what parse_archs returns."""
+    if archs[0].startswith(("all", "native")):
+        return [f"-arch={archs[0]}"]
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        code = f"[sm_{number},compute_{number}]" if arch.endswith("+PTX") else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+    return flags
+
+
+def gpu_archs() -> list[str]:
+    """Compute capabilities of the GPUs present, without a CUDA context; [] where there is none."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    done = _run([smi, "--query-gpu=compute_cap", "--format=csv,noheader"])
+    return sorted(set(re.findall(r"^\d+\.\d$", done.stdout, re.MULTILINE))) if done.returncode == 0 else []
+
+
+def library_problem(package: Path) -> str | None:
+    """Why ``package/_C.so`` must not be loaded, or None. A truncated one would end the process with SIGBUS."""
+    try:
+        size = (package / LIBRARY).stat().st_size
+        info = json.loads((package / BUILD_INFO).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"no library with a record of its build: {error}"
+    if info.get("library_bytes") != size:
+        return f"{LIBRARY} has {size} bytes, but {info.get('library_bytes')} were built"
+    return None
+
+
+def csrc_hash(root: Path) -> str:
+    """sha256 over the names and contents of the files in ``root/csrc``."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(root) / "csrc").glob("*.cu*")):
+        content = path.read_bytes()
+        digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def _package_version(root: Path) -> str:
+    text = (root / "pyproject.toml").read_text(encoding="utf-8")
+    return re.search(r'^version = "([^"]+)"', text, re.MULTILINE).group(1)
+
+
+def _run(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Runs a command; its output and errors come back together, and so does a command that cannot start."""
+    try:
+        return subprocess.run(
+            command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+    except OSError as error:
+        return subprocess.CompletedProcess(command, error.errno or 1, stdout=str(error))
+
+
+def main(argv: Sequence[str] = ()) -> int:
+    """``python -m ham_kernels build``: compiles in place. Returns 0: built, 1: not built, 2: wrong use."""
+    root = Path(__file__).resolve().parents[1]
+    if argv:
+        print(f"ham_kernels build: takes no arguments, got {' '.join(argv)}", file=sys.stderr)
+        return 2
+    if not (root / "csrc" / "bindings.cu").is_file():
+        print(f"ham_kernels build: needs a checkout; {root} is an installation without csrc", file=sys.stderr)
+        return 2
+    try:
+        return 0 if build_extension(root)["status"] == "built" else 1
+    except (BuildError, ValueError) as error:
+        print(f"ham_kernels build: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,157 @@
+"""How a step runs on the hardware: model modes, precision, and what the host reads from the device and when."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from . import _check
+
+PRECISIONS = ("fp32", "bf16")
+
+
+class NonFiniteError(ValueError):
+    """The model produced NaN or infinity; nothing was updated."""
+
+
+# ---------------------------------------------------------------- model modes
+@contextmanager
+def attack_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no weight gradients inside; afterwards every flag is as it was, also after an error."""
+    modes = [(m, m.training) for m in model.modules()]
+    learned = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for m, _ in modes:
+            m.training = False
+        for p in learned:
+            p.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for p in learned:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def update_mode(model: nn.Module, freeze_bn: bool) -> Iterator[None]:
+    """Train mode inside, BatchNorm on its running statistics if frozen; afterwards every flag is as it was."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        for m, _ in modes:
+            m.training = not (freeze_bn and isinstance(m, _NormBase))
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def autocast(precision: str, device: torch.device):
+    """fp32: as it is. bf16: autocast; weights, images and losses stay fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def model_device(model: nn.Module) -> torch.device | None:
+    """Where the model's parameters live; None for a model without any."""
+    return next((p.device for p in model.parameters()), None)
+
+
+# ---------------------------------------------------------------- what the host reads
+def start_read(values: Tensor) -> Callable[[], list[float]]:
+    """Starts to copy a small tensor to the host; the returned function waits for it and gives the numbers.
+
+    On CUDA the copy goes to pinned memory behind an event, so that the wait ends as soon as the values are there
+    and not when all the work launched since has finished.
+    """
+    if values.device.type != "cuda":
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(values.device))
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait
+
+
+class BatchGuard:
+    """Judges what only the data can tell: pixels in [0, 1], labels the model knows, finite logits.
+
+    On the CPU each is judged at once. On CUDA they stay on the device and travel with `read`, the one read of a
+    step, which comes before anything is updated.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor):
+        self._y = y
+        self._classes: int | None = None
+        self._immediate = x.device.type != "cuda"
+        x = x.detach()
+        self._facts = [*x.aminmax(), *y.aminmax()]
+        self._finite: Tensor | None = None
+        if self._immediate:
+            _check.data_facts(*(float(f) for f in self._facts), None)
+
+    def logits(self, z: Tensor) -> None:
+        """Takes note of logits: how many classes there are, and whether all are finite."""
+        self._classes = z.shape[1]
+        finite = z.detach().isfinite().all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        if self._immediate:
+            _check.label_range(self._y, z.shape[1])
+            if not finite:
+                _raise_not_finite()
+
+    def read(self, count: Tensor | None = None) -> int | None:
+        """Waits for the facts (and the count of active rows, which it returns) and judges them."""
+        if self._immediate:
+            return None if count is None else int(count)
+        facts = [*self._facts, self._finite]
+        if count is not None:
+            facts.append(count[0])
+        x_min, x_max, y_min, y_max, finite, *rest = start_read(torch.stack([f.double() for f in facts]))()
+        _check.data_facts(x_min, x_max, y_min, y_max, self._classes)
+        if not finite:
+            _raise_not_finite()
+        return int(rest[0]) if rest else None
+
+
+def _raise_not_finite() -> None:
+    raise NonFiniteError("model: returned NaN or infinite logits in eval mode; nothing was updated")
+
+
+class Stopwatch:
+    """Seconds of work on a device; on CUDA the end is waited for only when `seconds` is asked."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._start = self._now()
+        self._end = None
+
+    def stop(self) -> Stopwatch:
+        self._end = self._now()
+        return self
+
+    @property
+    def seconds(self) -> float:
+        if not self._cuda:
+            return self._end - self._start
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1000.0
+
+    def _now(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -1,0 +1,19 @@
+"""The kernels: one file per op, each with its plain-torch reference, Triton kernel, launcher and registration."""
+
+from ._library import BackendWarning, backends
+from .compact import compact
+from .margin import margin_stats
+from .pgd import pgd_step
+from .start import random_start
+from .weights import step_size_weights, weighted_cross_entropy
+
+__all__ = [
+    "BackendWarning",
+    "backends",
+    "compact",
+    "margin_stats",
+    "pgd_step",
+    "random_start",
+    "step_size_weights",
+    "weighted_cross_entropy",
+]

@@ -1,0 +1,239 @@
+"""HAMTrainer: plain PGD-AT until start_epoch, hard adversarial example mining from then on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from . import _check, engine
+from .attack import PGD
+from .ema import WeightAverage
+from .engine import NonFiniteError
+from .evaluate import ClassAccuracy, evaluate
+from .mining import Examples
+from .recipes import Recipe, ham, pgd_at
+
+
+@dataclass
+class StepReport:
+    """One training step. Without a hard row there is no update: n_hard and loss are 0."""
+
+    loss: float  # weighted mean CE over the hard rows
+    n: int  # rows of the batch
+    n_hard: int  # rows trained on; n before start_epoch
+    stopwatch: engine.Stopwatch = field(repr=False)
+
+    @property
+    def hard_fraction(self) -> float:
+        return self.n_hard / self.n
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the step on its device (on CUDA this waits for the step to end)."""
+        return self.stopwatch.seconds
+
+
+@dataclass
+class EpochReport:
+    """One epoch. Accuracies are of the validation set: `val` with raw weights, `val_ema` with averaged ones."""
+
+    epoch: int  # 1-based
+    phase: str  # "pgd_at" before start_epoch, then "ham"
+    loss: float  # mean over the rows trained on
+    n: int
+    n_hard: int
+    skipped: int  # batches without a hard row: no update
+    seconds: float  # training only
+    val: dict[str, ClassAccuracy] | None = None
+    val_ema: dict[str, ClassAccuracy] | None = None
+
+    @property
+    def hard_fraction(self) -> float:
+        return self.n_hard / self.n
+
+
+class HAMTrainer:
+    """Adversarial training with hard adversarial example mining (arXiv 2308.01823).
+
+    Args:
+        model: classifier, images (n, C, H, W) in [0, 1] -> logits (n, classes), with normalisation inside it.
+        optimizer: over the model's parameters.
+        eps, step_size: >= 0, in units of the images.
+        steps, screen_steps: K and M of the paper, 1 <= M < K.
+        start_epoch: first epoch (1-based) with mining; the epochs before are plain PGD-AT.
+        lam: >= 0, weights are sigmoid(lam * maximum step size), mean 1; a higher lam makes them more uniform.
+        reweight, early_drop: the two mechanisms. Both off is PGD-AT throughout.
+        norm: "linf" or "l2".
+        freeze_bn: from start_epoch on, BatchNorm uses (and keeps) its running statistics, so that it does not shift
+            to those of hard examples.
+        ema_decay: in (0, 1), e.g. 0.99: `ema_model` follows the weights, averaged after every update. None: off.
+        device: moves the model there; None leaves it where it is.
+        precision: "fp32", or "bf16" (autocast).
+        seed: of the random starts. Step s of a run draws the same noise whatever the device.
+        rows: "hard", or "random" to keep as many random rows instead (the paper's control).
+
+    A batch that leaves one row to train on uses BatchNorm's running statistics, since one row has none of its own.
+    A batch without a hard row makes no update; it is counted in the reports.
+    Raises: TypeError, ValueError naming the argument; NonFiniteError (a ValueError) when the model or its loss
+        becomes NaN or infinite. Parameters, buffers and optimizer are then as after the last good step.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, eps: float = 8 / 255, step_size: float = 2 / 255,
+        steps: int = 10, screen_steps: int = 3, start_epoch: int = 50, lam: float = 1.0, reweight: bool = True,
+        early_drop: bool = True, norm: str = "linf", freeze_bn: bool = False, ema_decay: float | None = None,
+        device: torch.device | str | None = None, precision: str = "fp32", seed: int = 0, rows: str = "hard",
+    ):  # fmt: skip
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}; it must be a torch.nn.Module")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: got {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
+        pgd = PGD(_check.real("eps", eps), _check.real("step_size", step_size), steps, norm)
+        self._warm_up: Recipe = pgd_at(pgd)
+        self._ham: Recipe = ham(pgd, screen_steps, lam, early_drop=early_drop, reweight=reweight, rows=rows)
+        self._mines = early_drop or reweight
+        self.start_epoch = _check.integer("start_epoch", start_epoch, 1)
+        self.freeze_bn = _check.flag("freeze_bn", freeze_bn)
+        self.precision = _check.choice("precision", precision, engine.PRECISIONS)
+        self.seed = _check.integer("seed", seed, 0, 2**63 - 1)
+        if ema_decay is not None:
+            _check.real("ema_decay", ema_decay, 0.0, 1.0)
+        self.model = model if device is None else model.to(device)
+        self.optimizer = optimizer
+        self.device = torch.device(device) if device is not None else engine.model_device(model) or torch.device("cpu")
+        self._ema = None if ema_decay is None else WeightAverage(model, ema_decay)
+        self.epoch = 0  # epochs completed by fit
+        self.steps_done = 0  # names the noise of the next step
+        self.history: list[EpochReport] = []
+
+    @property
+    def ema_model(self) -> nn.Module | None:
+        """The weight average as a model in eval mode; None without ema_decay."""
+        return None if self._ema is None else self._ema.model
+
+    # ------------------------------------------------------------ one step
+    def train_step(self, x: Tensor, y: Tensor, epoch: int) -> StepReport:
+        """One update from a batch on the model's device: x (n, C, H, W) in [0, 1], y (n,) int64; epoch is 1-based."""
+        _check.integer("epoch", epoch, 1)
+        _check.batch(x, y)
+        home = engine.model_device(self.model)
+        if home is not None and x.device != home:
+            raise ValueError(f"x: is on device {x.device}; it must be on the model's, {home}")
+        mining = self._mines and epoch >= self.start_epoch
+        recipe = self._ham if mining else self._warm_up
+        stopwatch = engine.Stopwatch(x.device)
+        examples = recipe.examples(
+            self.model, x, y, seed=self.seed, step=self.steps_done, precision=self.precision
+        )
+        loss = 0.0
+        if examples.n_hard:
+            loss = self._update(recipe, examples, self.freeze_bn and mining)
+        self.steps_done += 1
+        return StepReport(loss, examples.n, examples.n_hard, stopwatch.stop())
+
+    def _update(self, recipe: Recipe, examples: Examples, freeze_bn: bool) -> float:
+        buffers = list(self.model.buffers())
+        before = [b.clone() for b in buffers]  # BatchNorm's statistics move in the forward, before the loss is judged
+        with engine.update_mode(self.model, freeze_bn or examples.n_hard == 1):
+            with engine.autocast(self.precision, examples.x_adv.device):
+                loss = recipe.loss(self.model, examples)
+            self.optimizer.zero_grad(set_to_none=True)
+            read_loss = engine.start_read(loss.detach().reshape(1))
+            loss.backward()
+        (value,) = read_loss()  # arrives while the device is still busy with the backward
+        if not math.isfinite(value):
+            self.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, old in zip(buffers, before, strict=True):
+                    buffer.copy_(old)
+            raise NonFiniteError(f"model: the training loss is {value}; nothing was updated")
+        self.optimizer.step()
+        if self._ema is not None:
+            self._ema.update(self.model)
+        return value
+
+    # ------------------------------------------------------------ epochs
+    def fit(
+        self, train_loader: Iterable, epochs: int, val_loader: Iterable | None = None, *,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        on_epoch_end: Callable[[EpochReport], None] | None = None,
+    ) -> list[EpochReport]:  # fmt: skip
+        """Trains up to epoch `epochs` (a total: a second call goes on where the first one ended).
+
+        Args:
+            train_loader: any iterable of (x in [0, 1], y) that can be walked once per epoch; an epoch number is given
+                to `set_epoch` of the loader where it has one.
+            val_loader: evaluated after each epoch, clean and PGD-20, raw weights and weight average.
+            scheduler: stepped once after each epoch.
+            on_epoch_end: called with each EpochReport.
+        Returns: `history`, one EpochReport per epoch so far.
+        """
+        _check.integer("epochs", epochs, 1)
+        if epochs <= self.epoch:
+            raise ValueError(f"epochs: got {epochs}, but {self.epoch} are done; it is the total to train up to")
+        if self._mines and self.start_epoch > epochs:
+            raise ValueError(
+                f"start_epoch: is {self.start_epoch}, beyond epochs={epochs}, so mining would never start; lower it, "
+                "or ask for plain PGD-AT with early_drop=False, reweight=False"
+            )
+        while self.epoch < epochs:
+            report = self._train_epoch(train_loader, self.epoch + 1)
+            self.epoch += 1
+            if scheduler is not None:
+                scheduler.step()
+            if val_loader is not None:
+                report.val = self._evaluate(self.model, val_loader)
+                report.val_ema = None if self._ema is None else self._evaluate(self.ema_model, val_loader)
+            self.history.append(report)
+            if on_epoch_end is not None:
+                on_epoch_end(report)
+        return self.history
+
+    def _train_epoch(self, loader: Iterable, epoch: int) -> EpochReport:
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
+        phase = "ham" if self._mines and epoch >= self.start_epoch else "pgd_at"
+        report = EpochReport(epoch, phase, 0.0, 0, 0, 0, 0.0)
+        start = time.perf_counter()
+        batches = 0
+        for batch in loader:
+            batches += 1
+            try:
+                x, y = _unpack(batch)
+                step = self.train_step(x.to(self.device), y.to(self.device), epoch)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"epoch {epoch}, batch {batches}: {error}") from error
+            report.loss += step.loss * step.n_hard
+            report.n += step.n
+            report.n_hard += step.n_hard
+            report.skipped += step.n_hard == 0
+        if batches == 0:
+            raise ValueError(
+                f"train_loader: gave no batch in epoch {epoch}; it must give some in every epoch "
+                "(a generator is spent after one: pass a list or a DataLoader)"
+            )
+        report.loss /= max(report.n_hard, 1)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        report.seconds = time.perf_counter() - start
+        return report
+
+    def _evaluate(self, model: nn.Module, loader: Iterable) -> dict[str, ClassAccuracy]:
+        pgd = self._warm_up.pgd
+        return evaluate(
+            model, loader, eps=pgd.eps, step_size=pgd.step_size, norm=pgd.norm, device=self.device,
+            precision=self.precision, seed=self.seed,
+        )  # fmt: skip
+
+
+def _unpack(batch) -> tuple[Tensor, Tensor]:
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        raise TypeError(f"train_loader: gave {type(batch).__name__}; each batch must be a pair (x, y)")
+    x, y = batch
+    _check.batch(x, y)
+    return x, y
