@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 LIBRARY = "_C.so"
 BUILD_INFO = "_build_info.json"
+DEFAULT_CUDA = "/usr/local/cuda"
 MIN_TORCH = (2, 10)
 TORCH_TARGET_VERSION = "0x020a000000000000ULL"  # 2.10: one library for this and every later torch
 
@@ -53,11 +54,7 @@ class _Stop(Exception):
 
 
 def build_extension(
-    root: Path,
-    *,
-    out_dir: Path | None = None,
-    required: bool | None = None,
-    log: Callable[[str], None] = print,
+    root: Path, *, out_dir: Path | None = None, required: bool | None = None, log: Callable = print
 ) -> dict[str, Any]:
     """Compiles ``root/csrc`` into ``out_dir/_C.so`` and writes ``out_dir/_build_info.json``.
 
@@ -139,8 +136,7 @@ def _build(root: Path, out_dir: Path, mode: bool | None, info: dict[str, Any], l
         log(f"ham_kernels: compiling for {', '.join(info['archs'])} against torch {torch.version}")
         done = _run(command, cwd=root)
         if done.returncode != 0 or not library.is_file():
-            lines = done.stdout.splitlines()
-            error = next((line for line in lines if re.search("error|fatal", line)), "no error")
+            error = re.search(".*(error|fatal).*|$", done.stdout)[0] or "it names no error"
             raise _Stop("failed", f"nvcc ended with code {done.returncode}: {error}", done.stdout)
         os.replace(library, out_dir / LIBRARY)
 
@@ -154,8 +150,7 @@ def nvcc_command(nvcc: Path, torch: Torch, archs: list[str], library: Path) -> l
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         f"-isystem={torch.path / 'include'}",
         *arch_flags(archs),
-        "csrc/bindings.cu",
-        *["-o", str(library)],
+        *["csrc/bindings.cu", "-o", str(library)],
         # Static and hidden: it works beside whatever libcudart torch has brought into the process.
         *["-cudart=static", "-Xlinker=--exclude-libs,ALL"],
         # Nothing of libtorch.so is used by name (it stands for libtorch_cpu and, if there, libtorch_cuda).
@@ -176,11 +171,9 @@ def find_nvcc() -> Path | None:
     if not sys.platform.startswith("linux"):
         return None
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates = [str(Path(home) / "bin" / "nvcc") for home in homes]
-    candidates += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    candidates = [*[f"{home}/bin/nvcc" for home in homes], "nvcc", f"{DEFAULT_CUDA}/bin/nvcc"]
     # Not resolved: a symlink or a wrapper script is called under the name that its owner gave it.
-    found = (shutil.which(candidate) for candidate in candidates)
-    return next((Path(path) for path in found if path), None)
+    return next((Path(path) for path in map(shutil.which, candidates) if path), None)
 
 
 def nvcc_version(nvcc: Path) -> str:
@@ -212,8 +205,7 @@ def find_torch() -> Torch | None:
 def cuda_archs(nvcc: Path) -> list[str]:
     """The architectures to build for, ``["8.0", "9.0+PTX"]`` say."""
     for variable in ("HAM_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
-        text = os.environ.get(variable, "").strip()
-        if text:
+        if text := os.environ.get(variable, "").strip():
             return parse_archs(text, variable)
     present = gpu_archs()
     known = _run([str(nvcc), "--list-gpu-code"]).stdout.split()
@@ -252,23 +244,18 @@ def arch_flags(archs: list[str]) -> list[str]:
 
 def gpu_archs() -> list[str]:
     """Compute capabilities of the GPUs present, without a CUDA context; [] where there is none."""
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return []
-    done = _run([smi, "--query-gpu=compute_cap", "--format=csv,noheader"])
+    done = _run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
     return sorted(set(re.findall(r"^\d+\.\d$", done.stdout, re.MULTILINE))) if done.returncode == 0 else []
 
 
 def library_problem(package: Path) -> str | None:
-    """Why ``package/_C.so`` must not be loaded, or None. A truncated one would end the process with SIGBUS."""
+    """Why ``package/_C.so`` must not be loaded, or None. (Loading a truncated one can kill the process.)"""
     try:
         size = (package / LIBRARY).stat().st_size
-        info = json.loads((package / BUILD_INFO).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        built = dict(json.loads((package / BUILD_INFO).read_text(encoding="utf-8"))).get("library_bytes")
+    except (OSError, TypeError, ValueError) as error:
         return f"no library with a record of its build: {error}"
-    if info.get("library_bytes") != size:
-        return f"{LIBRARY} has {size} bytes, but {info.get('library_bytes')} were built"
-    return None
+    return None if built == size else f"{LIBRARY} has {size} bytes, but {built} were built"
 
 
 def csrc_hash(root: Path) -> str:
@@ -287,10 +274,9 @@ def _package_version(root: Path) -> str:
 
 def _run(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess:
     """Runs a command; its output and errors come back together, and so does a command that cannot start."""
+    together = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        return subprocess.run(
-            command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        )
+        return subprocess.run(command, cwd=cwd, text=True, errors="replace", **together)
     except OSError as error:
         return subprocess.CompletedProcess(command, error.errno or 1, stdout=str(error))
 
@@ -309,7 +295,3 @@ def main(argv: Sequence[str] = ()) -> int:
     except (BuildError, ValueError) as error:
         print(f"ham_kernels build: {error}", file=sys.stderr)
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -91,7 +91,9 @@ def advance(
         if k == 0:
             guard.logits(z)
         prev = active.prev if track else None
-        ce_grad, _, max_step = _ops.margin_stats(z, active.y, prev, active.max_step if track else None, False)
+        ce_grad, _, max_step = _ops.margin_stats(
+            z, active.y, prev, active.max_step if track else None, probs=False, want_hard=False
+        )
         if track:
             active.prev, active.max_step = z, max_step if max_step.numel() else z.new_zeros(len(z)).float()
         (grad,) = torch.autograd.grad(logits, point, ce_grad)
@@ -110,7 +112,9 @@ def look(
         z = model(active.x_adv)
     _check.model_output(z, active.x_adv.shape[0])
     guard.logits(z)
-    _, hard, max_step = _ops.margin_stats(z, active.y, active.prev if track else None, active.max_step, False)
+    _, hard, max_step = _ops.margin_stats(
+        z, active.y, active.prev if track else None, active.max_step, probs=False
+    )
     if track:
         active.prev, active.max_step = z, max_step
     return hard

@@ -78,23 +78,21 @@ def read_build_info(package: Path) -> dict[str, Any]:
     path = package / _build.BUILD_INFO
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-        return (
-            info if isinstance(info, dict) else {"status": "unknown", "reason": f"{path.name} is no object"}
-        )
+        return {"status": "unknown", "reason": f"{path.name} gives none", **info}
     except FileNotFoundError:
         reason = f"{path.name} is not there: run `pip install -e .` or `python -m ham_kernels build`"
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         reason = f"{path.name} cannot be read: {error}"
     return {"status": "unknown", "reason": reason}
 
 
 def compare_sources(package: Path) -> str:
-    """Whether csrc is still what was built: ``current``, ``stale``, or ``unknown`` (not a checkout)."""
+    """Whether csrc is still what was built: ``current``, ``stale``, or ``unknown`` (no build, or no csrc)."""
     root = package.parent
-    built_from = read_build_info(package).get("csrc_sha256")
-    if built_from is None or not (root / "csrc" / "bindings.cu").is_file():
+    build = read_build_info(package)
+    if build["status"] != "built" or not (root / "csrc" / "bindings.cu").is_file():
         return "unknown"
-    return "current" if built_from == _build.csrc_hash(root) else "stale"
+    return "current" if build.get("csrc_sha256") == _build.csrc_hash(root) else "stale"
 
 
 def as_text(report: dict[str, Any]) -> str:
@@ -103,7 +101,7 @@ def as_text(report: dict[str, Any]) -> str:
     sources = {
         "current": "unchanged since the build",
         "stale": "CHANGED since the build: run `python -m ham_kernels build`",
-        "unknown": "not compared (no checkout, or no record of a build)",
+        "unknown": "nothing to compare (no build, or not a checkout)",
     }
     cuda = versions["torch_cuda"]
     used = {name: value for name, value in build.get("versions", {}).items() if value}

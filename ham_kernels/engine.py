@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from . import _check
+from .batchnorm import fast_eval_batchnorm
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -30,7 +31,7 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
             m.training = False
         for p in learned:
             p.requires_grad_(False)
-        with torch.enable_grad():
+        with torch.enable_grad(), fast_eval_batchnorm(model):
             yield
     finally:
         for m, training in modes:

@@ -10,21 +10,29 @@ from ._library import jit, on_device_of, register, tl, triton
 
 
 def margin_stats_reference(
-    logits: Tensor, y: Tensor, prev: Tensor | None, max_step: Tensor | None, probs: bool
+    logits: Tensor, y: Tensor, prev: Tensor | None, max_step: Tensor | None, probs: bool, want_hard: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad = softmax(z) - onehot(y); hard = not (z_y > max other); max_step = max(max_step, |z - prev|_1)."""
     z = logits.float()
     is_label = y[:, None] == torch.arange(z.shape[1], device=z.device)
-    p = torch.softmax(z, dim=1)
-    z_y = z.masked_fill(~is_label, -torch.inf).amax(1)
-    other = z.masked_fill(is_label, -torch.inf).amax(1)
-    hard = ~(z_y > other)  # written so that a tie and a NaN are hard
-    grad = (p - is_label.float()).to(logits.dtype)
+    # the very op behind cross_entropy's backward: bit for bit the gradient that a loss graph would give
+    grad = torch.ops.aten._log_softmax_backward_data(
+        -is_label.float(), torch.log_softmax(z, dim=1), 1, torch.float32
+    )
+    hard = torch.empty(0, dtype=torch.bool, device=z.device)
+    if want_hard:  # on the CPU it is a third of the work, and the steps of an attack do not use it
+        z_y = z.masked_fill(~is_label, -torch.inf).amax(1)
+        other = z.masked_fill(is_label, -torch.inf).amax(1)
+        hard = ~(z_y > other)  # written so that a tie and a NaN are hard
     if prev is not None:
-        step = (p - torch.softmax(prev.float(), 1) if probs else z - prev.float()).abs_().sum(1)
+        before = prev.float()
+        if probs:
+            z, before = torch.softmax(z, 1), torch.softmax(before, 1)
+        step = (z - before).abs_().sum(1)
         max_step = step if max_step is None else torch.maximum(max_step, step)
     elif max_step is not None:
         max_step = max_step.clone()
+    grad = grad.to(logits.dtype)
     return grad, hard, logits.new_empty(0, dtype=torch.float32) if max_step is None else max_step
 
 
@@ -77,7 +85,7 @@ def _margin_kernel(
 
 
 def margin_stats_launch(
-    logits: Tensor, y: Tensor, prev: Tensor | None, max_step: Tensor | None, probs: bool
+    logits: Tensor, y: Tensor, prev: Tensor | None, max_step: Tensor | None, probs: bool, want_hard: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, classes = logits.shape
     logits, y = _rows(logits), y.contiguous()
@@ -99,23 +107,24 @@ def margin_stats_launch(
             HAS_PREV=prev is not None, HAS_MAX=max_step is not None, PROBS=probs, ROWS=rows, BLOCK_SIZE=block,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    return grad, hard, new_max
+    return grad, hard if want_hard else hard[:0], new_max
 
 
 def _rows(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _margin_stats_fake(logits, y, prev, max_step, probs):
+def _margin_stats_fake(logits, y, prev, max_step, probs, want_hard=True):
     n = logits.shape[0]
     grad = logits.new_empty(logits.shape)
     entries = n if prev is not None or max_step is not None else 0
-    return grad, logits.new_empty(n, dtype=torch.bool), logits.new_empty(entries, dtype=torch.float32)
+    hard = logits.new_empty(n if want_hard else 0, dtype=torch.bool)
+    return grad, hard, logits.new_empty(entries, dtype=torch.float32)
 
 
 register(
     "margin_stats",
-    "(Tensor logits, Tensor y, Tensor? prev, Tensor? max_step, bool probs) -> (Tensor, Tensor, Tensor)",
+    "(Tensor logits, Tensor y, Tensor? prev, Tensor? max_step, bool probs, bool want_hard=True) -> (Tensor, Tensor, Tensor)",
     reference=margin_stats_reference,
     launcher=margin_stats_launch,
     fake=_margin_stats_fake,

@@ -41,14 +41,12 @@ def pgd_step_reference(
         new = clean + delta * (eps / _row_norm(delta).view(column)).clamp_max(1.0)
     else:
         new = torch.sign(grad).mul_(step_size).add_(adv)  # sign(NaN) is 0: such a pixel stays where it is
-        new = torch.minimum(torch.maximum(new, clean - eps), clean + eps)
-    new = new.clamp_(lo, hi)
-    if any_active is not None:
-        new = torch.where(any_active, new, old.float())
+        new = torch.clamp(new, clean - eps, clean + eps)
     if rows is None:
-        x_adv.copy_(new)
-    else:
-        x_adv.index_copy_(0, rows, new.to(x_adv.dtype))
+        x_adv.copy_(new.clamp_(lo, hi))
+        return
+    new = new.clamp_(lo, hi).to(x_adv.dtype)
+    x_adv.index_copy_(0, rows, new if any_active is None else torch.where(any_active, new, old))
 
 
 def _active_rows(index: Tensor | None, count: Tensor | None, m: int, n: int):

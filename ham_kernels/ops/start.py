@@ -120,7 +120,7 @@ def random_start_launch(
     numel = math.prod(x.shape[1:])
     quarter = (numel + 3) // 4
     channels = x.shape[1] if layout == "channels_last" else 1
-    block = min(512 if l2 else 1024, triton.next_power_of_2(quarter))  # sine and cosine need the registers
+    block = min(256 if l2 else 1024, triton.next_power_of_2(quarter))  # sine and cosine need the registers
     grid = (x.shape[0],) if l2 else (x.shape[0], triton.cdiv(quarter, block))
     kernel = _random_start_l2_kernel if l2 else _random_start_linf_kernel
     with on_device_of(x):

@@ -71,12 +71,13 @@ def step_size_weights(max_step: Tensor, lam: float) -> Tensor:
 def weighted_cross_entropy_reference(logits: Tensor, y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """(loss of each row, d(sum of them)/d(logits) in fp32), each row's loss being w_i * CE_i / n."""
     n, classes = logits.shape
-    z = logits.float()
-    is_label = y[:, None] == torch.arange(classes, device=z.device)
-    log_p = torch.log_softmax(z, dim=1)
-    scale = 1.0 / max(n, 1) if weights is None else (weights / max(n, 1))[:, None]
-    rows = -(torch.where(is_label, log_p, 0.0) * scale).sum(1)
-    return rows, (log_p.exp() - is_label.float()) * scale
+    is_label = y[:, None] == torch.arange(classes, device=logits.device)
+    log_p = torch.log_softmax(logits.float(), dim=1)
+    scale = 1.0 / max(n, 1)
+    toward = -is_label.float() * (scale if weights is None else (weights * scale)[:, None])
+    rows = torch.where(is_label, log_p * toward, 0.0).sum(1)
+    # the very op behind cross_entropy's backward, so that both train alike, bit for bit
+    return rows, torch.ops.aten._log_softmax_backward_data(toward, log_p, 1, torch.float32)
 
 
 @jit

@@ -74,7 +74,7 @@ class HAMTrainer:
             module.training = training
         if self.ema_model is not None:
             self.average()
-        return float(loss)
+        return loss.item()
 
     @torch.no_grad()
     def average(self):

@@ -1,0 +1,181 @@
+"""From the runs of several seeds to one table, one verdict per claim, a JSON file and a figure."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+from _arms import TITLES
+
+# claims of arXiv 2308.01823 against PGD-AT
+CLAIM_TIME, CLAIM_WORST, CLAIM_STD = -0.45, 0.032, -0.22
+WEIGHTS = {"ema": "weight average", "raw": "raw weights"}
+
+
+def predicted_ratio(h: float, steps: int, screen_steps: int) -> float:
+    """Cost model, in forwards of a full batch: HAM 2M + 1 + 2h(K-M) + 3h against PGD-AT 2K + 3."""
+    return (2 * screen_steps + 1 + h * (2 * (steps - screen_steps) + 3)) / (2 * steps + 3)
+
+
+def summarise(seeds: list[dict], steps: int, screen_steps: int) -> dict:
+    """{method: {quantity: [value per seed]}}; a seed is {"warm_up_s", "arms": {name: {"epochs", "raw", "ema"}}}."""
+    table: dict[str, dict] = {}
+    for seed in seeds:
+        base_s = sum(e["seconds"] for e in seed["arms"]["pgd_at"]["epochs"])
+        for name, arm in seed["arms"].items():
+            phase_s = sum(e["seconds"] for e in arm["epochs"])
+            h = sum(e["n_hard"] for e in arm["epochs"]) / sum(e["n"] for e in arm["epochs"])
+            predicted = predicted_ratio(h, steps, screen_steps) if name in ("ham", "ham_frozen_bn", "random") else 1.0
+            row = {
+                "phase_s": phase_s,
+                "whole_s": phase_s + seed["warm_up_s"],
+                "phase_ratio": phase_s / base_s,
+                "whole_ratio": (phase_s + seed["warm_up_s"]) / (base_s + seed["warm_up_s"]),
+                "h": h,
+                "predicted_ratio": predicted,
+                "measured_over_predicted": phase_s / base_s / predicted,
+            }
+            for weights in WEIGHTS:
+                clean, robust = arm[weights]["clean"], arm[weights]["pgd20"]
+                row |= {
+                    f"{weights}_clean": clean["accuracy"],
+                    f"{weights}_robust": robust["accuracy"],
+                    f"{weights}_worst": robust["worst_class"],
+                    f"{weights}_std": robust["std"],
+                }
+            for key, value in row.items():
+                table.setdefault(name, {}).setdefault(key, []).append(value)
+    return table
+
+
+def spread(values: list[float]) -> float:
+    """Sample standard deviation over seeds; 0 for one seed."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+ROWS = [
+    ("phase_s", "phase time, s", "{:.1f} ± {:.1f}", 1),
+    ("phase_ratio", "phase time / PGD-AT", "{:.2f} ± {:.2f}", 1),
+    ("h", "hard fraction h", "{:.2f} ± {:.2f}", 1),
+    ("predicted_ratio", "predicted from h", "{:.2f} ± {:.2f}", 1),
+    ("measured_over_predicted", "measured / predicted", "{:.2f} ± {:.2f}", 1),
+    ("whole_s", "whole run, s", "{:.1f} ± {:.1f}", 1),
+    ("whole_ratio", "whole run / PGD-AT", "{:.2f} ± {:.2f}", 1),
+    *(
+        (f"{weights}_{key}", f"{label}, {weights}", "{:.1f} ± {:.1f}", 100)
+        for weights in WEIGHTS
+        for key, label in (
+            ("clean", "clean %"),
+            ("robust", "PGD-20 %"),
+            ("worst", "worst class %"),
+            ("std", "class std, points"),
+        )
+    ),
+]
+
+
+def cells(table: dict) -> list[list[str]]:
+    """Header and rows of the table as text."""
+    out = [["", *(TITLES[name] for name in table)]]
+    for key, label, form, scale in ROWS:
+        row = [label]
+        for columns in table.values():
+            values = [v * scale for v in columns[key]]
+            row.append(form.format(statistics.mean(values), spread(values)))
+        out.append(row)
+    return out
+
+
+def aligned(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    head, *body = rows
+    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in body])
+
+
+def claims(table: dict) -> list[dict]:
+    """One line per claim: what the paper says, what was measured here, whether it holds here."""
+    ham, base = table["ham"], table["pgd_at"]
+    mean = statistics.mean
+    phase, whole = mean(ham["phase_ratio"]) - 1, mean(ham["whole_ratio"]) - 1
+    time_text = (
+        f"{phase:+.0%} in the HAM phase (cost model from h: {mean(ham['predicted_ratio']) - 1:+.0%}), "
+        f"{whole:+.0%} in the whole run"
+    )
+    out = [{"claim": "training time -45 %", "measured": time_text, "holds": phase <= CLAIM_TIME}]
+    for weights, label in WEIGHTS.items():
+        gain = [a - b for a, b in zip(ham[f"{weights}_worst"], base[f"{weights}_worst"], strict=True)]
+        change = mean(ham[f"{weights}_std"]) / mean(base[f"{weights}_std"]) - 1
+        cost = mean(ham[f"{weights}_robust"]) - mean(base[f"{weights}_robust"])
+        out += [
+            {
+                "claim": f"worst class +3.2 points ({label})",
+                "measured": f"{100 * mean(gain):+.1f} ± {100 * spread(gain):.1f} points "
+                f"(average robustness {100 * cost:+.1f})",
+                "holds": mean(gain) >= CLAIM_WORST,
+            },
+            {
+                "claim": f"class std -22 % ({label})",
+                "measured": f"{change:+.0%}",
+                "holds": change <= CLAIM_STD,
+            },
+        ]
+    return out
+
+
+def verdict_lines(result: dict) -> list[str]:
+    """The lines under the table: a verdict on each claim, our loop against torchattacks', and the overhead."""
+    lines = [
+        f"{c['claim']}: {c['measured']}: **{'holds' if c['holds'] else 'does not hold'} here**" for c in result["claims"]
+    ]
+    table, extra = result["table"], result["overhead"]
+    if "torchattacks" in table:
+        ratios = [1 / r for r in table["torchattacks"]["phase_ratio"]]
+        lines.append(
+            f"our PGD-AT against the torchattacks loop: {statistics.mean(ratios):.2f} ± {spread(ratios):.2f} of its time"
+        )
+    lines.append(f"outside the model's forward and backward: {extra['share']:.1%} of a PGD-AT step ({extra['how']})")
+    return lines
+
+
+def write_json(path: Path, result: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def figure(path: Path, seeds: list[dict], classes: list[str], title: str) -> None:
+    """Robust accuracy of each class, PGD-AT against HAM, weight average, mean and spread over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, axis = plt.subplots(figsize=(max(6.0, 0.75 * len(classes) + 2), 4), layout="constrained")
+    for offset, name, colour in ((-0.2, "pgd_at", "#8d99a6"), (0.2, "ham", "#d1495b")):
+        runs = np.array([seed["arms"][name]["ema"]["pgd20"]["per_class"] for seed in seeds]) * 100
+        mean = runs.mean(axis=0)
+        error = runs.std(axis=0, ddof=1) if len(seeds) > 1 else None
+        position = np.arange(len(classes)) + offset
+        axis.bar(position, mean, 0.38, yerr=error, color=colour, error_kw={"lw": 0.8, "ecolor": "#333"}, label=TITLES[name])
+        axis.axhline(mean.min(), color=colour, lw=1, ls="--")
+    axis.set_xticks(range(len(classes)), classes)
+    axis.set(xlabel="class", ylabel="accuracy under PGD-20, %", ylim=(0, 100), title=title)
+    axis.title.set_size(10)
+    axis.legend(title="dashed: worst class", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)

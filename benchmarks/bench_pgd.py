@@ -1,0 +1,155 @@
+"""HAM against PGD adversarial training: time, robustness, fairness, side by side in one process.
+
+    python benchmarks/bench_pgd.py                      scikit-learn's digits, about 3 minutes on 2 CPU cores
+    python benchmarks/bench_pgd.py --dataset cifar10    torchvision's CIFAR-10
+    python benchmarks/bench_pgd.py --data PATH          a folder or tar of class folders
+
+All methods start from one warm-up (plain PGD-AT) per seed and then train epoch by epoch in turn, so that a change
+in the machine's speed hits all alike. Prints one table and a verdict on each claim of the paper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from _arms import CHOICES, Arm, Setting, fork, torchattacks_there
+from _machine import machine
+from _overhead import overhead
+from _results import aligned, cells, claims, figure, summarise, verdict_lines, write_json
+from tqdm import tqdm
+
+import ham_kernels as ham
+from ham_kernels import data
+from ham_kernels.models import PreActResNet18, SmallCNN
+
+# eps, step_size, epochs, warm-up epochs, lr, milestones of lr/10, model
+DIGITS = {"eps": 0.2, "step_size": 0.05, "epochs": 30, "warmup": 8, "lr": 0.05, "milestones": (24,), "model": "small"}
+NATURAL = {"eps": 0.031, "step_size": 0.007, "epochs": 30, "warmup": 12, "lr": 0.1, "milestones": (18, 25), "model": "preact"}
+
+
+def parse() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--dataset", choices=("digits", "cifar10"), default="digits")
+    source.add_argument("--data", type=Path, metavar="PATH", help="folder or tar of class folders")
+    p.add_argument("--methods", default="pgd_at,ham,torchattacks", help=f"of {', '.join(CHOICES)}")
+    p.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
+    p.add_argument("--epochs", type=int, help="in all, warm-up included (default 30)")
+    p.add_argument("--warmup", type=int, metavar="EPOCHS", help="plain PGD-AT before HAM starts (digits 8, else 12)")
+    p.add_argument("--train-images", type=int, metavar="N", help="use only N training images")
+    p.add_argument("--test-images", type=int, metavar="N", help="use only N test images")
+    p.add_argument("--model", choices=("small", "preact"), help="SmallCNN (digits) or PreActResNet-18 (else)")
+    p.add_argument("--eps", type=float, help="budget, in units of the images (digits 0.2, else 0.031)")
+    p.add_argument("--step-size", type=float, help="of the attack (digits 0.05, else 0.007)")
+    p.add_argument("--steps", type=int, default=10, metavar="K", help="attack steps (default 10)")
+    p.add_argument("--screen-steps", type=int, default=3, metavar="M", help="steps before easy rows leave (default 3)")
+    p.add_argument("--lam", type=float, default=1.0, help="lambda of the weights (default 1)")
+    p.add_argument("--lr", type=float, help="of SGD, momentum 0.9 (digits 0.05, else 0.1)")
+    p.add_argument("--batch-size", type=int, default=128)
+    p.add_argument("--ema-decay", type=float, default=0.99, help="of the weight average (default 0.99)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--out", type=Path, default=Path("runs"), help="folder for the JSON and the figure (default runs)")
+    p.add_argument("--check", action="store_true", help="exit 1 when the time claim fails")
+    args = p.parse_args()
+    defaults = DIGITS if args.dataset == "digits" and args.data is None else NATURAL
+    for key, value in defaults.items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    args.methods = args.methods.split(",")
+    unknown = [m for m in args.methods if m not in CHOICES]
+    if unknown or not {"pgd_at", "ham"} <= set(args.methods):
+        p.error(f"--methods: got {','.join(args.methods)}; it needs pgd_at and ham, and allows {', '.join(CHOICES)}")
+    if not 1 <= args.warmup < args.epochs:
+        p.error(f"--warmup: got {args.warmup} with --epochs {args.epochs}; it must be at least 1 and less than those")
+    if args.seeds < 1:
+        p.error(f"--seeds: got {args.seeds}; it must be at least 1")
+    return args
+
+
+def run_seed(seed: int, images: data.ImageSet, args: argparse.Namespace, progress: tqdm) -> dict:
+    """One warm-up, then all methods in turn; their epochs and what their models are worth."""
+    torch.manual_seed(seed)
+    classes, channels = len(images.classes), images.x_train.shape[1]
+    model = PreActResNet18(classes) if args.model == "preact" else SmallCNN(channels, classes)
+    setting = Setting(
+        eps=args.eps, step_size=args.step_size, steps=args.steps, screen_steps=args.screen_steps, lam=args.lam,
+        start_epoch=args.warmup + 1, lr=args.lr, milestones=args.milestones, ema_decay=args.ema_decay,
+        batch_size=args.batch_size, seed=seed,
+    )  # fmt: skip
+    train, test = data.loaders(images, args.batch_size, seed, augment=args.model == "preact")
+    warm_up = Arm("pgd_at", setting, setting.trainer(model.to(args.device), early_drop=False, reweight=False))
+    for epoch in range(1, args.warmup + 1):
+        progress.set_description(f"seed {seed}: warm-up")
+        warm_up.run_epoch(train, epoch)
+        progress.update()
+    arms = [fork(name, warm_up) for name in args.methods]
+    for epoch in range(args.warmup + 1, args.epochs + 1):
+        turn = epoch % len(arms)  # who goes first changes from epoch to epoch
+        for arm in arms[turn:] + arms[:turn]:
+            progress.set_description(f"seed {seed}: {arm.name}")
+            arm.run_epoch(train, epoch)
+            progress.update()
+    result = {"seed": seed, "warm_up_s": sum(e.seconds for e in warm_up.epochs), "arms": {}}
+    for arm in arms:
+        progress.set_description(f"seed {seed}: judging {arm.name}")
+        worth = {
+            weights: {attack: asdict(r) for attack, r in judged.items()}
+            for weights, judged in (("raw", judge(arm.model, test, args)), ("ema", judge(arm.ema_model, test, args)))
+        }
+        result["arms"][arm.name] = {"epochs": [asdict(e) for e in arm.epochs], **worth}
+        progress.update()
+    return result
+
+
+def judge(model: torch.nn.Module, test, args: argparse.Namespace) -> dict[str, ham.ClassAccuracy]:
+    return ham.evaluate(model, test, ("clean", "pgd20"), eps=args.eps, step_size=args.step_size, device=args.device)
+
+
+def main() -> int:
+    args = parse()
+    if "torchattacks" in args.methods and not torchattacks_there():
+        print("torchattacks is not installed, so its column is left out: pip install -e '.[bench]'\n")
+        args.methods.remove("torchattacks")
+    images = data.load(args.dataset, args.data).subset(args.train_images, args.test_images)
+    about = machine()
+    print(f"{images.name}: {len(images.y_train)} training and {len(images.y_test)} test images, {args.model} model,")
+    print(f"eps {args.eps:g}, step {args.step_size:g}, K {args.steps}, M {args.screen_steps}, lambda {args.lam:g}, ", end="")
+    print(f"{args.warmup} warm-up epochs of {args.epochs}, {args.seeds} seeds, batch {args.batch_size}")
+    print("; ".join(f"{key} {value}" for key, value in about.items()), flush=True)
+
+    units = args.seeds * (args.warmup + len(args.methods) * (args.epochs - args.warmup + 1))
+    with tqdm(total=units, unit="epoch", dynamic_ncols=True, disable=not sys.stderr.isatty()) as progress:
+        seeds = []
+        for seed in range(args.seeds):
+            seeds.append(run_seed(seed, images, args, progress))
+            if progress.disable:
+                print(f"seed {seed} done", flush=True)
+    table = summarise(seeds, args.steps, args.screen_steps)
+    extra = overhead(images, args)
+
+    print(f"\nmean ± standard deviation over {args.seeds} seeds; phase: the epochs after the warm-up; ", end="")
+    print("raw, ema: last weights and their average\n")
+    print(aligned(cells(table)))
+    print()
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    result = {"machine": about, "settings": settings, "table": table, "claims": claims(table), "overhead": extra}
+    for line in verdict_lines(result):
+        print(line.replace("**", ""))
+
+    stem = f"bench_pgd_{images.name.split('.')[0].lower().replace(' ', '_')}"
+    files = args.out / f"{stem}.json", args.out / f"{stem}.png"
+    write_json(files[0], {**result, "classes": images.classes, "seeds": seeds})
+    figure(files[1], seeds, list(images.classes), f"{images.name}, {args.seeds} seeds, eps {args.eps:g}, weight average")
+    print(f"\nwritten: {files[0]} and {files[1]}")
+    if args.check and not result["claims"][0]["holds"]:
+        print("--check: the time claim does not hold", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

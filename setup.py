@@ -1,0 +1,83 @@
+"""Adds the CUDA extension (ham_kernels/_build.py) to the build of the package. Never imports torch."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+from setuptools import Command, Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_build_module():
+    """ham_kernels/_build.py by its path: the package itself needs torch."""
+    spec = importlib.util.spec_from_file_location("_ham_build", ROOT / "ham_kernels" / "_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class build_cuda(Command):
+    """Compiles into the checkout (editable) or beside the copied package (wheel)."""
+
+    description = "build the CUDA extension if there is an nvcc"
+    user_options = []
+
+    def initialize_options(self):
+        self.editable_mode = False
+        self.build_lib = None
+
+    def finalize_options(self):
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def run(self):
+        module = load_build_module()
+        try:
+            module.build_extension(ROOT, out_dir=self.out_dir)
+        except (module.BuildError, ValueError) as error:
+            raise SystemExit(f"error: {error}") from None
+
+    @property
+    def out_dir(self):
+        return ROOT / "ham_kernels" if self.editable_mode else Path(self.build_lib) / "ham_kernels"
+
+    # What setuptools asks of a build step. Editable: the files are already where they are imported from.
+    def get_outputs(self):
+        names = ("_C.so", "_build_info.json")
+        return [] if self.editable_mode else [str(self.out_dir / name) for name in names]
+
+    def get_output_mapping(self):
+        return {}
+
+    def get_source_files(self):
+        return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir())]
+
+
+class BuildWithCuda(build):
+    sub_commands = [*build.sub_commands, ("build_cuda", None)]
+
+    def run(self):
+        # setuptools never clears build/lib: files deleted from the checkout since would end up in the wheel.
+        for package in ("ham_kernels", "ham_reference"):
+            shutil.rmtree(Path(self.build_lib) / package, ignore_errors=True)
+        super().run()
+
+
+class PlatformWheel(bdist_wheel):
+    """The library depends on the platform, but on no Python version: py3-none-<platform>."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+class PlatformDistribution(Distribution):
+    def has_ext_modules(self):
+        return True
+
+
+setup(
+    distclass=PlatformDistribution,
+    cmdclass={"build": BuildWithCuda, "build_cuda": build_cuda, "bdist_wheel": PlatformWheel},
+)

@@ -1,0 +1,77 @@
+"""What the test files share: the interpreter where no GPU is, seeds, poisoned memory, guarded kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:  # before anything imports Triton, whose own functions are decorated at import
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+settings.register_profile(
+    "ham",
+    deadline=None,  # a kernel in the interpreter has no steady speed
+    max_examples=25,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("ham")
+
+
+# ---------------------------------------------------------------- GPU tests
+def pytest_collection_modifyitems(items):
+    if not HAS_GPU:
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [report for report in terminalreporter.stats.get("skipped", ()) if "gpu" in report.keywords]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} GPU tests skipped: no CUDA device here")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where launchers run: on the GPU, or in Triton's interpreter on CPU tensors."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+# ---------------------------------------------------------------- seeds
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """A fresh seed for each test, shown when it fails; HAM_TEST_SEED=... repeats one."""
+    value = int(os.environ.get("HAM_TEST_SEED") or secrets.randbits(31))
+    print(f"HAM_TEST_SEED={value}")
+    torch.manual_seed(value)
+    return value
+
+
+# ---------------------------------------------------------------- memory
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty and its kin hold NaN or the largest integer, so that whatever is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def guarded_interpreter():
+    """The interpreter reads and writes out of bounds in silence; with this it raises IndexError."""
+    if HAS_GPU or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from guard import guard_interpreter
+
+    with guard_interpreter():
+        yield
