@@ -91,7 +91,9 @@ def cells(table: dict) -> list[list[str]]:
 def aligned(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     lines.insert(1, "-" * len(lines[0]))
@@ -137,13 +139,14 @@ def claims(table: dict) -> list[dict]:
 def verdict_lines(result: dict) -> list[str]:
     """The lines under the table: a verdict on each claim, our loop against torchattacks', and the overhead."""
     lines = [
-        f"{c['claim']}: {c['measured']}: **{'holds' if c['holds'] else 'does not hold'} here**" for c in result["claims"]
+        f"{c['claim']}: {c['measured']}: **{'holds' if c['holds'] else 'does not hold'} here**"
+        for c in result["claims"]
     ]
     table, extra = result["table"], result["overhead"]
     if "torchattacks" in table:
         ratios = [1 / r for r in table["torchattacks"]["phase_ratio"]]
         lines.append(
-            f"our PGD-AT against the torchattacks loop: {statistics.mean(ratios):.2f} ± {spread(ratios):.2f} of its time"
+            f"our PGD-AT takes {statistics.mean(ratios):.2f} ± {spread(ratios):.2f} of the torchattacks loop's time"
         )
     lines.append(f"outside the model's forward and backward: {extra['share']:.1%} of a PGD-AT step ({extra['how']})")
     return lines
@@ -169,7 +172,9 @@ def figure(path: Path, seeds: list[dict], classes: list[str], title: str) -> Non
         mean = runs.mean(axis=0)
         error = runs.std(axis=0, ddof=1) if len(seeds) > 1 else None
         position = np.arange(len(classes)) + offset
-        axis.bar(position, mean, 0.38, yerr=error, color=colour, error_kw={"lw": 0.8, "ecolor": "#333"}, label=TITLES[name])
+        axis.bar(
+            position, mean, 0.38, yerr=error, color=colour, error_kw={"lw": 0.8, "ecolor": "#333"}, label=TITLES[name]
+        )
         axis.axhline(mean.min(), color=colour, lw=1, ls="--")
     axis.set_xticks(range(len(classes)), classes)
     axis.set(xlabel="class", ylabel="accuracy under PGD-20, %", ylim=(0, 100), title=title)

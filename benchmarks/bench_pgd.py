@@ -27,8 +27,16 @@ from ham_kernels import data
 from ham_kernels.models import PreActResNet18, SmallCNN
 
 # eps, step_size, epochs, warm-up epochs, lr, milestones of lr/10, model
-DIGITS = {"eps": 0.2, "step_size": 0.05, "epochs": 30, "warmup": 8, "lr": 0.05, "milestones": (24,), "model": "small"}
-NATURAL = {"eps": 0.031, "step_size": 0.007, "epochs": 30, "warmup": 12, "lr": 0.1, "milestones": (18, 25), "model": "preact"}
+DIGITS = {"eps": 0.2, "step_size": 0.05, "epochs": 30, "warmup": 8, "lr": 0.05, "milestones": (), "model": "small"}
+NATURAL = {
+    "eps": 0.031,
+    "step_size": 0.007,
+    "epochs": 30,
+    "warmup": 12,
+    "lr": 0.1,
+    "milestones": (18, 25),
+    "model": "preact",
+}
 
 
 def parse() -> argparse.Namespace:
@@ -117,7 +125,10 @@ def main() -> int:
     images = data.load(args.dataset, args.data).subset(args.train_images, args.test_images)
     about = machine()
     print(f"{images.name}: {len(images.y_train)} training and {len(images.y_test)} test images, {args.model} model,")
-    print(f"eps {args.eps:g}, step {args.step_size:g}, K {args.steps}, M {args.screen_steps}, lambda {args.lam:g}, ", end="")
+    print(
+        f"eps {args.eps:g}, step {args.step_size:g}, K {args.steps}, M {args.screen_steps}, lambda {args.lam:g}, ",
+        end="",
+    )
     print(f"{args.warmup} warm-up epochs of {args.epochs}, {args.seeds} seeds, batch {args.batch_size}")
     print("; ".join(f"{key} {value}" for key, value in about.items()), flush=True)
 
@@ -143,7 +154,9 @@ def main() -> int:
     stem = f"bench_pgd_{images.name.split('.')[0].lower().replace(' ', '_')}"
     files = args.out / f"{stem}.json", args.out / f"{stem}.png"
     write_json(files[0], {**result, "classes": images.classes, "seeds": seeds})
-    figure(files[1], seeds, list(images.classes), f"{images.name}, {args.seeds} seeds, eps {args.eps:g}, weight average")
+    figure(
+        files[1], seeds, list(images.classes), f"{images.name}, {args.seeds} seeds, eps {args.eps:g}, weight average"
+    )
     print(f"\nwritten: {files[0]} and {files[1]}")
     if args.check and not result["claims"][0]["holds"]:
         print("--check: the time claim does not hold", file=sys.stderr)

@@ -18,7 +18,7 @@ def section(result: dict) -> str:
     s, m = result["settings"], result["machine"]
     setup = (
         f"Digits, 1×8×8, ε {s['eps']:g}, step {s['step_size']:g}, K {s['steps']}, M {s['screen_steps']}, "
-        f"λ {s['lam']:g}, {s['warmup']} warm-up epochs of {s['epochs']}, {s['seeds']} seeds, mean ± standard deviation. "
+        f"λ {s['lam']:g}, {s['warmup']} warm-up epochs of {s['epochs']}, {s['seeds']} seeds, mean ± std. "
         f"Machine: {m['cpu']}, {m['cores']}, GPU: {m['gpu']}; Python {m['python']}, torch {m['torch']}, "
         f"torchattacks {m['torchattacks']}; {m['date']}."
     )
@@ -33,7 +33,9 @@ def main() -> int:
     new = f"{head}{START}\n{section(json.loads(RESULT.read_text()))}\n{END}{tail}"
     if "--check" in sys.argv[1:]:
         if new != text:
-            print(f"README's table is not that of {RESULT.name}: run python benchmarks/update_readme.py", file=sys.stderr)
+            print(
+                f"README's table is not that of {RESULT.name}: run python benchmarks/update_readme.py", file=sys.stderr
+            )
             return 1
         return 0
     README.write_text(new)

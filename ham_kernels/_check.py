@@ -85,9 +85,7 @@ def per_row(name: str, value, x: Tensor) -> tuple[float, Tensor | None]:
     _on_device_of(name, value, "x", x)
     value = value.detach().to(torch.float32).contiguous()
     if _readable(value) and value.numel() and not bool((value.isfinite() & (value >= 0)).all()):
-        raise ValueError(
-            f"{name}: got values from {value.min():g} to {value.max():g}; each must be finite and >= 0"
-        )
+        raise ValueError(f"{name}: got values from {value.min():g} to {value.max():g}; each must be finite and >= 0")
     return 0.0, value
 
 
@@ -115,9 +113,7 @@ def same(name: str, t, other_name: str, other: Tensor) -> None:
     """Shape, dtype and device as another tensor's."""
     tensor(name, t)
     if t.shape != other.shape:
-        raise ValueError(
-            f"{name}: got shape {tuple(t.shape)}; it must be that of {other_name}, {tuple(other.shape)}"
-        )
+        raise ValueError(f"{name}: got shape {tuple(t.shape)}; it must be that of {other_name}, {tuple(other.shape)}")
     if t.dtype != other.dtype:
         raise TypeError(f"{name}: got {t.dtype}; it must be that of {other_name}, {other.dtype}")
     _on_device_of(name, t, other_name, other)

@@ -112,9 +112,7 @@ def look(
         z = model(active.x_adv)
     _check.model_output(z, active.x_adv.shape[0])
     guard.logits(z)
-    _, hard, max_step = _ops.margin_stats(
-        z, active.y, active.prev if track else None, active.max_step, probs=False
-    )
+    _, hard, max_step = _ops.margin_stats(z, active.y, active.prev if track else None, active.max_step, probs=False)
     if track:
         active.prev, active.max_step = z, max_step
     return hard

@@ -64,7 +64,7 @@ def cifar10(root: str | Path = "data", download: bool = True) -> ImageSet:
 
 
 def class_folders(path: str | Path) -> ImageSet:
-    """A folder or tar of images, `train/CLASS/IMAGE` and `test/CLASS/IMAGE`, or `CLASS/IMAGE` (then a fifth is test)."""
+    """A folder or tar of `train/CLASS/IMAGE` and `test/CLASS/IMAGE`, or of `CLASS/IMAGE` (then a fifth is test)."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"path: {path} does not exist; give a folder or tar of class folders")
@@ -110,7 +110,9 @@ def _decode(data: bytes, name) -> Tensor:
 def _stack(path: Path, part: list[tuple[str, Tensor]], classes: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     sizes = {tuple(image.shape) for _, image in part}
     if len(sizes) > 1:
-        raise ValueError(f"path: {path} holds images of {len(sizes)} sizes ({sorted(sizes)[:3]} ...); resize them to one")
+        raise ValueError(
+            f"path: {path} holds images of {len(sizes)} sizes ({sorted(sizes)[:3]} ...); resize them to one"
+        )
     number = {label: i for i, label in enumerate(classes)}
     return torch.stack([image for _, image in part]), torch.tensor([number[label] for label, _ in part])
 
@@ -173,7 +175,7 @@ def crop_and_flip(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor
 
 
 def load(dataset: str, path: str | Path | None = None) -> ImageSet:
-    """"digits" or "cifar10" by name, or class folders where a path is given."""
+    """ "digits" or "cifar10" by name, or class folders where a path is given."""
     if path is not None:
         return class_folders(path)
     known = {"digits": digits, "cifar10": cifar10}

@@ -125,8 +125,7 @@ def as_text(report: dict[str, Any]) -> str:
         ],
         **{
             f"Backends on {device.upper()}": [
-                (op, f"{row[device]['backend']:<10}{row[device]['reason']}")
-                for op, row in report["backends"].items()
+                (op, f"{row[device]['backend']:<10}{row[device]['reason']}") for op, row in report["backends"].items()
             ]
             for device in ("cpu", "cuda")
         },

@@ -127,9 +127,7 @@ class HAMTrainer:
         mining = self._mines and epoch >= self.start_epoch
         recipe = self._ham if mining else self._warm_up
         stopwatch = engine.Stopwatch(x.device)
-        examples = recipe.examples(
-            self.model, x, y, seed=self.seed, step=self.steps_done, precision=self.precision
-        )
+        examples = recipe.examples(self.model, x, y, seed=self.seed, step=self.steps_done, precision=self.precision)
         loss = 0.0
         if examples.n_hard:
             loss = self._update(recipe, examples, self.freeze_bn and mining)

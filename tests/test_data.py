@@ -60,7 +60,12 @@ def test_crop_and_flip_moves_each_image_as_a_whole():
             for top in range(9)
             for left in range(9)
             for flip in (False, True)
-            if torch.equal(image, source[:, top : top + 10, left : left + 10].flip(2) if flip else source[:, top : top + 10, left : left + 10])
+            if torch.equal(
+                image,
+                source[:, top : top + 10, left : left + 10].flip(2)
+                if flip
+                else source[:, top : top + 10, left : left + 10],
+            )
         ]
         assert len(matches) == 1
         kinds.add(matches[0])

@@ -207,9 +207,7 @@ def test_the_doctor_survives_a_truncated_library(built, checkout):
     package = checkout / "ham_kernels"
     shutil.copy(built / "_build_info.json", package)
     (package / "_C.so").write_bytes((built / "_C.so").read_bytes()[:50_000])
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from ham_kernels import doctor; doctor.main(['--json'])"
-    )
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from ham_kernels import doctor; doctor.main(['--json'])"
     done = python(code, checkout)
     assert done.stdout, f"ended with code {done.returncode}: {done.stderr}"
     extension = json.loads(done.stdout)["extension"]

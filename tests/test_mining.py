@@ -6,7 +6,6 @@ import pytest
 import torch
 from nets import Constant, Counting, small_cnn
 
-import ham_kernels as ham
 import ham_reference as reference
 from ham_kernels.attack import PGD
 from ham_kernels.mining import Keep, StepSizeWeights, mine

@@ -16,9 +16,7 @@ def margin_stats_reference(
     z = logits.float()
     is_label = y[:, None] == torch.arange(z.shape[1], device=z.device)
     # the very op behind cross_entropy's backward: bit for bit the gradient that a loss graph would give
-    grad = torch.ops.aten._log_softmax_backward_data(
-        -is_label.float(), torch.log_softmax(z, dim=1), 1, torch.float32
-    )
+    grad = torch.ops.aten._log_softmax_backward_data(-is_label.float(), torch.log_softmax(z, dim=1), 1, torch.float32)
     hard = torch.empty(0, dtype=torch.bool, device=z.device)
     if want_hard:  # on the CPU it is a third of the work, and the steps of an attack do not use it
         z_y = z.masked_fill(~is_label, -torch.inf).amax(1)
@@ -124,7 +122,8 @@ def _margin_stats_fake(logits, y, prev, max_step, probs, want_hard=True):
 
 register(
     "margin_stats",
-    "(Tensor logits, Tensor y, Tensor? prev, Tensor? max_step, bool probs, bool want_hard=True) -> (Tensor, Tensor, Tensor)",
+    "(Tensor logits, Tensor y, Tensor? prev, Tensor? max_step, bool probs, bool want_hard=True)"
+    " -> (Tensor, Tensor, Tensor)",
     reference=margin_stats_reference,
     launcher=margin_stats_launch,
     fake=_margin_stats_fake,

@@ -150,8 +150,8 @@ def random_start(
     Args:
         x: images (n, ...) in fp32, fp16 or bf16; n may be 0.
         eps: radius, >= 0, in units of the images; a float, or a tensor (n,) with one value per row.
-        seed, step: name the noise: seed of 64 bits (signed), step of 31 bits. The noise of a row depends on them and on the
-            row's place in the batch only: same on CPU and GPU (bit for bit for linf).
+        seed, step: name the noise: seed of 64 bits (signed), step of 31 bits. The noise of a row depends on them
+            and on the row's place in the batch only: same on CPU and GPU (bit for bit for linf).
         lo, hi: range of valid pixels.
         norm: "linf" or "l2".
     Returns: a new tensor like x.

@@ -146,9 +146,7 @@ def _scale_gradient(ctx, row_grad, _):
     return (grad * row_grad[:, None]).to(ctx.logits_dtype), None, None
 
 
-torch.library.register_autograd(
-    f"{NAMESPACE}::weighted_cross_entropy", _scale_gradient, setup_context=_keep_gradient
-)
+torch.library.register_autograd(f"{NAMESPACE}::weighted_cross_entropy", _scale_gradient, setup_context=_keep_gradient)
 
 
 def weighted_cross_entropy(logits: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -20,12 +20,15 @@ def weighted_ce(model: nn.Module, examples: Examples) -> Tensor:
     return weighted_cross_entropy(logits, examples.y, examples.weights)
 
 
+ALL_ROWS = Keep("all")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One training method as four choices."""
 
     pgd: PGD
-    keep: Keep = Keep("all")
+    keep: Keep = ALL_ROWS
     weigh: StepSizeWeights | None = None
     loss: Callable[[nn.Module, Examples], Tensor] = weighted_ce
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch.nn import functional as F
 
@@ -97,7 +99,7 @@ def hard_examples(
     weights = torch.ones(len(kept), device=x.device)
     if reweight and len(kept) > 0:
         # the step size over the points that the attack looked at, x0 to x^(K-1)
-        step_sizes = [(after - before).abs().sum(1) for before, after in zip(logits, logits[1:], strict=False)]
+        step_sizes = [(after - before).abs().sum(1) for before, after in pairwise(logits)]
         max_step = torch.stack(step_sizes).amax(0) if step_sizes else torch.zeros(len(kept), device=x.device)
         weights = step_size_weights(max_step, lam)
     return x_adv, y, weights, kept
