@@ -60,10 +60,11 @@ def _is_compiled(model: nn.Module) -> bool:
 
 def _forward_of(m: nn.Module) -> Callable[[Tensor], Tensor]:
     with torch.no_grad():
-        inverse_std = torch.rsqrt(m.running_var + m.eps)
+        # torch's forward takes the root in fp32, its backward in fp64
+        inverse_std = torch.rsqrt(m.running_var.double() + m.eps).float()
         weight = torch.ones_like(inverse_std) if m.weight is None else m.weight.detach()
         bias = torch.zeros_like(inverse_std) if m.bias is None else m.bias.detach()
-        scale = weight * inverse_std
+        scale = weight * torch.rsqrt(m.running_var + m.eps)
         shift = torch.addcmul(bias, m.running_mean, scale, value=-1)
     own = type(m).forward
 

@@ -135,6 +135,7 @@ class Stopwatch:
     """Seconds of work on a device; on CUDA the end is waited for only when `seconds` is asked."""
 
     def __init__(self, device: torch.device):
+        self._device = device
         self._cuda = device.type == "cuda"
         self._start = self._now()
         self._end = None
@@ -154,5 +155,5 @@ class Stopwatch:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event

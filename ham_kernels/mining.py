@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from . import _check, engine
 from .attack import PGD, advance, begin, look
-from .ops._philox import philox_uniform
+from .ops._philox import ROWS, philox_uniform
 
 _ops = torch.ops.ham_kernels
-RANDOM_ROWS = 2  # Philox stream of the random-rows ablation; 0 and 1 belong to the random start
 
 
 @dataclass(frozen=True)
@@ -83,5 +82,5 @@ def mine(
 
 
 def _random_rows(n: int, kept: int, seed: int, step: int, device: torch.device) -> Tensor:
-    keys = philox_uniform(n, 1, seed, step, RANDOM_ROWS, device)[0][:, 0]
+    keys = philox_uniform(n, 1, seed, step, ROWS, device)[0][:, 0]
     return torch.argsort(keys, stable=True)[:kept].sort().values.int()

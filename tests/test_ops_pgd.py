@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ham_kernels import ops
 
 pytest.importorskip("triton")
+from ham_kernels.ops._layout import as_layout, row_layout
 from ham_kernels.ops.pgd import pgd_step_launch, pgd_step_reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -86,6 +87,25 @@ def test_memory_layouts(layout, moved, norm, device):
     check(by_kernel, by_reference, norm)
     if by_kernel._base is not None and layout != "transposed":
         assert by_kernel._base.isnan().sum() == by_kernel.numel(), "memory between the rows was written"
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 9, 7), (2, 1, 5, 4), (2, 3, 1, 1), (2, 3, 1, 5), (1, 3, 4, 4)], ids=str)
+def test_which_layouts_are_read_without_a_copy(shape):
+    x = torch.rand(shape)
+    same_in_both = shape[1] == 1 or shape[2] == shape[3] == 1
+    expected = {
+        "contiguous": "contiguous",
+        "channels_last": "contiguous" if same_in_both else "channels_last",
+        "every other row": "contiguous",
+    }
+    for layout, name in expected.items():
+        t = in_layout(x, layout)
+        assert row_layout(t) == name
+        assert as_layout(t, name) is t
+    for name in ("contiguous", "channels_last"):
+        copied = as_layout(in_layout(x, "every other channel"), name)
+        assert torch.equal(copied, x)
+        assert row_layout(copied) == expected[name]
 
 
 def test_mixed_layouts_and_dtypes(device):

@@ -144,6 +144,16 @@ def test_slices(device):
             torch.testing.assert_close(actual.cpu(), wanted, rtol=4e-6, atol=1e-6)
 
 
+def test_logits_as_large_as_they_get(device):
+    """exp of these overflows and underflows unless the maximum is taken out first."""
+    z = torch.tensor([[3e4, -3e4, 0.0], [-3e4, -2e4, -1e4], [5.0, -torch.inf, 5.0]], device=device)
+    y = torch.tensor([0, 1, 2], device=device)
+    losses, gradient = (t.cpu() for t in weighted_cross_entropy_launch(z, y, None))
+    torch.testing.assert_close(losses, torch.tensor([0.0, 1e4, math.log(2)]) / 3)
+    expected = torch.tensor([[0.0, 0.0, 0.0], [0.0, -1.0, 1.0], [0.5, 0.0, -0.5]]) / 3
+    torch.testing.assert_close(gradient, expected)
+
+
 def exact_loss(z, y, w):
     """The same loss and gradient by autograd, in fp64."""
     z = z.detach().double().requires_grad_()

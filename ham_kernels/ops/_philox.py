@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ._library import jit, tl
 
+# streams, the last counter word: noise of a random start, radius of an L2 start, choice of random rows
+START, RADIUS, ROWS = 0, 1, 2
 _LOW = 0xFFFFFFFF
 
 
@@ -20,7 +22,8 @@ def philox_uniform(n: int, positions: int, seed: int, step: int, stream: int, de
     # int64 holds the unsigned 32-bit words; a product may wrap, but its bits are those of the unsigned product
     c0 = torch.arange(positions, device=device).expand(n, positions)
     c1 = torch.arange(n, device=device)[:, None].expand(n, positions)
-    c2, c3 = torch.tensor(step & _LOW, device=device), torch.tensor(stream, device=device)
+    # filled on the device: torch.tensor would copy from the host and wait
+    c2, c3 = (torch.full((), word, dtype=torch.int64, device=device) for word in (step & _LOW, stream))
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57

@@ -10,9 +10,7 @@ from torch import Tensor
 from .. import _check
 from ._layout import as_layout, row_layout
 from ._library import jit, on_device_of, register, tl, triton
-from ._philox import philox_uniform, uniform4
-
-START, RADIUS = 0, 1  # Philox streams: the noise itself, and the L2 radius of a row
+from ._philox import RADIUS, START, philox_uniform, uniform4
 
 
 def random_start_reference(

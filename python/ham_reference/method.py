@@ -31,7 +31,7 @@ def pgd_step(x_adv, x, gradient, eps, step_size, norm):
         return torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
     per_image = (-1, 1, 1, 1)
     length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(per_image)
-    delta = x_adv + step_size * gradient / length - x
+    delta = x_adv - x + gradient * (step_size / length)
     delta_length = delta.flatten(1).norm(dim=1).clamp_min(1e-12).view(per_image)
     return (x + delta * (eps / delta_length).clamp_max(1)).clamp(0, 1)
 

@@ -47,6 +47,5 @@ def in_ball(x: torch.Tensor, eps: float, seed: int, step: int) -> torch.Tensor:
         length = torch.sqrt(-2 * torch.log(1 - u))
         planes += [length * torch.cos(2 * math.pi * v), length * torch.sin(2 * math.pi * v)]
     gaussian = torch.cat(planes, dim=1)[:, :numel]
-    direction = gaussian / gaussian.norm(dim=1, keepdim=True)
-    radius = eps * uniform(len(x), 1, seed, step, stream=1)[0] ** (1 / numel)
-    return (direction * radius).reshape(x.shape).to(x.device)
+    radius = uniform(len(x), 1, seed, step, stream=1)[0] ** (1 / numel) * eps
+    return (gaussian * (radius / gaussian.norm(dim=1, keepdim=True))).reshape(x.shape).to(x.device)
