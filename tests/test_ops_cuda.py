@@ -178,7 +178,7 @@ def test_cuda_graph_with_a_count_on_the_device():
 
     for _ in range(3):  # other data, other counts
         fresh = inputs()
-        fresh["z"][torch.arange(200), fresh["y"]] += torch.rand((), device="cuda") * 4
+        fresh["z"][torch.arange(200, device="cuda"), fresh["y"]] += torch.rand((), device="cuda") * 4
         for k, t in fresh.items():
             static[k].copy_(t)
         x_adv.copy_(fresh["x_adv"])

@@ -24,18 +24,18 @@ def _step_size_weights_kernel(step_ptr, out_ptr, n, lam, BLOCK_SIZE: tl.constexp
         i = start + tl.arange(0, BLOCK_SIZE)
         w = tl.sigmoid(tl.load(step_ptr + i, mask=i < n, other=0.0) * lam)
         total += tl.where(i < n, w, 0.0)
-    mean = tl.sum(total) / n
+    mean = tl.div_rn(tl.sum(total), n * 1.0)  # `/` is off by two units, and lam = 0 must give ones
     for start in range(0, n, BLOCK_SIZE):
         i = start + tl.arange(0, BLOCK_SIZE)
         w = tl.sigmoid(tl.load(step_ptr + i, mask=i < n, other=0.0) * lam)
-        tl.store(out_ptr + i, w / mean, mask=i < n)
+        tl.store(out_ptr + i, tl.div_rn(w, mean), mask=i < n)
 
 
 def step_size_weights_launch(max_step: Tensor, lam: float) -> Tensor:
     out = torch.empty_like(max_step)
     n = max_step.numel()
     if n:
-        block = min(4096, max(16, triton.next_power_of_2(n)))
+        block = min(2048, max(16, triton.next_power_of_2(n)))
         with on_device_of(max_step):
             _step_size_weights_kernel[(1,)](
                 max_step, out, n, lam, BLOCK_SIZE=block, num_warps=4, enable_fp_fusion=False
