@@ -34,7 +34,8 @@ class Setting:
     lam: float
     start_epoch: int
     lr: float
-    milestones: tuple[int, ...]
+    milestones: list[int]
+    lr_decay: float
     ema_decay: float
     batch_size: int
     seed: int = 0
@@ -50,9 +51,9 @@ class Setting:
         return torch.optim.SGD(model.parameters(), self.lr, momentum=0.9, weight_decay=2e-4)
 
     def set_lr(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
-        """Divided by 10 at each milestone."""
+        """Multiplied by lr_decay at each milestone."""
         for group in optimizer.param_groups:
-            group["lr"] = self.lr * 0.1 ** sum(epoch >= m for m in self.milestones)
+            group["lr"] = self.lr * self.lr_decay ** sum(epoch >= m for m in self.milestones)
 
 
 @dataclass

@@ -26,17 +26,15 @@ import ham_kernels as ham
 from ham_kernels import data
 from ham_kernels.models import PreActResNet18, SmallCNN
 
-# eps, step_size, epochs, warm-up epochs, lr, milestones of lr/10, model
-DIGITS = {"eps": 0.2, "step_size": 0.05, "epochs": 30, "warmup": 8, "lr": 0.05, "milestones": (), "model": "small"}
+# what differs between the bundled digits and natural images; every value is an option
+DIGITS = {
+    "model": "small", "eps": 0.2, "step_size": 0.05, "epochs": 30, "warmup": 8, "batch_size": 256, "lr": 0.1,
+    "milestones": [22], "lr_decay": 0.2, "ema_decay": 0.98,
+}  # fmt: skip
 NATURAL = {
-    "eps": 0.031,
-    "step_size": 0.007,
-    "epochs": 30,
-    "warmup": 12,
-    "lr": 0.1,
-    "milestones": (18, 25),
-    "model": "preact",
-}
+    "model": "preact", "eps": 0.031, "step_size": 0.007, "epochs": 30, "warmup": 12, "batch_size": 128, "lr": 0.1,
+    "milestones": [18, 25], "lr_decay": 0.1, "ema_decay": 0.99,
+}  # fmt: skip
 
 
 def parse() -> argparse.Namespace:
@@ -56,9 +54,11 @@ def parse() -> argparse.Namespace:
     p.add_argument("--steps", type=int, default=10, metavar="K", help="attack steps (default 10)")
     p.add_argument("--screen-steps", type=int, default=3, metavar="M", help="steps before easy rows leave (default 3)")
     p.add_argument("--lam", type=float, default=1.0, help="lambda of the weights (default 1)")
-    p.add_argument("--lr", type=float, help="of SGD, momentum 0.9 (digits 0.05, else 0.1)")
-    p.add_argument("--batch-size", type=int, default=128)
-    p.add_argument("--ema-decay", type=float, default=0.99, help="of the weight average (default 0.99)")
+    p.add_argument("--batch-size", type=int, help="(digits 256, else 128)")
+    p.add_argument("--lr", type=float, help="of SGD, momentum 0.9 (default 0.1)")
+    p.add_argument("--milestones", type=int, nargs="*", metavar="EPOCH", help="lr decays (digits 22, else 18 25)")
+    p.add_argument("--lr-decay", type=float, help="factor at each milestone (digits 0.2, else 0.1)")
+    p.add_argument("--ema-decay", type=float, help="of the weight average (digits 0.98, else 0.99)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", type=Path, default=Path("runs"), help="folder for the JSON and the figure (default runs)")
     p.add_argument("--check", action="store_true", help="exit 1 when the time claim fails")
@@ -85,7 +85,8 @@ def run_seed(seed: int, images: data.ImageSet, args: argparse.Namespace, progres
     model = PreActResNet18(classes) if args.model == "preact" else SmallCNN(channels, classes)
     setting = Setting(
         eps=args.eps, step_size=args.step_size, steps=args.steps, screen_steps=args.screen_steps, lam=args.lam,
-        start_epoch=args.warmup + 1, lr=args.lr, milestones=args.milestones, ema_decay=args.ema_decay,
+        start_epoch=args.warmup + 1, lr=args.lr, milestones=args.milestones, lr_decay=args.lr_decay,
+        ema_decay=args.ema_decay,
         batch_size=args.batch_size, seed=seed,
     )  # fmt: skip
     train, test = data.loaders(images, args.batch_size, seed, augment=args.model == "preact")

@@ -37,7 +37,7 @@ class ImageSet:
         )  # fmt: skip
 
 
-def digits(test_images: int = 597) -> ImageSet:
+def digits(test_images: int = 517) -> ImageSet:
     """scikit-learn's 1 797 handwritten digits, 1x8x8, split at random (fixed seed) with class shares kept."""
     from sklearn.datasets import load_digits  # imported here: half a second that other data sets do not need
 

@@ -15,7 +15,7 @@ from ham_kernels import data
 
 def test_digits_are_split_with_class_shares():
     images = data.digits()
-    assert (len(images.y_train), len(images.y_test)) == (1200, 597)
+    assert (len(images.y_train), len(images.y_test)) == (1280, 517)
     assert images.x_train.shape[1:] == (1, 8, 8)
     assert images.x_train.dtype == torch.uint8
     assert images.x_train.max() == 255
