@@ -28,8 +28,8 @@ from ham_kernels.models import PreActResNet18, SmallCNN
 
 # what differs between the bundled digits and natural images; every value is an option
 DIGITS = {
-    "model": "small", "eps": 0.2, "step_size": 0.05, "epochs": 30, "warmup": 8, "batch_size": 256, "lr": 0.1,
-    "milestones": [22], "lr_decay": 0.2, "ema_decay": 0.98,
+    "model": "small", "eps": 0.2, "step_size": 0.05, "epochs": 24, "warmup": 8, "batch_size": 320, "lr": 0.1,
+    "milestones": [18], "lr_decay": 0.2, "ema_decay": 0.97,
 }  # fmt: skip
 NATURAL = {
     "model": "preact", "eps": 0.031, "step_size": 0.007, "epochs": 30, "warmup": 12, "batch_size": 128, "lr": 0.1,
@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
     source.add_argument("--data", type=Path, metavar="PATH", help="folder or tar of class folders")
     p.add_argument("--methods", default="pgd_at,ham,torchattacks", help=f"of {', '.join(CHOICES)}")
     p.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
-    p.add_argument("--epochs", type=int, help="in all, warm-up included (default 30)")
+    p.add_argument("--epochs", type=int, help="in all, warm-up included (digits 24, else 30)")
     p.add_argument("--warmup", type=int, metavar="EPOCHS", help="plain PGD-AT before HAM starts (digits 8, else 12)")
     p.add_argument("--train-images", type=int, metavar="N", help="use only N training images")
     p.add_argument("--test-images", type=int, metavar="N", help="use only N test images")
@@ -54,11 +54,11 @@ def parse() -> argparse.Namespace:
     p.add_argument("--steps", type=int, default=10, metavar="K", help="attack steps (default 10)")
     p.add_argument("--screen-steps", type=int, default=3, metavar="M", help="steps before easy rows leave (default 3)")
     p.add_argument("--lam", type=float, default=1.0, help="lambda of the weights (default 1)")
-    p.add_argument("--batch-size", type=int, help="(digits 256, else 128)")
+    p.add_argument("--batch-size", type=int, help="(digits 320, else 128)")
     p.add_argument("--lr", type=float, help="of SGD, momentum 0.9 (default 0.1)")
-    p.add_argument("--milestones", type=int, nargs="*", metavar="EPOCH", help="lr decays (digits 22, else 18 25)")
+    p.add_argument("--milestones", type=int, nargs="*", metavar="EPOCH", help="lr decays (digits 18, else 18 25)")
     p.add_argument("--lr-decay", type=float, help="factor at each milestone (digits 0.2, else 0.1)")
-    p.add_argument("--ema-decay", type=float, help="of the weight average (digits 0.98, else 0.99)")
+    p.add_argument("--ema-decay", type=float, help="of the weight average (digits 0.97, else 0.99)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", type=Path, default=Path("runs"), help="folder for the JSON and the figure (default runs)")
     p.add_argument("--check", action="store_true", help="exit 1 when the time claim fails")

@@ -7,7 +7,13 @@ import torch
 from nets import small_cnn
 from torch import nn
 
+from ham_kernels import batchnorm
 from ham_kernels.batchnorm import fast_eval_batchnorm
+
+
+@pytest.fixture(autouse=True)
+def no_layer_is_too_small(monkeypatch):
+    monkeypatch.setattr(batchnorm, "SMALL", 0)
 
 
 def filled(layer: nn.Module) -> nn.Module:
