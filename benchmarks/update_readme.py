@@ -19,7 +19,7 @@ def section(result: dict) -> str:
     setup = (
         f"Digits, 1×8×8, ε {s['eps']:g}, step {s['step_size']:g}, K {s['steps']}, M {s['screen_steps']}, "
         f"λ {s['lam']:g}, {s['warmup']} warm-up epochs of {s['epochs']}, {s['seeds']} seeds, mean ± std. "
-        f"Machine: {m['cpu']}, {m['cores']}, GPU: {m['gpu']}; Python {m['python']}, torch {m['torch']}, "
+        f"Machine: {m['cpu']}, cores: {m['cores']}, GPU: {m['gpu']}; Python {m['python']}, torch {m['torch']}, "
         f"torchattacks {m['torchattacks']}; {m['date']}."
     )
     lines = [f"- {line}" for line in verdict_lines(result)]
