@@ -37,7 +37,6 @@ class Setting:
     milestones: list[int]
     lr_decay: float
     ema_decay: float
-    batch_size: int
     seed: int = 0
 
     def trainer(self, model: nn.Module, **choices) -> ham.HAMTrainer:

@@ -87,7 +87,7 @@ def run_seed(seed: int, images: data.ImageSet, args: argparse.Namespace, progres
         eps=args.eps, step_size=args.step_size, steps=args.steps, screen_steps=args.screen_steps, lam=args.lam,
         start_epoch=args.warmup + 1, lr=args.lr, milestones=args.milestones, lr_decay=args.lr_decay,
         ema_decay=args.ema_decay,
-        batch_size=args.batch_size, seed=seed,
+        seed=seed,
     )  # fmt: skip
     train, test = data.loaders(images, args.batch_size, seed, augment=args.model == "preact")
     warm_up = Arm("pgd_at", setting, setting.trainer(model.to(args.device), early_drop=False, reweight=False))

@@ -145,8 +145,7 @@ def pgd_attack(
     with engine.attack_mode(model):
         active = begin(x, y, pgd, draw_seed(generator), 0)
         advance(model, active, steps, pgd, guard, precision=precision)
-    if steps:
-        guard.read()
+    guard.read()
     return active.x_adv
 
 

@@ -1,7 +1,7 @@
 """BatchNorm in eval mode as an attack needs it on the CPU: one pass forward, one pass back, nothing else.
 
-torch's CPU backward sums over the batch for the gradients of weight and bias even where nobody asks for them; that
-and its two-pass forward are about a fifth of an attack step of a small CNN. The results here are torch's bit for bit
+torch's CPU backward sums over the batch for the gradients of weight and bias even where nobody asks for them, as in an
+attack. The results here are torch's bit for bit
 where the processor has fused multiply-add.
 """
 

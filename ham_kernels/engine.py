@@ -99,18 +99,17 @@ class BatchGuard:
         self._immediate = x.device.type != "cuda"
         x = x.detach()
         self._facts = [*x.aminmax(), *y.aminmax()]
-        self._finite: Tensor | None = None
+        self._finite = torch.ones((), dtype=torch.bool, device=x.device)
         if self._immediate:
             _check.data_facts(*(float(f) for f in self._facts), None)
 
     def logits(self, z: Tensor) -> None:
         """Takes note of logits: how many classes there are, and whether all are finite."""
         self._classes = z.shape[1]
-        finite = z.detach().isfinite().all()
-        self._finite = finite if self._finite is None else self._finite & finite
+        self._finite = self._finite & z.detach().isfinite().all()
         if self._immediate:
             _check.label_range(self._y, z.shape[1])
-            if not finite:
+            if not self._finite:
                 _raise_not_finite()
 
     def read(self, count: Tensor | None = None) -> int | None:

@@ -18,7 +18,7 @@ def margin_stats_reference(
     # the very op behind cross_entropy's backward: bit for bit the gradient that a loss graph would give
     grad = torch.ops.aten._log_softmax_backward_data(-is_label.float(), torch.log_softmax(z, dim=1), 1, torch.float32)
     hard = torch.empty(0, dtype=torch.bool, device=z.device)
-    if want_hard:  # on the CPU it is a third of the work, and the steps of an attack do not use it
+    if want_hard:  # the steps of an attack do not use it, and on the CPU it is work of its own
         z_y = z.masked_fill(~is_label, -torch.inf).amax(1)
         other = z.masked_fill(is_label, -torch.inf).amax(1)
         hard = ~(z_y > other)  # written so that a tie and a NaN are hard
