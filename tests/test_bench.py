@@ -94,3 +94,12 @@ def test_claims_are_judged_on_the_numbers():
     assert "+10.0 ± 0.0 points" in good[1]["measured"]
     bad = _results.claims(_results.summarise([seed_result(6.0, 0.22, 0.19)] * 2, 10, 3))
     assert [c["holds"] for c in bad] == [False] * 5
+
+
+def test_a_model_that_fails_all_classes_alike_is_judged_too():
+    run = seed_result(5.0, 0.3, 0.1)
+    for weights in ("raw", "ema"):
+        run["arms"]["pgd_at"][weights]["pgd20"] = {"accuracy": 0.0, "worst_class": 0.0, "std": 0.0}
+    judged = _results.claims(_results.summarise([run], 10, 3))
+    assert [c["measured"] for c in judged[2::2]] == ["no ratio, PGD-AT's is 0"] * 2
+    assert [c["holds"] for c in judged] == [True, True, False, True, False]
