@@ -1,13 +1,36 @@
-"""Hard adversarial example mining for PyTorch: fair adversarial training at a fraction of the cost."""
+"""Hard adversarial example mining for PyTorch: fair adversarial training at a fraction of the cost.
 
-from . import ops, recipes
-from .attack import PGD, pgd_attack
-from .engine import NonFiniteError
-from .evaluate import ClassAccuracy, evaluate
-from .recipes import ham_loss
-from .trainer import EpochReport, HAMTrainer, StepReport
+Public names load on first use, so that the command line can print its help without waiting for torch.
+`torch.ops.ham_kernels` is filled by the first use of any of them, or by `import ham_kernels.ops`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import data, models, ops, recipes
+    from .attack import PGD, pgd_attack
+    from .engine import NonFiniteError
+    from .judging import ClassAccuracy, evaluate
+    from .recipes import ham_loss
+    from .trainer import EpochReport, HAMTrainer, StepReport
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "PGD": "attack",
+    "pgd_attack": "attack",
+    "NonFiniteError": "engine",
+    "ClassAccuracy": "judging",
+    "evaluate": "judging",
+    "ham_loss": "recipes",
+    "EpochReport": "trainer",
+    "HAMTrainer": "trainer",
+    "StepReport": "trainer",
+}
+_MODULES = ("data", "models", "ops", "recipes")
 
 __all__ = [
     "PGD",
@@ -16,9 +39,25 @@ __all__ = [
     "HAMTrainer",
     "NonFiniteError",
     "StepReport",
+    "data",
     "evaluate",
     "ham_loss",
+    "models",
     "ops",
     "pgd_attack",
     "recipes",
 ]
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,7 +14,7 @@ from . import _check, engine
 from .attack import PGD
 from .ema import WeightAverage
 from .engine import NonFiniteError
-from .evaluate import ClassAccuracy, evaluate
+from .judging import ClassAccuracy, evaluate
 from .mining import Examples
 from .recipes import Recipe, ham, pgd_at
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import _check, engine
-from .attack import PGD, advance, begin
+from .. import _check, engine
+from ..attack import PGD, advance, begin
 
 
 @dataclass(frozen=True)
