@@ -10,19 +10,19 @@ from unittest import mock
 import torch
 
 import ham_kernels as ham
-from ham_kernels.data import ImageSet
+from ham_kernels.data import FileSet, ImageSet, part_loader
 from ham_kernels.models import SmallCNN
 
 STEPS = 20
 
 
-def overhead(images: ImageSet, args: argparse.Namespace) -> dict:
+def overhead(images: ImageSet | FileSet, args: argparse.Namespace) -> dict:
     """Share of a PGD-AT step of SmallCNN on the CPU that passes outside the model's forwards and backwards.
 
     A clock around each forward of the model, each torch.autograd.grad and the backward of the loss adds up the inside
     of a step, while another one times the whole step: both see the same moment of the machine.
     """
-    x, y = images.x_train[: args.batch_size].float().div(255), images.y_train[: args.batch_size]
+    x, y = next(iter(part_loader(images, "train", args.batch_size)))
     torch.manual_seed(0)
     model = SmallCNN(x.shape[1], len(images.classes))
     trainer = ham.HAMTrainer(

@@ -78,10 +78,10 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def run_seed(seed: int, images: data.ImageSet, args: argparse.Namespace, progress: tqdm) -> dict:
+def run_seed(seed: int, images: data.ImageSet | data.FileSet, args: argparse.Namespace, progress: tqdm) -> dict:
     """One warm-up, then all methods in turn; their epochs and what their models are worth."""
     torch.manual_seed(seed)
-    classes, channels = len(images.classes), images.x_train.shape[1]
+    classes, channels = len(images.classes), images.channels
     model = PreActResNet18(classes) if args.model == "preact" else SmallCNN(channels, classes)
     setting = Setting(
         eps=args.eps, step_size=args.step_size, steps=args.steps, screen_steps=args.screen_steps, lam=args.lam,
@@ -89,7 +89,8 @@ def run_seed(seed: int, images: data.ImageSet, args: argparse.Namespace, progres
         ema_decay=args.ema_decay,
         seed=seed,
     )  # fmt: skip
-    train, test = data.loaders(images, args.batch_size, seed, augment=args.model == "preact")
+    augment = "crop+flip" if args.model == "preact" else "none"
+    train, _, test = data.loaders(images, args.batch_size, seed=seed, augment=augment, device=args.device)
     warm_up = Arm("pgd_at", setting, setting.trainer(model.to(args.device), early_drop=False, reweight=False))
     for epoch in range(1, args.warmup + 1):
         progress.set_description(f"seed {seed}: warm-up")

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from . import data, models, ops, recipes
     from .attack import PGD, pgd_attack
     from .engine import NonFiniteError
+    from .history import EpochReport, StepReport
     from .judging import ClassAccuracy, evaluate
     from .recipes import ham_loss
-    from .trainer import EpochReport, HAMTrainer, StepReport
+    from .trainer import HAMTrainer
 
 __version__ = "0.1.0"
 
@@ -26,9 +27,9 @@ _HOMES = {
     "ClassAccuracy": "judging",
     "evaluate": "judging",
     "ham_loss": "recipes",
-    "EpochReport": "trainer",
+    "EpochReport": "history",
     "HAMTrainer": "trainer",
-    "StepReport": "trainer",
+    "StepReport": "history",
 }
 _MODULES = ("data", "models", "ops", "recipes")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,16 +13,23 @@ from .ops import random_start as random_start_op
 
 _ops = torch.ops.ham_kernels
 
+LOSSES = ("ce", "cw")
+
 
 @dataclass(frozen=True)
 class PGD:
-    """Settings of an attack: budget eps and step size in units of the images (floats, or one value per row)."""
+    """Settings of an attack: budget eps and step size in units of the images (floats, or one value per row).
+
+    loss is what the attack raises: "ce", the cross entropy; or "cw", the margin max_{j != y} z_j - z_y (Carlini and
+    Wagner, arXiv 1608.04644), whose gradient does not vanish where softmax saturates.
+    """
 
     eps: float | Tensor = 8 / 255
     step_size: float | Tensor = 2 / 255
     steps: int = 10
     norm: str = "linf"
     random_start: bool = True
+    loss: str = "ce"
 
     def __post_init__(self):
         for name in ("eps", "step_size"):
@@ -31,6 +39,7 @@ class PGD:
         _check.integer("steps", self.steps, 0)
         _check.norm(self.norm)
         _check.flag("random_start", self.random_start)
+        _check.choice("loss", self.loss, LOSSES)
 
 
 @dataclass
@@ -74,12 +83,13 @@ def begin(x: Tensor, y: Tensor, pgd: PGD, seed: int, step: int) -> ActiveSet:
 
 def advance(
     model: nn.Module, active: ActiveSet, steps: int, pgd: PGD, guard: engine.BatchGuard,
-    *, track: bool = False, precision: str = "fp32",
+    *, track: bool = False, precision: str = "fp32", on_logits: Callable[[int, Tensor], None] | None = None,
 ) -> None:  # fmt: skip
     """`steps` PGD steps on the active rows: one forward and one backward to the input each.
 
     The CE gradient with respect to the logits comes from margin_stats, not from a loss graph. With `track` the same
-    launch keeps the largest L1 change of the logits between consecutive points.
+    launch keeps the largest L1 change of the logits between consecutive points. `on_logits(k, z)` sees the logits at
+    the point before step k = 0, 1, ..., which the attack computes anyway.
     """
     l2 = pgd.norm == "l2"
     for k in range(steps):
@@ -90,17 +100,33 @@ def advance(
         z = logits.detach()
         if k == 0:
             guard.logits(z)
-        prev = active.prev if track else None
-        ce_grad, _, max_step = _ops.margin_stats(
-            z, active.y, prev, active.max_step if track else None, probs=False, want_hard=False
-        )
+        if on_logits is not None:
+            on_logits(k, z)
+        if pgd.loss == "ce" or track:
+            prev = active.prev if track else None
+            z_grad, _, max_step = _ops.margin_stats(
+                z, active.y, prev, active.max_step if track else None, probs=False, want_hard=False
+            )
         if track:
             active.prev, active.max_step = z, max_step if max_step.numel() else z.new_zeros(len(z)).float()
-        (grad,) = torch.autograd.grad(logits, point, ce_grad)
+        if pgd.loss == "cw":
+            z_grad = cw_gradient(z, active.y)
+        (grad,) = torch.autograd.grad(logits, point, z_grad)
         _ops.pgd_step_(
             active.x_adv, active.x, grad, None, None, active.eps, active.step_size, active.eps_rows,
             active.step_rows, 0.0, 1.0, l2,
         )  # fmt: skip
+
+
+def cw_gradient(z: Tensor, y: Tensor) -> Tensor:
+    """d(max_{j != y} z_j - z_y)/dz = onehot(j*) - onehot(y), (n, classes); of equal largest others the first is j*.
+
+    Compares instead of indexing: on CUDA the labels are judged only later, and a bad one must not reach an address.
+    """
+    column = torch.arange(z.shape[1], device=z.device)
+    is_label = y[:, None] == column
+    other = z.masked_fill(is_label, -torch.inf).argmax(1, keepdim=True)
+    return (other == column).to(z.dtype) - is_label.to(z.dtype)
 
 
 @torch.no_grad()

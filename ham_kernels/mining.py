@@ -20,6 +20,7 @@ class Keep:
 
     rows: str = "all"
     screen_steps: int = 0
+    rest: bool = False  # also hand over the images of the rows that leave, for BatchNorm's statistics
 
     def __post_init__(self):
         _check.choice("rows", self.rows, ("all", "hard", "random"))
@@ -45,10 +46,16 @@ class Examples:
     weights: Tensor | None  # (n_hard,), mean 1; None for ones
     n: int  # rows of the whole batch
     index: Tensor | None  # int32 (n_hard,), which rows were kept; None for all
+    rest: Tensor | None = None  # (n - n_hard, C, H, W), the other rows as they left; only where Keep asks for them
 
     @property
     def n_hard(self) -> int:
         return self.y.shape[0]
+
+    @property
+    def n_forward(self) -> int:
+        """Rows that pass through the model in the update."""
+        return self.n_hard if self.rest is None else self.n
 
 
 def mine(
@@ -63,7 +70,7 @@ def mine(
     """
     guard = engine.BatchGuard(x, y)
     how = {"track": weigh is not None, "precision": precision}
-    index = None
+    index = rest = None
     with engine.attack_mode(model):
         active = begin(x, y, pgd, seed, step)
         if keep.rows == "all":
@@ -71,16 +78,21 @@ def mine(
             guard.read()
         else:
             advance(model, active, keep.screen_steps, pgd, guard, **how)
-            index, count = _ops.compact(look(model, active, guard, **how))
+            order, count = _ops.compact(look(model, active, guard, **how))
             n_hard = guard.read(count)  # the one read of the step
-            index = index[:n_hard] if keep.rows == "hard" else _random_rows(len(y), n_hard, seed, step, y.device)
+            if keep.rows == "random":
+                order = _random_order(len(y), n_hard, seed, step, y.device)
+            index, left = order[:n_hard], order[n_hard:]
+            rest = active.x_adv.index_select(0, left) if keep.rest else None
             active = active.rows(index)
             if n_hard:
                 advance(model, active, pgd.steps - keep.screen_steps, pgd, guard, **how)
         weights = None if weigh is None else _ops.step_size_weights(active.max_step, weigh.lam)
-    return Examples(active.x_adv, active.x, active.y, weights, n=len(y), index=index)
+    return Examples(active.x_adv, active.x, active.y, weights, n=len(y), index=index, rest=rest)
 
 
-def _random_rows(n: int, kept: int, seed: int, step: int, device: torch.device) -> Tensor:
+def _random_order(n: int, kept: int, seed: int, step: int, device: torch.device) -> Tensor:
+    """All rows, int32: first `kept` random ones in increasing order, then the others."""
     keys = philox_uniform(n, 1, seed, step, ROWS, device)[0][:, 0]
-    return torch.argsort(keys, stable=True)[:kept].sort().values.int()
+    order = torch.argsort(keys, stable=True)
+    return torch.cat([order[:kept].sort().values, order[kept:]]).int()

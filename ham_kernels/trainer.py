@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,47 +16,12 @@ from . import _check, engine
 from .attack import PGD
 from .ema import WeightAverage
 from .engine import NonFiniteError
+from .history import EpochReport, RunningEpoch, StepReport
 from .judging import ClassAccuracy, evaluate
 from .mining import Examples
 from .recipes import Recipe, ham, pgd_at
 
-
-@dataclass
-class StepReport:
-    """One training step. Without a hard row there is no update: n_hard and loss are 0."""
-
-    loss: float  # weighted mean CE over the hard rows
-    n: int  # rows of the batch
-    n_hard: int  # rows trained on; n before start_epoch
-    stopwatch: engine.Stopwatch = field(repr=False)
-
-    @property
-    def hard_fraction(self) -> float:
-        return self.n_hard / self.n
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of the step on its device (on CUDA this waits for the step to end)."""
-        return self.stopwatch.seconds
-
-
-@dataclass
-class EpochReport:
-    """One epoch. Accuracies are of the validation set: `val` with raw weights, `val_ema` with averaged ones."""
-
-    epoch: int  # 1-based
-    phase: str  # "pgd_at" before start_epoch, then "ham"
-    loss: float  # mean over the rows trained on
-    n: int
-    n_hard: int
-    skipped: int  # batches without a hard row: no update
-    seconds: float  # training only
-    val: dict[str, ClassAccuracy] | None = None
-    val_ema: dict[str, ClassAccuracy] | None = None
-
-    @property
-    def hard_fraction(self) -> float:
-        return self.n_hard / self.n
+VAL_ATTACKS = ("clean", "pgd20")
 
 
 class HAMTrainer:
@@ -76,6 +43,7 @@ class HAMTrainer:
         precision: "fp32", or "bf16" (autocast).
         seed: of the random starts. Step s of a run draws the same noise whatever the device.
         rows: "hard", or "random" to keep as many random rows instead (the paper's control).
+        bn_rows: while mining, BatchNorm normalises the update by the "hard" rows or by "all" rows of the batch.
 
     A batch that leaves one row to train on uses BatchNorm's running statistics, since one row has none of its own.
     A batch without a hard row makes no update; it is counted in the reports.
@@ -88,6 +56,7 @@ class HAMTrainer:
         steps: int = 10, screen_steps: int = 3, start_epoch: int = 50, lam: float = 1.0, reweight: bool = True,
         early_drop: bool = True, norm: str = "linf", freeze_bn: bool = False, ema_decay: float | None = None,
         device: torch.device | str | None = None, precision: str = "fp32", seed: int = 0, rows: str = "hard",
+        bn_rows: str = "hard",
     ):  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}; it must be a torch.nn.Module")
@@ -95,10 +64,14 @@ class HAMTrainer:
             raise TypeError(f"optimizer: got {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
         pgd = PGD(_check.real("eps", eps), _check.real("step_size", step_size), steps, norm)
         self._warm_up: Recipe = pgd_at(pgd)
-        self._ham: Recipe = ham(pgd, screen_steps, lam, early_drop=early_drop, reweight=reweight, rows=rows)
+        self._ham: Recipe = ham(
+            pgd, screen_steps, lam, early_drop=early_drop, reweight=reweight, rows=rows, bn_rows=bn_rows
+        )
         self._mines = early_drop or reweight
         self.start_epoch = _check.integer("start_epoch", start_epoch, 1)
         self.freeze_bn = _check.flag("freeze_bn", freeze_bn)
+        if freeze_bn and bn_rows == "all":
+            raise ValueError("bn_rows: got 'all' with freeze_bn; frozen statistics come from no rows of the batch")
         self.precision = _check.choice("precision", precision, engine.PRECISIONS)
         self.seed = _check.integer("seed", seed, 0, 2**63 - 1)
         if ema_decay is not None:
@@ -110,6 +83,7 @@ class HAMTrainer:
         self.epoch = 0  # epochs completed by fit
         self.steps_done = 0  # names the noise of the next step
         self.history: list[EpochReport] = []
+        self._running: RunningEpoch | None = None  # the epoch under way
 
     @property
     def ema_model(self) -> nn.Module | None:
@@ -137,7 +111,7 @@ class HAMTrainer:
     def _update(self, recipe: Recipe, examples: Examples, freeze_bn: bool) -> float:
         buffers = list(self.model.buffers())
         before = [b.clone() for b in buffers]  # BatchNorm's statistics move in the forward, before the loss is judged
-        with engine.update_mode(self.model, freeze_bn or examples.n_hard == 1):
+        with engine.update_mode(self.model, freeze_bn or examples.n_forward == 1):
             with engine.autocast(self.precision, examples.x_adv.device):
                 loss = recipe.loss(self.model, examples)
             self.optimizer.zero_grad(set_to_none=True)
@@ -160,15 +134,20 @@ class HAMTrainer:
         self, train_loader: Iterable, epochs: int, val_loader: Iterable | None = None, *,
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         on_epoch_end: Callable[[EpochReport], None] | None = None,
+        on_batch_end: Callable[[StepReport], None] | None = None,
+        val_attacks: Sequence[str] = VAL_ATTACKS,
     ) -> list[EpochReport]:  # fmt: skip
         """Trains up to epoch `epochs` (a total: a second call goes on where the first one ended).
 
         Args:
             train_loader: any iterable of (x in [0, 1], y) that can be walked once per epoch; an epoch number is given
-                to `set_epoch` of the loader where it has one.
-            val_loader: evaluated after each epoch, clean and PGD-20, raw weights and weight average.
+                to `set_epoch` of the loader where it has one. After a stop within an epoch the batches done are
+                passed over: by `set_position(batches)` where the loader has it, else by drawing and dropping them.
+            val_loader: evaluated after each epoch under `val_attacks`, raw weights and weight average.
             scheduler: stepped once after each epoch.
             on_epoch_end: called with each EpochReport.
+            on_batch_end: called with each StepReport. What it raises ends fit; a later fit, or one after
+                load_state_dict, goes on with the next batch.
         Returns: `history`, one EpochReport per epoch so far.
         """
         _check.integer("epochs", epochs, 1)
@@ -180,53 +159,124 @@ class HAMTrainer:
                 "or ask for plain PGD-AT with early_drop=False, reweight=False"
             )
         while self.epoch < epochs:
-            report = self._train_epoch(train_loader, self.epoch + 1)
+            report = self._train_epoch(train_loader, self.epoch + 1, on_batch_end)
+            if val_loader is not None:
+                report.val = self._evaluate(self.model, val_loader, val_attacks)
+                report.val_ema = None if self._ema is None else self._evaluate(self.ema_model, val_loader, val_attacks)
+            self._running = None
             self.epoch += 1
             if scheduler is not None:
-                scheduler.step()
-            if val_loader is not None:
-                report.val = self._evaluate(self.model, val_loader)
-                report.val_ema = None if self._ema is None else self._evaluate(self.ema_model, val_loader)
+                _step(scheduler)
+            report.loss /= max(report.n_hard, 1)
             self.history.append(report)
             if on_epoch_end is not None:
                 on_epoch_end(report)
         return self.history
 
-    def _train_epoch(self, loader: Iterable, epoch: int) -> EpochReport:
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
-        phase = "ham" if self._mines and epoch >= self.start_epoch else "pgd_at"
-        report = EpochReport(epoch, phase, 0.0, 0, 0, 0, 0.0)
+    @property
+    def position(self) -> tuple[int, int]:
+        """(epoch under way, 1-based; its batches done)."""
+        return self.epoch + 1, 0 if self._running is None else self._running.batches
+
+    def _train_epoch(self, loader: Iterable, epoch: int, on_batch_end) -> EpochReport:
+        """Trains the rest of the epoch. The loss in the report is still a sum."""
+        if self._running is None:
+            phase = "ham" if self._mines and epoch >= self.start_epoch else "pgd_at"
+            self._running = RunningEpoch(EpochReport(epoch, phase, 0.0, 0, 0, 0, 0.0))
+        running = self._running
         start = time.perf_counter()
-        batches = 0
-        for batch in loader:
-            batches += 1
+        for batch in _rest_of_epoch(loader, epoch, running.batches):
             try:
                 x, y = _unpack(batch)
                 step = self.train_step(x.to(self.device), y.to(self.device), epoch)
             except (TypeError, ValueError) as error:
-                raise type(error)(f"epoch {epoch}, batch {batches}: {error}") from error
-            report.loss += step.loss * step.n_hard
-            report.n += step.n
-            report.n_hard += step.n_hard
-            report.skipped += step.n_hard == 0
-        if batches == 0:
+                raise type(error)(f"epoch {epoch}, batch {running.batches + 1}: {error}") from error
+            running.add(step, time.perf_counter() - start)
+            if on_batch_end is not None:
+                on_batch_end(step)
+            start = time.perf_counter()
+        if running.batches == 0:
+            self._running = None
             raise ValueError(
                 f"train_loader: gave no batch in epoch {epoch}; it must give some in every epoch "
                 "(a generator is spent after one: pass a list or a DataLoader)"
             )
-        report.loss /= max(report.n_hard, 1)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        report.seconds = time.perf_counter() - start
-        return report
+            running.report.seconds += time.perf_counter() - start
+        return running.report
 
-    def _evaluate(self, model: nn.Module, loader: Iterable) -> dict[str, ClassAccuracy]:
+    def _evaluate(self, model: nn.Module, loader: Iterable, attacks: Sequence[str]) -> dict[str, ClassAccuracy]:
         pgd = self._warm_up.pgd
         return evaluate(
-            model, loader, eps=pgd.eps, step_size=pgd.step_size, norm=pgd.norm, device=self.device,
+            model, loader, attacks, eps=pgd.eps, step_size=pgd.step_size, norm=pgd.norm, device=self.device,
             precision=self.precision, seed=self.seed,
         )  # fmt: skip
+
+    # ------------------------------------------------------------ state
+    def state_dict(self) -> dict[str, Any]:
+        """All that training goes on from, also between two batches of an epoch: tensors and plain values.
+
+        The loader and a scheduler have states of their own; random generators are the caller's as well (the
+        trainer draws its noise from `seed` and the number of steps done).
+        """
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self._ema is None else self.ema_model.state_dict(),
+            "epoch": self.epoch,
+            "steps_done": self.steps_done,
+            "running": None if self._running is None else self._running.to_dict(),
+            "history": [report.to_dict() for report in self.history],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes a state over. Raises: ValueError naming what does not fit; then nothing has changed."""
+        missing = {"model", "optimizer", "ema", "epoch", "steps_done", "running", "history"} - set(state)
+        if missing:
+            raise ValueError(f"state: lacks {', '.join(sorted(missing))}; it must come from HAMTrainer.state_dict()")
+        if (state["ema"] is None) != (self._ema is None):
+            ours, theirs = ("without", "with") if self._ema is None else ("with", "without")
+            raise ValueError(f"ema_decay: this trainer is {ours} a weight average, the state {theirs} one")
+        _check_fits("model", self.model, state["model"])
+        if self._ema is not None:
+            _check_fits("ema", self.ema_model, state["ema"])
+        running = None if state["running"] is None else RunningEpoch.from_dict(state["running"])
+        history = [EpochReport.from_dict(report) for report in state["history"]]
+        self.optimizer.load_state_dict(state["optimizer"])  # checks its groups before it changes anything
+        self.model.load_state_dict(state["model"])
+        if self._ema is not None:
+            self.ema_model.load_state_dict(state["ema"])
+        self.epoch, self.steps_done = state["epoch"], state["steps_done"]
+        self._running, self.history = running, history
+
+
+def _step(scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    with warnings.catch_warnings():
+        # An epoch resumed behind its last batch, or of batches without a hard row, has no optimizer.step before this.
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
+        scheduler.step()
+
+
+def _check_fits(name: str, model: nn.Module, state: dict[str, Tensor]) -> None:
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    other = {k: tuple(v.shape) for k, v in state.items()}
+    wrong = sorted(k for k in own.keys() | other.keys() if own.get(k) != other.get(k))
+    if wrong:
+        k = wrong[0]
+        raise ValueError(
+            f"state: {name} has another architecture than this trainer's ({len(wrong)} entries differ, the first is "
+            f"{k}: {other.get(k, 'missing')} for {own.get(k, 'none')})"
+        )
+
+
+def _rest_of_epoch(loader: Iterable, epoch: int, done: int) -> Iterator:
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(epoch)
+    if hasattr(loader, "set_position"):
+        loader.set_position(done)
+        return iter(loader)
+    return itertools.islice(loader, done, None)
 
 
 def _unpack(batch) -> tuple[Tensor, Tensor]:

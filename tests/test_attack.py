@@ -11,6 +11,8 @@ from torch import nn
 
 import ham_kernels as ham
 import ham_reference as reference
+from ham_kernels import engine
+from ham_kernels.attack import PGD, advance, begin, cw_gradient
 
 EPS = {"linf": (0.2, 0.05), "l2": (1.0, 0.25)}
 
@@ -151,3 +153,60 @@ def test_bf16_autocast_attacks_about_as_well(batch):
     full = ham.pgd_attack(model, x, y, eps=0.2, step_size=0.05, steps=10)
     clean, strong, weak = loss(model(x), y), loss(model(full), y), loss(model(x_adv), y)
     assert weak - clean > 0.8 * (strong - clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cw_gradient_is_that_of_the_margin(dtype):
+    """Against autograd, where the label is the largest logit, the smallest, or one among others."""
+    z, y = torch.randn(50, 7).to(dtype), torch.randint(0, 7, (50,))
+    z = (z + 1e-2 * torch.arange(7)).detach().requires_grad_()  # bf16 logits tie; float arithmetic parts them
+    is_label = nn.functional.one_hot(y, 7).bool()
+    margin = z.masked_fill(is_label, -torch.inf).amax(1) - z.gather(1, y[:, None])[:, 0]
+    (expected,) = torch.autograd.grad(margin.sum(), z)
+    others = z.masked_fill(is_label, -torch.inf)
+    alone = (others == others.amax(1, keepdim=True)).sum(1) == 1  # autograd shares the gradient among ties
+    assert alone.sum() > 25
+    assert torch.equal(cw_gradient(z.detach(), y)[alone], expected[alone])
+
+
+def test_cw_gradient_takes_one_of_tied_others():
+    z = torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 2.0]])
+    assert cw_gradient(z, torch.tensor([1, 0])).tolist() == [[1, -1, 0], [-1, 1, 0]]
+
+
+def test_cw_raises_the_margin_where_softmax_saturates(batch):
+    """Logits times 1e4: the cross entropy has no gradient left on rows that are right by far, the margin has."""
+    inner, (x, _) = small_cnn().eval(), batch
+    model = Broken(inner, lambda z: z * 1e4)
+    y = inner(x).argmax(1)
+    ends = {}
+    for loss in ("ce", "cw"):
+        pgd = PGD(0.1, 0.02, 5, random_start=False, loss=loss)
+        with engine.attack_mode(model):
+            active = begin(x, y, pgd, 0, 0)
+            advance(model, active, pgd.steps, pgd, engine.BatchGuard(x, y))
+        ends[loss] = active.x_adv
+    lead = {loss: torch.topk(inner(x_adv), 2).values @ torch.tensor([1.0, -1.0]) for loss, x_adv in ends.items()}
+    before = torch.topk(inner(x), 2).values @ torch.tensor([1.0, -1.0])
+    still = (ends["ce"] == x).flatten(1).all(1)
+    assert still.float().mean() > 0.5
+    assert torch.equal(lead["ce"][still], before[still])
+    assert (lead["cw"] < before).all()
+
+
+def test_observer_sees_the_logits_at_each_point(batch):
+    model, (x, y) = Counting(small_cnn().eval()), batch
+    pgd, seen = PGD(0.2, 0.05, 3), {}
+    with engine.attack_mode(model):
+        active = begin(x, y, pgd, 1, 0)
+        start = active.x_adv.clone()
+        advance(model, active, 3, pgd, engine.BatchGuard(x, y), on_logits=lambda k, z: seen.setdefault(k, z))
+        assert model.forward_rows == 3 * len(x)  # looking costs no forward
+        torch.testing.assert_close(seen[0], model(start))
+    assert list(seen) == [0, 1, 2]
+    assert not any(z.requires_grad for z in seen.values())
+
+
+def test_bad_loss():
+    with pytest.raises(ValueError, match="loss: got 'dlr'; allowed are 'ce', 'cw'"):
+        PGD(loss="dlr")

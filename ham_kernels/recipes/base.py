@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .. import _check
@@ -14,10 +15,11 @@ from ..ops import weighted_cross_entropy
 
 
 def weighted_ce(model: nn.Module, examples: Examples) -> Tensor:
-    """sum_i w_i * CE(f(x_adv_i), y_i) / n_hard."""
-    logits = model(examples.x_adv)
-    _check.model_output(logits, examples.n_hard)
-    return weighted_cross_entropy(logits, examples.y, examples.weights)
+    """sum_i w_i * CE(f(x_adv_i), y_i) / n_hard. Rows in `rest` pass through the model, and have no loss."""
+    x = examples.x_adv if examples.rest is None else torch.cat([examples.x_adv, examples.rest])
+    logits = model(x)
+    _check.model_output(logits, len(x))
+    return weighted_cross_entropy(logits[: examples.n_hard], examples.y, examples.weights)
 
 
 ALL_ROWS = Keep("all")

@@ -13,15 +13,21 @@ from .base import Recipe
 
 def ham(
     pgd: PGD, screen_steps: int = 3, lam: float = 1.0, *, early_drop: bool = True, reweight: bool = True,
-    rows: str = "hard",
+    rows: str = "hard", bn_rows: str = "hard",
 ) -> Recipe:  # fmt: skip
-    """HAM; without early_drop and reweight it is PGD-AT. rows="random" keeps as many random rows (ablation)."""
+    """HAM; without early_drop and reweight it is PGD-AT.
+
+    Ablations: rows="random" keeps as many random rows; bn_rows="all" passes the rows that left through the update's
+    forward too, as they left, so that BatchNorm normalises by the whole batch (3h of the cost model becomes 3).
+    """
     _check.flag("early_drop", early_drop)
     _check.flag("reweight", reweight)
     _check.choice("rows", rows, ("hard", "random"))
+    _check.choice("bn_rows", bn_rows, ("hard", "all"))
     _check.screening(pgd.steps, screen_steps)
     weigh = StepSizeWeights(lam)
-    return Recipe(pgd, Keep(rows, screen_steps) if early_drop else Keep("all"), weigh if reweight else None)
+    keep = Keep(rows, screen_steps, rest=bn_rows == "all") if early_drop else Keep("all")
+    return Recipe(pgd, keep, weigh if reweight else None)
 
 
 def ham_loss(

@@ -1,0 +1,168 @@
+"""Checkpoints that are whole or are not there: written aside, flushed, renamed; every byte under a checksum.
+
+A file is what torch.save writes (so torch.load reads it too), followed by the SHA-256 of all that precedes it. The
+digest stands in the comment that a zip archive may end with, so that one rename moves data and checksum together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import random
+import re
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_MARK = b"ham_kernels sha256:"
+_COMMENT_SIZE = len(_MARK) + 64
+_ZIP_END = b"PK\x05\x06"  # starts the last 22 bytes of a zip archive without a comment; the last 2 are its length
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is truncated, altered, or none at all. The message names the file."""
+
+
+def save(path: str | Path, state: dict[str, Any]) -> str:
+    """Writes `state` (tensors, numbers, strings, None, dicts, lists, tuples) so that `path` is old or new, never torn.
+
+    Returns: the SHA-256 of the file's content, as 64 hexadecimal digits.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    body = buffer.getbuffer()
+    if bytes(body[-22:-18]) != _ZIP_END:
+        raise RuntimeError("torch.save no longer ends with a zip record; the checksum has no place")
+    body[-2:] = _COMMENT_SIZE.to_bytes(2, "little")
+    digest = hashlib.sha256(body)
+    digest.update(_MARK)
+    write_atomically(path, body, _MARK, digest.hexdigest().encode())
+    return digest.hexdigest()
+
+
+def load(path: str | Path, map_location="cpu") -> dict[str, Any]:
+    """Reads a checkpoint after checking every byte.
+
+    Raises: FileNotFoundError; CheckpointError naming the file if it is truncated or altered.
+    """
+    data = Path(path).read_bytes()
+    checksum(data, path)
+    try:
+        return torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
+    except Exception as error:  # whatever a pickle of another version raises
+        raise CheckpointError(f"checkpoint {path} is intact but cannot be loaded: {error}") from error
+
+
+def checksum(data: bytes, path: str | Path) -> str:
+    """The verified SHA-256 of a checkpoint's bytes."""
+    body, mark, written = data[:-_COMMENT_SIZE], data[-_COMMENT_SIZE:-64], data[-64:]
+    if mark != _MARK:
+        raise CheckpointError(f"checkpoint {path} is truncated, or was not written by ham_kernels ({len(data)} bytes)")
+    found = hashlib.sha256(body)
+    found.update(mark)
+    if found.hexdigest().encode() != written:
+        raise CheckpointError(f"checkpoint {path} was altered: its SHA-256 does not match its content")
+    return found.hexdigest()
+
+
+def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
+    """After this returns, `path` holds the parts on the disk; if it does not return, it is as it was before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's 0600 would hide a run from its group
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
+        raise
+    _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in the folder outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Checkpoints:
+    """The resume points of one run, `step_XXXXXXXXXX.pt`, of which the newest `keep` stay."""
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        self.folder, self.keep = Path(folder), keep
+
+    def save(self, state: dict[str, Any], step: int) -> Path:
+        path = self.folder / f"step_{step:010d}.pt"
+        save(path, state)
+        for old in self.newest_first()[self.keep :]:
+            old.unlink(missing_ok=True)
+        for torn in self.folder.glob(".*.partial"):  # of a killed process
+            torn.unlink(missing_ok=True)
+        return path
+
+    def newest_first(self) -> list[Path]:
+        named = [p for p in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{10}\.pt", p.name)]
+        return sorted(named, reverse=True)
+
+    def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest intact checkpoint; each damaged one is named in a warning and set aside as `*.damaged`.
+
+        None when there is none at all. Raises: CheckpointError when there are some and none is intact.
+        """
+        found = self.newest_first()
+        damaged = []
+        for path in found:
+            try:
+                return path, load(path)
+            except FileNotFoundError:  # a run that goes on has just replaced it by a newer one
+                return self.load_newest()
+            except CheckpointError as error:
+                damaged.append(path.name)
+                os.replace(path, path.with_suffix(".damaged"))
+                warnings.warn(f"{error}; set aside, the one before it is used", stacklevel=2)
+        if damaged:
+            raise CheckpointError(f"checkpoint: none of {', '.join(damaged)} in {self.folder} is intact")
+        return None
+
+
+def random_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators, as `load` can read them back."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  (what a loader of the user may draw from)
+    version, words, gauss_next = random.getstate()
+    return {
+        "python": (version, list(words), gauss_next),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    version, words, gauss_next = states["python"]
+    random.setstate((version, tuple(words), gauss_next))
+    kind, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in states["cuda"]])

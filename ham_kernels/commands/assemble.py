@@ -1,0 +1,62 @@
+"""From settings to images, model, optimiser and trainer: the one place where names become objects."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .. import data, models
+from ..settings import TrainSettings, lr_factor
+from ..trainer import HAMTrainer
+
+
+def device_of(name: str) -> torch.device:
+    """ "auto": the GPU if there is one. Raises: ValueError for a device that torch does not have here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {name!r}; allowed are auto, cpu, cuda, cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {name!r}; allowed are auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ValueError(f"device: got {name!r}; torch finds {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def images_of(settings: TrainSettings) -> data.ImageSet | data.FileSet:
+    """The data set, cut to size, with its validation images set aside (the same ones for every seed)."""
+    d = settings.data
+    images = data.load(d.dataset, d.path, root=d.root, download=d.download, size=d.size)
+    train = None if d.train_images is None else d.train_images + d.val_images
+    images = images.subset(train, d.test_images)
+    n = images.counts["train"]
+    if d.val_images >= n:
+        raise ValueError(f"val_images: got {d.val_images}, but there are {n} training images to take them from")
+    return images.hold_out(d.val_images) if d.val_images else images
+
+
+def model_of(settings: TrainSettings, images: data.ImageSet | data.FileSet) -> nn.Module:
+    facts = data.SETS.get(settings.data.dataset) if settings.model.normalize else None
+    mean, std = (facts.mean, facts.std) if facts else (None, None)
+    torch.manual_seed(settings.run.seed)
+    return models.create(settings.model.name, len(images.classes), channels=images.channels, mean=mean, std=std)
+
+
+def loaders_of(settings: TrainSettings, images: data.ImageSet | data.FileSet, device: torch.device) -> data.Loaders:
+    d = settings.data
+    return data.loaders(
+        images, d.batch_size, seed=settings.run.seed, augment=d.augment, device=device, workers=d.workers
+    )
+
+
+def trainer_of(settings: TrainSettings, model: nn.Module, device: torch.device) -> HAMTrainer:
+    o = settings.optim
+    model = model.to(device)
+    optimizer = torch.optim.SGD(model.parameters(), o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+    return HAMTrainer(model, optimizer, device=device, **settings.trainer_options())
+
+
+def scheduler_of(settings: TrainSettings, trainer: HAMTrainer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda done: lr_factor(settings.optim, done + 1))

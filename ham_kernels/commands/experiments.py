@@ -1,0 +1,82 @@
+"""The experiments of `ham sweep`: which runs each is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..settings import TrainSettings
+
+GRID_SCREEN_STEPS = (1, 2, 3, 4, 5)
+GRID_LAM = (0.5, 1.0, 1.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep. The name is its folder, the same in every experiment that contains it."""
+
+    name: str
+    settings: TrainSettings
+
+
+def cells(experiment: str, base: TrainSettings, seeds: tuple[int, ...]) -> list[Cell]:
+    """The runs of an experiment, seed by seed, so that a sweep that is stopped has whole comparisons."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: got {seeds}; give at least one, and each once")
+    found: dict[str, Cell] = {}
+    for seed in seeds:
+        seeded = replace(base, run=replace(base.run, seed=seed, label=None))
+        for name, settings in _EXPERIMENTS[experiment](seeded):
+            name = f"{name}-seed{seed}"
+            found.setdefault(name, Cell(name, settings))
+    return list(found.values())
+
+
+def _method(base: TrainSettings, **changes) -> TrainSettings:
+    return replace(base, method=replace(base.method, **changes))
+
+
+def _ham(base: TrainSettings, **changes) -> tuple[str, TrainSettings]:
+    settings = _method(base, **{"name": "ham", **changes})
+    m = settings.method
+    return f"ham-M{m.screen_steps}-lam{m.lam:g}", settings
+
+
+def _baseline(base: TrainSettings) -> Iterator[tuple[str, TrainSettings]]:
+    yield "pgd_at", _method(base, name="pgd_at")
+
+
+def _paper_ham(base: TrainSettings) -> Iterator[tuple[str, TrainSettings]]:
+    yield _ham(base)
+
+
+def _grid(base: TrainSettings) -> Iterator[tuple[str, TrainSettings]]:
+    for screen_steps in GRID_SCREEN_STEPS:
+        for lam in GRID_LAM:
+            yield _ham(base, screen_steps=screen_steps, lam=lam)
+
+
+def _paper(base: TrainSettings) -> Iterator[tuple[str, TrainSettings]]:
+    yield from _baseline(base)
+    yield from _paper_ham(base)
+    yield from _grid(base)
+
+
+def _ablations(base: TrainSettings) -> Iterator[tuple[str, TrainSettings]]:
+    yield from _baseline(base)
+    name, ham = _ham(base)
+    yield name, ham
+    yield f"{name}-drop_only", _method(ham, reweight=False)
+    yield f"{name}-reweight_only", _method(ham, early_drop=False)
+    yield f"{name}-random_rows", _method(ham, rows="random")
+    yield f"{name}-frozen_bn", _method(ham, freeze_bn=True)
+    yield f"{name}-bn_of_all_rows", _method(ham, bn_rows="all")
+
+
+_EXPERIMENTS = {
+    "baseline": _baseline,
+    "ham": _paper_ham,
+    "grid": _grid,
+    "paper": _paper,
+    "ablations": _ablations,
+}

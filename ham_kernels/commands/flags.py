@@ -1,0 +1,138 @@
+"""Flags of the commands, made by tyro from the dataclasses that the Python functions take. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from ..presets import preset, rescaled
+from ..settings import EvaluateSettings, TrainSettings, from_toml, read_toml
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a classifier into a run folder. Every default is the preset of the data set, then of --config."""
+
+    out: Path | None = None
+    """Run folder (default: runs/DATASET-METHOD-seedN)."""
+    config: Path | None = None
+    """TOML file of settings, such as the config.toml of another run; flags override it."""
+    resume: Path | None = None
+    """Go on with this run, as its config.toml says; no other setting can be given then."""
+    quiet: bool = False
+    settings: TrainSettings = field(default_factory=TrainSettings)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Judge the weights of a run on images that it never saw."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    quiet: bool = False
+    settings: EvaluateSettings = field(default_factory=EvaluateSettings)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One HTML page, PNG figures, and tables in Markdown and LaTeX, from any number of runs."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Run folders, or folders of run folders such as a sweep's."""
+    out: Path = Path("report")
+    """Folder of the report."""
+    title: str | None = None
+    baseline: str | None = None
+    """Title of the method that the others are compared with (default: PGD-AT)."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """An experiment of many runs; what is finished is kept, so the same command goes on after a stop.
+
+    baseline: PGD-AT. ham: HAM with M and lambda of the preset. grid: M from 1 to 5 x lambda from 0.5 to 2.0.
+    ablations: early dropping alone, reweighting alone, random rows, and three kinds of BatchNorm while mining.
+    paper: the first three.
+    """
+
+    experiment: Annotated[Literal["baseline", "ham", "grid", "ablations", "paper"], tyro.conf.Positional]
+    out: Path | None = None
+    """Sweep folder (default: runs/sweep-DATASET, the same for all experiments)."""
+    config: Path | None = None
+    """TOML file of settings for every run."""
+    seeds: tuple[int, ...] = (0,)
+    attacks: tuple[str, ...] = ("clean", "pgd20")
+    """How each run is judged on the test set in the end."""
+    share_warmup: bool = True
+    """Train the epochs before start_epoch once per seed: they are the same PGD-AT in every run."""
+    settings: TrainSettings = field(default_factory=TrainSettings)
+    """Of every run; the experiment's own come on top."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on with a run from its newest intact checkpoint, with the settings of its config.toml."""
+
+    resume: Path
+    """Run folder."""
+    until_epoch: int | None = None
+    """Pause after this epoch."""
+    quiet: bool = False
+
+
+def parse_train(argv: list[str]) -> Train | Resume:
+    if _seen(argv, "--resume") is not None:
+        return _cli(Resume, argv, "ham train")
+    return _cli(Train, argv, "ham train", Train(settings=_base(argv)))
+
+
+def parse_evaluate(argv: list[str]) -> Evaluate:
+    return _cli(Evaluate, argv, "ham evaluate")
+
+
+def parse_report(argv: list[str]) -> Report:
+    return _cli(Report, argv, "ham report")
+
+
+def parse_sweep(argv: list[str]) -> Sweep:
+    return _cli(Sweep, argv, "ham sweep", Sweep(tyro.MISSING, settings=_base(argv)))
+
+
+def _base(argv: list[str]) -> TrainSettings:
+    """What the flags start from: the preset of the data set, then the TOML file, in as many epochs as asked for.
+
+    --epochs stretches the course of both, so that it keeps its shape; epochs in the file stretch the preset's.
+    """
+    config, epochs = _seen(argv, "--config"), _seen(argv, "--epochs")
+    told = {} if config is None else read_toml(config)
+    path = _seen(argv, "--path") or get(told, "data", "path")
+    dataset = _seen(argv, "--dataset") or get(told, "data", "dataset") or ("cifar10" if path else "digits")
+    base = preset(dataset)
+    if config is not None:
+        own_epochs = get(told, "optim", "epochs")
+        base = from_toml(config, rescaled(base, own_epochs) if type(own_epochs) is int else base)
+    return rescaled(base, int(epochs)) if epochs is not None and epochs.isdecimal() else base
+
+
+def get(sections: dict[str, Any], section: str, key: str) -> Any:
+    """A value of a TOML file that is not checked yet; None where it is missing."""
+    values = sections.get(section)
+    return values.get(key) if isinstance(values, dict) else None
+
+
+def _seen(argv: list[str], flag: str) -> str | None:
+    """The value that a flag has on the command line, before the flags as a whole are read."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument(flag, dest="value", nargs="?", const=None)
+    return early.parse_known_args(argv)[0].value
+
+
+def _cli(kind: type[T], argv: list[str], prog: str, default: T | None = None) -> T:
+    given = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,), **given)

@@ -1,0 +1,86 @@
+"""What a training run says while it runs: a bar on a terminal, one line per epoch elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from ..history import EpochReport, StepReport
+
+
+class TrainProgress:
+    """Epoch, loss, hard fraction, images/s, time left.
+
+    Args: epochs in all; batches of one epoch; done: batches done before this process; quiet: say nothing.
+    """
+
+    def __init__(self, epochs: int, batches: int, done: int = 0, *, quiet: bool = False):
+        self._epochs, self._batches, self._done = epochs, batches, done
+        self._quiet = quiet
+        self._started = time.perf_counter()
+        self._new = 0  # batches done by this process
+        self._images = 0
+        self._lines = not quiet and not sys.stderr.isatty()
+        self._bar = tqdm(
+            total=epochs * batches, initial=done, unit="batch", dynamic_ncols=True, smoothing=0.05,
+            disable=quiet or self._lines,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} < {remaining}{postfix}",
+        )  # fmt: skip
+
+    def batch(self, step: StepReport, epoch: int) -> None:
+        self._new += 1
+        self._images += step.n
+        if self._bar.disable:
+            return
+        rate = self._images / (time.perf_counter() - self._started)
+        self._bar.set_description_str(f"epoch {epoch}/{self._epochs}", refresh=False)
+        self._bar.set_postfix_str(
+            f"loss {step.loss:.3f}, hard {step.hard_fraction:.0%}, {rate:.0f} images/s", refresh=False
+        )
+        self._bar.update()
+
+    def epoch(self, report: EpochReport, best: bool) -> None:
+        if self._quiet:
+            return
+        line = f"epoch {report.epoch}/{self._epochs}  {epoch_line(report)}"
+        if self._lines:
+            print(f"{line}  left {duration(self._left())}{'  (best)' if best else ''}", flush=True)
+        else:
+            self._bar.write(f"{line}{'  (best)' if best else ''}")
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _left(self) -> float:
+        left = self._epochs * self._batches - self._done - self._new
+        return left * (time.perf_counter() - self._started) / max(self._new, 1)
+
+
+def epoch_line(report: EpochReport) -> str:
+    """One epoch in one line."""
+    parts = [
+        f"{report.phase:6}",
+        f"loss {report.loss:.3f}",
+        f"hard {report.hard_fraction:4.0%}",
+        f"{report.n / report.seconds:.0f} images/s" if report.seconds else "",
+    ]
+    if report.skipped:
+        parts.append(f"{report.skipped} batches without a hard row")
+    for name, judged in (("val", report.val), ("val ema", report.val_ema)):
+        if judged:
+            parts.append(
+                f"{name} "
+                + ", ".join(
+                    f"{attack} {100 * r.accuracy:.1f}"
+                    + ("" if attack == "clean" else f" (worst {100 * r.worst_class:.1f})")
+                    for attack, r in judged.items()
+                )
+            )
+    return "  ".join(p for p in parts if p)
+
+
+def duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

@@ -1,0 +1,62 @@
+"""Ending well: SIGINT and SIGTERM are noted, and obeyed where nothing is half done."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator
+from types import FrameType
+
+
+class Stopped(Exception):
+    """A signal asked the process to end. `code` is the exit status that shells expect."""
+
+    def __init__(self, number: int):
+        self.number = signal.Signals(number)
+        self.code = 128 + number
+        super().__init__(f"stopped by {self.number.name}")
+
+
+class StopRequest:
+    """Within `with`, SIGINT and SIGTERM set a flag that `check` turns into Stopped. A second one acts at once."""
+
+    def __init__(self):
+        self.number: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: signals are somebody else's
+                break
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._restore()
+
+    def check(self) -> None:
+        if self.number is not None:
+            raise Stopped(self.number)
+
+    def watch(self, loader: Iterable) -> Iterable:
+        """The loader, checked before each batch."""
+        return _Watched(loader, self)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+class _Watched:
+    def __init__(self, loader: Iterable, stop: StopRequest):
+        self._loader, self._stop = loader, stop
+
+    def __iter__(self) -> Iterator:
+        for batch in self._loader:
+            self._stop.check()
+            yield batch

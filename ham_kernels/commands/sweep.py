@@ -1,0 +1,144 @@
+"""`ham sweep`: an experiment run by run, each in a process of its own, so that a failed one takes no other along."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from .. import report
+from ..runs import RunFolder
+from ..settings import TrainSettings
+from .experiments import Cell, cells
+from .flags import Sweep
+from .progress import duration
+from .signals import StopRequest
+
+
+def sweep(wanted: Sweep) -> int:
+    """Trains and judges what is missing of an experiment, then writes its report.
+
+    Finished runs are kept, stopped ones go on, failed ones are tried again. Runs of one seed share their warm-up,
+    which is the same PGD-AT in all of them: it is trained once, and its time counts in each.
+    Returns: 0, or 1 where a run failed. Raises: Stopped after a signal; ValueError naming the setting.
+    """
+    wanted.settings.check()
+    folder = wanted.out or Path("runs") / f"sweep-{_source(wanted.settings)}"
+    plan = cells(wanted.experiment, wanted.settings, wanted.seeds)
+    for cell in plan:
+        _check_unchanged(folder / cell.name, cell.settings)
+    print(f"{folder}: {wanted.experiment}, {len(plan)} runs", flush=True)
+    failed = []
+    with StopRequest() as stop:
+        worker = _Worker(folder, wanted, stop)
+        for i, cell in enumerate(plan, 1):
+            stop.check()
+            start = time.monotonic()
+            problem = worker.bring_to_end(cell)
+            took = duration(time.monotonic() - start)
+            print(f"[{i}/{len(plan)}] {cell.name}: {problem or _summary(folder / cell.name)}  ({took})", flush=True)
+            if problem:
+                failed.append({"run": cell.name, "problem": problem})
+    _write_outcome(folder, wanted.experiment, plan, failed)
+    there = [p.parent for p in sorted(folder.glob("*/config.toml")) if not p.parent.name.startswith("warmup-")]
+    page = report.build(there, folder / "report", title=f"{wanted.experiment}: {_source(wanted.settings)}")
+    print(f"written: {page}" + (f"; {len(failed)} of {len(plan)} runs failed" if failed else ""))
+    return 1 if failed else 0
+
+
+class _Worker:
+    def __init__(self, folder: Path, wanted: Sweep, stop: StopRequest):
+        self.folder, self.wanted, self.stop = folder, wanted, stop
+
+    def bring_to_end(self, cell: Cell) -> str:
+        """Trains and judges one run as far as that is not done yet. Returns what went wrong, or nothing."""
+        path = self.folder / cell.name
+        try:
+            if not (path / "config.toml").exists():
+                cell.settings.check()
+                self._begin(path, cell.settings)
+            if RunFolder.open(path).status()["state"] != "finished":
+                self._run(path, "train", "--resume", str(path), "--quiet")
+            self._run(path, "evaluate", str(path), "--attacks", *self.wanted.attacks, "--no-masking", "--quiet")
+        except (OSError, ValueError, RuntimeError) as error:
+            RunFolder(path).mark_failed(str(error))
+            return f"FAILED: {error}"
+        return ""
+
+    def _begin(self, path: Path, settings: TrainSettings) -> None:
+        """A new run, behind the warm-up where that can be shared."""
+        epochs = settings.method.start_epoch - 1
+        if self.wanted.share_warmup and 0 < epochs < settings.optim.epochs:
+            warm_up = self._warm_up(settings, epochs)
+            aside = path.with_name(f".{path.name}.partial")
+            shutil.rmtree(aside, ignore_errors=True)
+            shutil.copytree(warm_up / "checkpoints", aside / "checkpoints")
+            RunFolder.create(aside, settings)
+            aside.replace(path)
+        else:
+            RunFolder.create(path, settings)
+
+    def _warm_up(self, settings: TrainSettings, epochs: int) -> Path:
+        """The run that the others of this seed start from: PGD-AT up to start_epoch."""
+        plain = replace(settings, method=replace(settings.method, name="pgd_at"))
+        path = self.folder / f"warmup-seed{settings.run.seed}"
+        if not (path / "config.toml").exists():
+            RunFolder.create(path, plain)
+        self._run(path, "train", "--resume", str(path), "--until-epoch", str(epochs), "--quiet")
+        return path
+
+    def _run(self, path: Path, *arguments: str) -> None:
+        """`ham ...` in a process; what it says goes to the run's log. Raises: RuntimeError with its last line."""
+        path.mkdir(parents=True, exist_ok=True)
+        with (path / "log.txt").open("a+b") as log:
+            began = log.seek(0, 2)
+            process = subprocess.Popen([sys.executable, "-m", "ham_kernels", *arguments], stdout=log, stderr=log)
+            try:
+                code = self._wait(process)
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+            log.seek(began)
+            said = log.read().decode(errors="replace").strip().splitlines()
+        self.stop.check()
+        if code:
+            raise RuntimeError(f"`ham {arguments[0]}` ended with {code}: {said[-1] if said else 'it said nothing'}")
+
+    def _wait(self, process: subprocess.Popen) -> int:
+        """Its exit status; a signal to the sweep is passed on, and waited for."""
+        while True:
+            try:
+                return process.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                if self.stop.number is not None:
+                    process.terminate()
+                    return process.wait()
+
+
+def _check_unchanged(path: Path, settings: TrainSettings) -> None:
+    if (path / "config.toml").exists() and RunFolder.open(path).settings() != settings:
+        raise ValueError(f"out: {path} was begun with other settings; give another --out, or remove it")
+
+
+def _write_outcome(folder: Path, experiment: str, plan: list[Cell], failed: list[dict]) -> None:
+    broken = {f["run"] for f in failed}
+    runs = {cell.name: "failed" if cell.name in broken else "finished" for cell in plan}
+    RunFolder(folder).write_json("sweep.json", {"experiment": experiment, "runs": runs, "failed": failed})
+
+
+def _summary(path: Path) -> str:
+    """Worst class and average under the strongest attack judged."""
+    settings = RunFolder.open(path).settings()
+    kind = "last" if settings.run.ema_decay is None else "ema"
+    attacks = json.loads((path / "evaluation" / f"{kind}.json").read_text())["attacks"]
+    name, worst = min(attacks.items(), key=lambda item: item[1]["accuracy"]["value"])
+    return f"{name} {100 * worst['accuracy']['value']:.1f} %, worst class {100 * worst['worst_class']['value']:.1f} %"
+
+
+def _source(settings: TrainSettings) -> str:
+    return Path(settings.data.path).name.split(".")[0] if settings.data.path else settings.data.dataset

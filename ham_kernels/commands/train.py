@@ -1,0 +1,213 @@
+"""`ham train`: one run in its folder, which can be killed at any moment and goes on where it was."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+
+from .. import _check, checkpoint
+from ..history import EpochReport, StepReport
+from ..runs import RunFolder, metrics_of
+from ..settings import TrainSettings
+from ..trainer import HAMTrainer
+from .assemble import device_of, images_of, loaders_of, model_of, scheduler_of, trainer_of
+from .progress import TrainProgress, duration
+from .signals import Stopped, StopRequest
+
+
+def train(settings: TrainSettings, out: str | Path, *, quiet: bool = False) -> HAMTrainer:
+    """Trains a new run in the folder `out` and returns the trainer.
+
+    SIGINT or SIGTERM end it after the batch at hand, with a checkpoint; `resume(out)` goes on, also after a kill.
+    Raises: FileExistsError if there is a run in `out`; ValueError, TypeError, FileNotFoundError naming the setting,
+        before anything is written; Stopped after a signal.
+    """
+    settings.check()
+    if (Path(out) / "config.toml").exists():
+        RunFolder.create(out, settings)  # raises
+    job = _Job(settings)
+    return job.work_in(RunFolder.create(out, settings), quiet)
+
+
+def resume(out: str | Path, *, until_epoch: int | None = None, quiet: bool = False) -> HAMTrainer:
+    """Goes on with the run in `out` from its newest intact checkpoint, on a CPU to the same final weights, bit by bit.
+
+    A run that is finished, or done up to `until_epoch`, is returned as it is.
+    Raises: as `train` does; CheckpointError if no checkpoint is intact.
+    """
+    if until_epoch is not None:
+        _check.integer("until_epoch", until_epoch, 1)
+    run = RunFolder.open(out)
+    return _Job(run.settings()).work_in(run, quiet, until_epoch)
+
+
+def free_folder(settings: TrainSettings) -> Path:
+    """runs/DATASET-METHOD-seedN, or the first of -2, -3, ... that is free."""
+    source = Path(settings.data.path).name.split(".")[0] if settings.data.path else settings.data.dataset
+    stem = f"{source}-{settings.method.name}-seed{settings.run.seed}"
+    names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+    return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
+
+
+class _Paused(Exception):
+    """The epoch to pause after is done."""
+
+
+class _Job:
+    """Everything a run is made of."""
+
+    def __init__(self, settings: TrainSettings):
+        self.settings = settings
+        device = device_of(settings.run.device)
+        images = images_of(settings)
+        self.trainer = trainer_of(settings, model_of(settings, images), device)
+        self.scheduler = scheduler_of(settings, self.trainer)
+        self.loaders = loaders_of(settings, images, device)
+        self.stop = StopRequest()
+        self.best: dict[str, float] = {}
+
+    def work_in(self, run: RunFolder, quiet: bool, until_epoch: int | None = None) -> HAMTrainer:
+        with run.alone(), self.stop:
+            return self._work_in(run, quiet, until_epoch)
+
+    def _work_in(self, run: RunFolder, quiet: bool, until_epoch: int | None) -> HAMTrainer:
+        self.run = run
+        found = run.checkpoints.load_newest()
+        if found is not None:
+            self._take_over(found[1])
+        trainer, epochs = self.trainer, self.settings.optim.epochs
+        run.write_metrics(trainer.history, self.settings)
+        self.until = min(epochs, until_epoch or epochs)
+        if trainer.epoch >= self.until:
+            run.set_status("finished" if trainer.epoch >= epochs else "interrupted", trainer.epoch, epochs)
+            return trainer
+        if not quiet:
+            self._say_what(found is not None)
+        run.begin_session(trainer.position[0])
+        run.set_status("running", trainer.epoch, epochs)
+        batches = len(self.loaders.train)
+        self.progress = TrainProgress(epochs, batches, trainer.epoch * batches + trainer.position[1], quiet=quiet)
+        self.board = _tensorboard(run.path / "tensorboard", trainer.position[0])
+        self._saved_at = time.monotonic()
+        try:
+            self._fit(epochs)
+        except _Paused:
+            run.set_status("interrupted", trainer.epoch, epochs, "paused as asked")
+            return trainer
+        except BaseException as error:
+            state = "interrupted" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
+            run.set_status(state, trainer.epoch, epochs, f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            run.end_session()
+            self.progress.close()
+            if self.board is not None:
+                self.board.close()
+        run.set_status("finished", epochs, epochs)
+        if not quiet:
+            seconds = sum(report.seconds for report in trainer.history)
+            print(f"finished in {duration(seconds)} of training; judge it with `ham evaluate {run.path}`")
+        return trainer
+
+    def _fit(self, epochs: int) -> None:
+        val = self.loaders.val
+        try:
+            self.stop.check()
+            self.trainer.fit(
+                self.loaders.train, epochs, None if val is None else self.stop.watch(val),
+                scheduler=self.scheduler, on_epoch_end=self._epoch_end, on_batch_end=self._batch_end,
+                val_attacks=("clean", self.settings.run.val_attack),
+            )  # fmt: skip
+        except Stopped:
+            self._save()
+            raise
+
+    # ------------------------------------------------------------ callbacks
+    def _batch_end(self, step: StepReport) -> None:
+        self.progress.batch(step, self.trainer.position[0])
+        self.stop.check()
+        if time.monotonic() - self._saved_at >= 60 * self.settings.run.checkpoint_minutes:
+            self._save()
+
+    def _epoch_end(self, report: EpochReport) -> None:
+        best = self._keep_best(report)
+        self.run.write_metrics(self.trainer.history, self.settings)
+        if self.board is not None:
+            _log(self.board, metrics_of(report, self.settings))
+        self._save()
+        self.run.set_status("running", self.trainer.epoch, self.settings.optim.epochs)
+        self.progress.epoch(report, best)
+        if self.trainer.epoch < self.settings.optim.epochs:
+            self.stop.check()
+            if self.trainer.epoch >= self.until:
+                raise _Paused
+
+    def _keep_best(self, report: EpochReport) -> bool:
+        """Writes best.pt and best_ema.pt where validation says so; the earlier of two equal epochs stays."""
+        improved = False
+        models = {"best": (self.trainer.model, report.val), "best_ema": (self.trainer.ema_model, report.val_ema)}
+        for weights, (model, judged) in models.items():
+            if judged is not None and self._score(judged) > self.best.get(weights, -1.0):
+                self.best[weights] = self._score(judged)
+                state = {"model": model.state_dict(), "epoch": report.epoch, "score": self.best[weights]}
+                self.run.save_best(weights, state)
+                improved = True
+        return improved
+
+    def _score(self, judged: dict) -> float:
+        result = judged[self.settings.run.val_attack]
+        return result.accuracy if self.settings.run.best_by == "robust" else result.worst_class
+
+    # ------------------------------------------------------------ state
+    def _save(self) -> None:
+        state = {
+            "trainer": self.trainer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "random": checkpoint.random_states(),
+            "best": dict(self.best),
+        }
+        self.run.checkpoints.save(state, self.trainer.steps_done)
+        self._saved_at = time.monotonic()
+
+    def _take_over(self, state: dict) -> None:
+        self.trainer.load_state_dict(state["trainer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        checkpoint.set_random_states(state["random"])
+        self.best = dict(state["best"])
+
+    def _say_what(self, resumed: bool) -> None:
+        s, trainer = self.settings, self.trainer
+        m = s.method
+        mining = f"HAM (M {m.screen_steps}, λ {m.lam:g}, from epoch {m.start_epoch})"
+        millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+        print(
+            f"{self.run.path}: {s.data.path or s.data.dataset}, {s.model.name} ({millions:.2f} M parameters), "
+            f"{'PGD-AT' if m.name == 'pgd_at' else mining}"
+        )
+        print(
+            f"eps {s.attack.eps:g}, step {s.attack.step_size:g}, K {s.attack.steps}, {s.attack.norm}; {s.optim.epochs} "
+            f"epochs of {len(self.loaders.train)} batches on {trainer.device}, {s.run.precision}, seed {s.run.seed}"
+        )
+        if resumed:
+            epoch, batches = trainer.position
+            print(f"goes on in epoch {epoch} after {batches} batches")
+
+
+def _tensorboard(folder: Path, first_epoch: int):
+    """A writer of events, or None where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=first_epoch)
+
+
+def _log(board, line: dict) -> None:
+    for key in ("loss", "hard_fraction", "images_per_s", "lr", "seconds"):
+        if line[key] is not None:
+            board.add_scalar(key, line[key], line["epoch"])
+    for name in ("val", "val_ema"):
+        for attack, judged in (line[name] or {}).items():
+            for key in ("accuracy", "worst_class", "std"):
+                board.add_scalar(f"{name}/{attack}/{key}", judged[key], line["epoch"])

@@ -1,0 +1,64 @@
+"""Data sets and batches of them: images in [0, 1] on the training device, the same for the same seed and epoch.
+
+    images = data.load("cifar10").hold_out(1000)
+    train, val, test = data.loaders(images, 128, augment="crop+flip", device="cuda")
+
+Names load on first use, so that `from ham_kernels.data.facts import SETS` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .batches import Batches
+    from .facts import SETS, SetFacts
+    from .feeding import Loaders, loaders, part_loader
+    from .files import FileBatches
+    from .folders import class_folders
+    from .named import digits
+    from .sets import FileSet, ImageSet
+    from .sources import load
+
+_HOMES = {
+    "Batches": "batches",
+    "FileBatches": "files",
+    "FileSet": "sets",
+    "ImageSet": "sets",
+    "Loaders": "feeding",
+    "SETS": "facts",
+    "SetFacts": "facts",
+    "class_folders": "folders",
+    "digits": "named",
+    "load": "sources",
+    "loaders": "feeding",
+    "part_loader": "feeding",
+}
+
+__all__ = [
+    "SETS",
+    "Batches",
+    "FileBatches",
+    "FileSet",
+    "ImageSet",
+    "Loaders",
+    "SetFacts",
+    "class_folders",
+    "digits",
+    "load",
+    "loaders",
+    "part_loader",
+]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

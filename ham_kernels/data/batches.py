@@ -1,0 +1,129 @@
+"""Batches of a data set in memory, shuffled, cropped and flipped on the training device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import _check
+from .facts import AUGMENTATIONS
+
+PAD = 4  # pixels of zeros around an image that is cropped
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One seed of 32 bits (torch's CPU generator reads no more) out of several numbers below 2^64."""
+    words = [word for number in numbers for word in divmod(number, 2**32)]  # (2^32, 0) and (0, 1) must not look alike
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """The CPU generator that an epoch's order (and in memory its augmentation) is drawn from."""
+    return torch.Generator().manual_seed(mixed_seed(seed, epoch))
+
+
+class EpochLoader:
+    """The epoch and the position of a loader. Batches hold rows b * batch_size and following; none are dropped."""
+
+    def __init__(self, rows: int, batch_size: int, seed: int):
+        if rows == 0:
+            raise ValueError("images: there are none in this part; it must have at least one")
+        self.rows = rows
+        self.batch_size = _check.integer("batch_size", batch_size, 1)
+        self.seed = _check.integer("seed", seed, 0, 2**63 - 1)
+        self.epoch = 0
+        self._position = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration gives."""
+        self.epoch = _check.integer("epoch", epoch, 0)
+
+    def set_position(self, batches: int) -> None:
+        """The next iteration (only that one) starts after so many batches of its epoch, without making them."""
+        self._position = _check.integer("batches", batches, 0, len(self))
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        first, self._position = self._position, 0
+        return self._batches(first, self.epoch)
+
+    def _batches(self, first: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        raise NotImplementedError
+
+
+class Batches(EpochLoader):
+    """Batches (x float32 (b, C, H, W) in [0, 1], y int64 (b,)) of images in memory, made on `device`.
+
+    Order, windows and flips of epoch e are drawn at its start for all rows, on the CPU, from (seed, e) only, and
+    moved to the device once: the same numbers whatever the device and wherever an iteration starts.
+
+    Args:
+        x: uint8 (n, C, H, W).  y: (n,) int64.  Both are moved to `device`.
+        batch_size: rows of each batch; the last one may have fewer.
+        shuffle: a new order each epoch.
+        augment: "none"; "crop": a random H x W window of the image with 4 pixels of zeros around; "crop+flip": and
+            mirrored left to right with probability 1/2.
+        seed: >= 0.
+    """
+
+    def __init__(
+        self, x: Tensor, y: Tensor, batch_size: int, *, shuffle: bool, augment: str = "none", seed: int = 0,
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        super().__init__(len(x), batch_size, seed)
+        self.shuffle = _check.flag("shuffle", shuffle)
+        self.augment = _check.choice("augment", augment, AUGMENTATIONS)
+        self.device = torch.device(device)
+        self._x, self._y = x.to(self.device), y.to(self.device)
+        # a tensor: divided by a number, a GPU multiplies by its inverse, which rounds differently
+        self._white = torch.tensor(255.0, device=self.device)
+        self._windows = None if augment == "none" else _Windows(x.shape, min(batch_size, len(x)), self.device)
+
+    def _batches(self, first: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order, top, left, step = self._draws(epoch)
+        for start in range(first * self.batch_size, self.rows, self.batch_size):
+            here = slice(start, start + self.batch_size)
+            if self.shuffle:
+                x, y = self._x.index_select(0, order[here]), self._y.index_select(0, order[here])
+            else:
+                x, y = self._x[here], self._y[here]
+            if self._windows is not None:
+                x = self._windows.read(x, top[here], left[here], step[here])
+            yield torch.div(x, self._white), y
+
+    def _draws(self, epoch: int) -> Tensor:
+        """(4, n) int64: order; and by position in it the window's top line, its first column, and the step from a
+        column to the next: 1, or -1 where the window is read from right to left."""
+        generator, n, width = epoch_generator(self.seed, epoch), self.rows, self._x.shape[3]
+        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        top, left = torch.randint(0, 2 * PAD + 1, (2, n), generator=generator)
+        mirrored = torch.randint(0, 2, (n,), generator=generator)
+        if self.augment != "crop+flip":
+            mirrored = torch.zeros_like(mirrored)
+        return torch.stack([order, top, left + (width - 1) * mirrored, 1 - 2 * mirrored]).to(self.device)
+
+
+class _Windows:
+    """Windows of padded images, in bytes: whole lines are gathered first, then columns within them."""
+
+    def __init__(self, shape: torch.Size, batch_size: int, device: torch.device):
+        _, self.channels, self.height, self.width = shape
+        planes = torch.arange(batch_size * self.channels, device=device).view(batch_size, self.channels, 1)
+        self._lines = planes * (self.height + 2 * PAD) + torch.arange(self.height, device=device)
+        self._columns = torch.arange(self.width, device=device)
+
+    def read(self, x: Tensor, top: Tensor, left: Tensor, step: Tensor) -> Tensor:
+        """x uint8 (b, C, H, W) -> the same shape; top, left, step (b,) as Batches draws them."""
+        b = len(x)
+        padded = F.pad(x, (PAD,) * 4).view(-1, self.width + 2 * PAD)
+        lines = padded.index_select(0, (self._lines[:b] + top.view(-1, 1, 1)).view(-1))
+        columns = torch.addcmul(left.view(-1, 1, 1), step.view(-1, 1, 1), self._columns)
+        lines = lines.view(b, self.channels * self.height, -1)
+        windows = lines.gather(2, columns.expand(-1, self.channels * self.height, -1))
+        return windows.view(b, self.channels, self.height, self.width)

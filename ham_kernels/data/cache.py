@@ -1,0 +1,92 @@
+"""Decoded images kept on disk: decoding 60 000 files takes 15 seconds to a minute, reading them back less than one.
+
+A cache file is named after its source, a hash of where that lies and how it is resized, and a hash of what it holds
+(sizes and modification times), so a changed source gets a new file, and the old one goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+import warnings
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .sets import ImageSet
+
+VERSION = 1  # of what a file holds, and of how class folders are read and resized
+
+
+def cached(folder: Path | None, source: Path, size: int | None, state: list, build: Callable[[], ImageSet]) -> ImageSet:
+    """What `build` gives, from the cache file where there is one, and kept there where there was none.
+
+    Args:
+        folder: of the cache files; None switches caching off.
+        source, size: what is decoded, and the size it is resized to.
+        state: what changes when the source does: numbers and strings.
+    A file that cannot be read or does not hold what was written is reported with one warning and written anew.
+    """
+    if folder is None:
+        return build()
+    where = _digest([VERSION, str(source.resolve()), size])
+    file = folder / f"{source.name[:60]}-{where[:12]}-{_digest(state)[:20]}.pt"
+    images = _read(file) if file.exists() else None
+    if images is None:
+        images = build()
+        _write(file, images)
+        for old in folder.glob(f"*-{where[:12]}-*.pt"):
+            if old != file:
+                old.unlink(missing_ok=True)
+    return images
+
+
+def _digest(value: list) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _read(file: Path) -> ImageSet | None:
+    try:
+        held = torch.load(file, weights_only=True)
+        fields = {name: t for name, t in held.items() if isinstance(t, Tensor)}
+        if {name: _checksum(t) for name, t in fields.items()} != held["checksums"]:
+            raise ValueError("its checksums do not match")
+        return ImageSet(held["name"], tuple(held["classes"]), **fields)
+    except Exception as error:  # a damaged file can raise anything; whatever it is, the source is there
+        reason = str(error).split("\n")[0]
+        warnings.warn(f"cache: {file} is damaged ({type(error).__name__}: {reason}); writing it anew", stacklevel=2)
+        return None
+
+
+def _write(file: Path, images: ImageSet) -> None:
+    """Whole or not at all: readers never see a part, and a power cut leaves the old state or the new one."""
+    tensors = {f"{kind}_{part}": getattr(images, f"{kind}_{part}") for part in images.counts for kind in "xy"}
+    held = {
+        "name": images.name,
+        "classes": list(images.classes),
+        "checksums": {name: _checksum(t) for name, t in tensors.items()},
+        **tensors,
+    }
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as out:
+            torch.save(held, out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    except (OSError, RuntimeError) as error:  # a full or read-only disk; the images are there all the same
+        warnings.warn(f"cache: {file} could not be written ({error}); the next start decodes again", stacklevel=2)
+    finally:
+        with suppress(OSError):  # gone where all went well, and not to be had where the folder is not
+            temporary.unlink()
+
+
+def _checksum(t: Tensor) -> int:
+    return zlib.crc32(t.contiguous().numpy())

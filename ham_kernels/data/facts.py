@@ -1,0 +1,45 @@
+"""What is known about each data set by name, in one table. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+AUGMENTATIONS = ("none", "crop", "crop+flip")
+
+
+@dataclass(frozen=True)
+class SetFacts:
+    """A data set: what a model has to fit, and how the field trains on it.
+
+    Attributes:
+        title: as papers write it.
+        classes, channels: how many.
+        size: height and width in pixels of what a model sees. Where `in_memory` is False the files differ in size
+            and are cropped to this by default.
+        augment: of training images: "none", "crop" (zero padding of 4; in files a random resized crop), "crop+flip"
+            (and a horizontal flip).
+        mean, std: per channel, of images in [0, 1], where the paper normalises; None where it does not.
+        in_memory: whether `load` gives an ImageSet (uint8 tensors) or a FileSet.
+    """
+
+    title: str
+    classes: int
+    channels: int
+    size: int
+    augment: str
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    in_memory: bool = True
+
+
+SETS: dict[str, SetFacts] = {
+    "digits": SetFacts("Digits", 10, 1, 8, "none"),
+    "cifar10": SetFacts(
+        "CIFAR-10", 10, 3, 32, "crop+flip", mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616)
+    ),
+    "cifar100": SetFacts("CIFAR-100", 100, 3, 32, "crop+flip"),
+    "svhn": SetFacts("SVHN", 10, 3, 32, "crop"),  # a mirrored 2 or 5 is no digit
+    "fashion_mnist": SetFacts("Fashion-MNIST", 10, 1, 28, "crop+flip"),
+    "imagenette": SetFacts("Imagenette", 10, 3, 224, "crop+flip", in_memory=False),
+    "imagenette32": SetFacts("Imagenette 32x32", 10, 3, 32, "crop+flip"),
+}

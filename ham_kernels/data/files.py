@@ -1,0 +1,135 @@
+"""Batches of image files of any size, decoded by worker processes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .. import _check
+from .batches import EpochLoader, epoch_generator, mixed_seed
+from .facts import AUGMENTATIONS
+
+# shorter side before the centre crop, as torchvision's references do it: 256 for 224
+RESIZE = 256 / 224
+
+
+class FileBatches(EpochLoader):
+    """Batches (x float32 (b, 3, size, size) in [0, 1], y int64 (b,)) of image files, on `device`.
+
+    The order of epoch e comes from (seed, e), the crop and flip of an image from (seed, e, its row in `files`): the
+    same numbers whatever the number of workers, the device and the batch that an iteration starts at.
+
+    Args:
+        files: paths.  y: (n,) int64.
+        batch_size: rows of each batch; the last one may have fewer.
+        shuffle: a new order each epoch.
+        augment: "none": resized to size * 256/224 at the shorter side, centre crop. "crop": torchvision's
+            RandomResizedCrop. "crop+flip": and RandomHorizontalFlip.
+        size: height and width of x.
+        seed: >= 0.
+        workers: processes that decode; 0 decodes in this one. They live for one iteration.
+    Raises: ValueError naming the file that is no readable image, when its batch is due.
+    """
+
+    def __init__(
+        self, files: Sequence[str], y: Tensor, batch_size: int, *, shuffle: bool, augment: str = "none",
+        size: int = 224, seed: int = 0, device: torch.device | str = "cpu", workers: int = 0,
+    ):  # fmt: skip
+        super().__init__(len(files), batch_size, seed)
+        _check.choice("augment", augment, AUGMENTATIONS)
+        self.shuffle = _check.flag("shuffle", shuffle)
+        self.workers = _check.integer("workers", workers, 0)
+        self.device = torch.device(device)
+        self._decoder = _Decoder(list(files), y, augment, _check.integer("size", size, 1), seed)
+        self._white = torch.tensor(255.0, device=self.device)
+
+    def _batches(self, first: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = epoch_generator(self.seed, epoch)
+        order = torch.randperm(self.rows, generator=generator) if self.shuffle else torch.arange(self.rows)
+        loader = DataLoader(
+            _EpochOfBatches(self._decoder, epoch, order, self.batch_size),
+            batch_size=None,  # an item is a batch already
+            sampler=range(first, len(self)),
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=generator,  # or it would draw from torch's global one
+        )
+        for batch in loader:
+            if isinstance(batch, _Unreadable):  # raised in a worker it would arrive behind the worker's traceback
+                raise ValueError(batch.message)
+            x, y = (t.to(self.device, non_blocking=True) for t in batch)
+            yield torch.div(x, self._white), y
+
+
+@dataclass
+class _Unreadable:
+    message: str
+
+
+@dataclass
+class _EpochOfBatches(Dataset):
+    """Item b is batch b of one epoch, as uint8. It travels to the workers."""
+
+    decoder: _Decoder
+    epoch: int
+    order: Tensor
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.batch_size)
+
+    def __getitem__(self, b: int) -> tuple[Tensor, Tensor] | _Unreadable:
+        rows = self.order[b * self.batch_size : (b + 1) * self.batch_size]
+        try:
+            x = torch.stack([self.decoder.image(row, self.epoch) for row in rows.tolist()])
+        except ValueError as error:
+            return _Unreadable(str(error))
+        return x, self.decoder.y[rows]
+
+
+class _Decoder:
+    """Row and epoch -> one image, uint8 (3, size, size)."""
+
+    def __init__(self, files: list[str], y: Tensor, augment: str, size: int, seed: int):
+        from torchvision.transforms import v2  # imported here: data sets in memory do without torchvision
+
+        self.files, self.y, self.seed = files, y, seed
+        self.random = augment != "none"
+        steps = [v2.RandomResizedCrop(size)] if self.random else [v2.Resize(round(size * RESIZE)), v2.CenterCrop(size)]
+        if augment == "crop+flip":
+            steps.append(v2.RandomHorizontalFlip())
+        self.transform = v2.Compose([*steps, v2.PILToTensor()])
+
+    def image(self, row: int, epoch: int) -> Tensor:
+        image = open_image(self.files[row])
+        if not self.random:
+            return self.transform(image)
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
+            torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, row))
+            return self.transform(image)
+
+
+def open_image(file, data: bytes | None = None):
+    """A file (or its bytes) as an RGB PIL image. ValueError naming the file where it is none."""
+    from PIL import Image
+
+    try:
+        return Image.open(file if data is None else io.BytesIO(data)).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"path: {file} is not a readable image ({error})") from error
+
+
+def decode(file, data: bytes | None = None, size: int | None = None) -> Tensor:
+    """A file (or its bytes) as uint8 (3, H, W), resized to size x size where one is given."""
+    image = open_image(file, data)
+    if size is not None and image.size != (size, size):
+        from PIL import Image
+
+        image = image.resize((size, size), Image.Resampling.BILINEAR)  # PIL's is antialiased
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

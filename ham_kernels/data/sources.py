@@ -1,0 +1,43 @@
+"""One way in: a data set by name, or class folders by path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import _check
+from .facts import SETS
+from .folders import class_folders
+from .named import digits, from_torchvision, is_files
+from .sets import FileSet, ImageSet
+
+
+def load(
+    dataset: str, path: str | Path | None = None, *, root: str | Path = "data", download: bool = True,
+    size: int | None = None, cache: bool = True,
+) -> ImageSet | FileSet:  # fmt: skip
+    """A data set by name, or a folder or tar of class folders.
+
+    Args:
+        dataset: one of `data.SETS`. The training part is the published one; nothing is held out of it yet.
+        path: read this folder or tar (see `class_folders`) instead of what `dataset` names.
+        root: where data sets by name lie, and where decoded images are cached (root/cache).
+        download: fetch what is missing below root. Never fetches what is there.
+        size: of images that come as files (path, "imagenette", "imagenette32"). Up to 64 they are resized to
+            size x size and kept in memory ("imagenette32" is 32 by itself); above, loaders crop them to it.
+        cache: keep decoded images in root/cache.
+    Returns: an ImageSet, or a FileSet where the files differ in size or are large.
+    Raises: FileNotFoundError where a data set is missing and not to be had, saying what to put where; TypeError,
+        ValueError naming the argument.
+    """
+    _check.flag("download", download)
+    if path is not None:
+        return class_folders(path, root=root, size=size, cache=cache)
+    if dataset not in SETS:
+        raise ValueError(f"dataset: got {dataset!r}; allowed are {', '.join(SETS)}, or give path=")
+    if dataset == "imagenette32" and size is None:
+        size = SETS[dataset].size
+    elif size is not None and not is_files(dataset):
+        raise ValueError(f"size: got {size} for {dataset}, whose images have one size already; leave it out")
+    if dataset == "digits":
+        return digits()
+    return from_torchvision(dataset, Path(root), download, size, cache)

@@ -1,0 +1,57 @@
+"""The machine, the versions and the commit that a figure was measured with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def machine() -> dict[str, str]:
+    """Processor, cores that this process may use, GPU, operating system."""
+    import torch
+
+    return {
+        "cpu": _cpu(),
+        "cores": f"{len(os.sched_getaffinity(0))}, torch uses {torch.get_num_threads()} threads",
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python, torch and ham_kernels, and of further packages where they are installed."""
+    from . import __version__
+
+    found = {"python": platform.python_version(), "ham_kernels": __version__}
+    for name in ("torch", *packages):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit() -> str:
+    """The commit of the checkout that the package runs from, "-dirty" if changed; "unknown" without one."""
+    if not (PACKAGE.parent / ".git").exists():
+        return "unknown"
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        out = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return out.stdout.strip()
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

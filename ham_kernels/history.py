@@ -1,0 +1,87 @@
+"""What a step and an epoch report, and how an epoch's report survives a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .engine import Stopwatch
+from .judging import ClassAccuracy
+
+
+@dataclass
+class StepReport:
+    """One training step. Without a hard row there is no update: n_hard and loss are 0."""
+
+    loss: float  # weighted mean CE over the hard rows
+    n: int  # rows of the batch
+    n_hard: int  # rows trained on; n before start_epoch
+    stopwatch: Stopwatch = field(repr=False)
+
+    @property
+    def hard_fraction(self) -> float:
+        return self.n_hard / self.n
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the step on its device (on CUDA this waits for the step to end)."""
+        return self.stopwatch.seconds
+
+
+@dataclass
+class EpochReport:
+    """One epoch. Accuracies are of the validation set: `val` with raw weights, `val_ema` with averaged ones."""
+
+    epoch: int  # 1-based
+    phase: str  # "pgd_at" before start_epoch, then "ham"
+    loss: float  # mean over the rows trained on
+    n: int
+    n_hard: int
+    skipped: int  # batches without a hard row: no update
+    seconds: float  # training only: no validation, no checkpoints
+    val: dict[str, ClassAccuracy] | None = None
+    val_ema: dict[str, ClassAccuracy] | None = None
+
+    @property
+    def hard_fraction(self) -> float:
+        return self.n_hard / self.n
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> EpochReport:
+        report = cls(**values)
+        for name in ("val", "val_ema"):
+            judged = getattr(report, name)
+            if judged is not None:
+                setattr(report, name, {attack: _accuracy(v) for attack, v in judged.items()})
+        return report
+
+
+def _accuracy(values: dict[str, Any]) -> ClassAccuracy:
+    return ClassAccuracy(**{f.name: values[f.name] for f in fields(ClassAccuracy) if f.init})
+
+
+@dataclass
+class RunningEpoch:
+    """An epoch under way: sums over the batches so far."""
+
+    report: EpochReport  # its loss is a sum over rows until the epoch ends
+    batches: int = 0
+
+    def add(self, step: StepReport, seconds: float) -> None:
+        report = self.report
+        self.batches += 1
+        report.loss += step.loss * step.n_hard
+        report.n += step.n
+        report.n_hard += step.n_hard
+        report.skipped += step.n_hard == 0
+        report.seconds += seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"report": self.report.to_dict(), "batches": self.batches}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunningEpoch:
+        return cls(EpochReport.from_dict(values["report"]), values["batches"])

@@ -1,0 +1,147 @@
+"""The attacks by name, and which images of a batch survive one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import _check, engine
+from ..attack import PGD, ActiveSet, advance, begin
+from . import autoattack
+
+NAMES = "'clean' and 'pgdK' such as 'pgd20', also 'fgsm', 'cwK' and 'autoattack'"
+RESTART_STRIDE = 1 << 20  # noise is keyed on (seed, step): step = batch + restart * stride
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a name stands for. AutoAttack uses eps and norm of `pgd` only."""
+
+    name: str
+    pgd: PGD
+    restarts: int = 1
+
+    @property
+    def is_autoattack(self) -> bool:
+        return self.name == "autoattack"
+
+    def settings(self) -> dict:
+        """All that decides this attack's flags, besides model, data, precision and seed; JSON-ready."""
+        if self.name == "clean":
+            return {"attack": self.name}
+        ball = {"attack": self.name, "norm": self.pgd.norm, "eps": self.pgd.eps}
+        if self.is_autoattack:
+            return {**ball, **autoattack.settings()}
+        pgd = self.pgd
+        return {
+            **ball, "step_size": pgd.step_size, "steps": pgd.steps, "loss": pgd.loss,
+            "random_start": pgd.random_start, "restarts": self.restarts,
+        }  # fmt: skip
+
+
+def plans(names: Sequence[str], *, eps: float, step_size: float, norm: str, restarts: int = 1) -> dict[str, Plan]:
+    """The attacks of these names, checked before anything runs."""
+    if isinstance(names, str):
+        raise TypeError(f"attacks: got {names!r}; it must be a list of names, such as ({names!r},)")
+    _check.integer("restarts", restarts, 1, (1 << 31) // RESTART_STRIDE - 1)
+    found = {name: _plan(name, eps, step_size, norm, restarts) for name in names}
+    if not found:
+        raise ValueError('attacks: got none; give at least one, such as ("clean", "pgd20")')
+    if any(plan.is_autoattack for plan in found.values()):
+        autoattack.library()
+    return found
+
+
+def _plan(name: str, eps: float, step_size: float, norm: str, restarts: int) -> Plan:
+    _check.norm(norm)
+    if name == "clean":
+        return Plan(name, PGD(0.0, 0.0, 0, norm, random_start=False))
+    _check.real("eps", eps)
+    if name == "fgsm":
+        return Plan(name, PGD(eps, eps, 1, norm, random_start=False))
+    if name == "autoattack":
+        return Plan(name, PGD(eps, 0.0, 0, norm))
+    match = re.fullmatch(r"(pgd|cw)([1-9]\d*)", name) if isinstance(name, str) else None
+    if match is None:
+        raise ValueError(f"attacks: got {name!r}; allowed are {NAMES}")
+    loss = {"pgd": "ce", "cw": "cw"}[match[1]]
+    return Plan(name, PGD(eps, _check.real("step_size", step_size), int(match[2]), norm, loss=loss), restarts)
+
+
+# ---------------------------------------------------------------- images
+def resolve_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """The device asked for, else the model's, else the CPU."""
+    return torch.device(device) if device is not None else engine.model_device(model) or torch.device("cpu")
+
+
+def batches(loader: Iterable, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(number, x, y) of each batch, checked and on the device. A loader without a batch raises ValueError."""
+    b = -1
+    for b, (x, y) in enumerate(loader):
+        _check.batch(x, y)
+        yield b, x.to(device), y.to(device)
+    if b < 0:
+        raise ValueError("loader: gave no batch")
+
+
+# ---------------------------------------------------------------- running
+def survivors(
+    model: nn.Module, x: Tensor, y: Tensor, plan: Plan, *, seed: int, batch: int, precision: str
+) -> tuple[Tensor, int]:
+    """(n,) bool, the rows that the model in eval mode still classifies correctly; and how many classes it knows.
+
+    A row counts as lost when any restart ends on a wrong class. Later restarts attack the rows left over; the noise
+    of a row depends on its place in the batch, not on which others are left.
+    """
+    if plan.is_autoattack:
+        return autoattack.survivors(model, x, y, plan.pgd, seed=seed + batch, precision=precision)
+    _, at = walk(model, x, y, plan.pgd, seed=seed, batch=batch, precision=precision)
+    z = at[plan.pgd.steps]
+    correct = z.argmax(1) == y
+    for restart in range(1, plan.restarts):
+        rows = correct.nonzero()[:, 0]
+        if not len(rows):
+            break
+        step = batch + restart * RESTART_STRIDE
+        _, at = walk(model, x, y, plan.pgd, seed=seed, batch=step, precision=precision, rows=rows)
+        correct[rows] = at[plan.pgd.steps].argmax(1) == y[rows]
+    return correct, z.shape[1]
+
+
+def walk(
+    model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, *, seed: int, batch: int, precision: str,
+    look_at: Collection[int] = (), rows: Tensor | None = None,
+) -> tuple[ActiveSet, dict[int, Tensor]]:  # fmt: skip
+    """One attack on a model in attack_mode: where it ended, and the logits at x^k for each k of `look_at` and k = K.
+
+    A look at x^k for k < K costs nothing: the attack computes those logits itself. The data are judged (one read)
+    before this returns. `rows` restricts the attack to some rows; they start where they would start among all.
+    """
+    guard = engine.BatchGuard(x, y)
+    active = begin(x, y, pgd, seed, batch)
+    if rows is not None:
+        active = active.rows(rows)
+    seen: dict[int, Tensor] = {}
+
+    def observe(k: int, z: Tensor) -> None:
+        if k in look_at:
+            seen[k] = z
+
+    advance(model, active, pgd.steps, pgd, guard, precision=precision, on_logits=observe)
+    seen[pgd.steps] = final = logits_at(model, active.x_adv, precision)
+    guard.logits(final)
+    guard.read()
+    return active, seen
+
+
+@torch.no_grad()
+def logits_at(model: nn.Module, x: Tensor, precision: str) -> Tensor:
+    """One forward without a graph."""
+    with engine.autocast(precision, x.device):
+        z = model(x)
+    _check.model_output(z, x.shape[0])
+    return z

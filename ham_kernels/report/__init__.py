@@ -1,0 +1,108 @@
+"""`ham report RUN...`: any number of run folders as one HTML page, figures and tables for a paper."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .groups import sections
+from .runs import Run, read_run, read_runs
+
+__all__ = ["Run", "build", "read_run", "read_runs"]
+
+
+def build(
+    runs: Sequence[str | Path], out: str | Path, *, title: str | None = None, baseline: str | None = None
+) -> Path:
+    """Writes index.html (needs no other file), table.md, table.tex, data.json and figures/*.png.
+
+    Args:
+        runs: run folders; what is missing or unreadable in one is said in the page.
+        out: folder of the report, made where it is missing. Files of an earlier report there are replaced.
+        title: of the page.
+        baseline: title of the group that others are compared with; None takes PGD-AT.
+    Returns: the path of index.html.
+    Raises: TypeError, ValueError, FileNotFoundError naming the argument, before anything is written.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file; it must be a folder")
+    for name, value in (("title", title), ("baseline", baseline)):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); it must be text")
+    found = sections(read_runs(runs), baseline)
+    from . import drawn, page, summary, tables  # matplotlib loads here
+
+    data = _described(summary.summarise(found), title)
+    plots, absent = drawn.plots(data)
+    data["figures"] = [plot.file for section in plots for plot in section]
+    papers = [tables.paper_table(section) for section in data["sections"]]
+    files = {plot.file: plot.png for section in plots for plot in section}
+    files |= {
+        "table.md": "\n".join(map(tables.markdown, papers)).encode(),
+        "table.tex": "\n".join(map(tables.latex, papers)).encode(),
+        "data.json": json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n",
+        "index.html": page.page(data, papers, plots, absent).encode(),  # last: it belongs to all that is before it
+    }
+    _replace(out, files)
+    return out / "index.html"
+
+
+def _described(summary: dict[str, Any], title: str | None) -> dict[str, Any]:
+    from .. import __version__
+
+    data = {
+        "format": 1,
+        "title": title or "Fair adversarial training: comparison of runs",
+        "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "version": __version__,
+        **summary,
+    }
+    return _plain(data)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON in UTF-8 can hold it: settings may be dates or NaN, names may be no text."""
+    if isinstance(value, dict):
+        return {_plain(str(key)): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    return str(value).encode("utf-8", "replace").decode()
+
+
+def _replace(out: Path, files: dict[str, bytes]) -> None:
+    """All files into a folder beside `out` first, then one by one into place: none is ever half written."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    old = _figures_of(out / "data.json")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        for name, content in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_bytes(content)
+        (out / "figures").mkdir(parents=True, exist_ok=True)
+        for name in files:
+            os.replace(temporary / name, out / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for name in old - set(files):
+        (out / name).unlink(missing_ok=True)
+
+
+def _figures_of(path: Path) -> set[str]:
+    """Figures that an earlier report wrote, so that none of them stays beside a new one."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))["figures"]
+        return {f"figures/{Path(name).name}" for name in names if name.endswith(".png")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()

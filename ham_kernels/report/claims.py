@@ -1,0 +1,107 @@
+"""The paper's claims (arXiv 2308.01823) held against the groups of a section."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .evaluations import WEIGHTS
+from .spread import difference
+
+TIME, WORST, STD = -0.45, 0.032, -0.22  # share of the time, accuracy, share of the std over classes
+ROUNDING = 1e-9  # a gain of exactly 3.2 points holds
+EASY_M, EASY_STAY = 3, 0.75  # of the examples that resist M = 3 steps, the share that resists to the end
+
+
+def claims(groups: Sequence[dict[str, Any]], attack: str | None) -> list[dict[str, Any]]:
+    """For each HAM group: {"group", "claim", "measured", "value", "seeds", "holds"}; holds is None where not judged."""
+    base = next((g for g in groups if g["baseline"]), None)
+    if base is None or base["method"] != "pgd_at":
+        return []
+    out = []
+    for group in (g for g in groups if g["mines_hard_rows"]):
+        if group["finished"] and base["finished"]:
+            found = [*_times(group, base), *_fairness(group, base, attack)]
+        else:
+            found = [_entry("all", "not judged: training is not finished", None, None, 0)]
+        out += [{"group": group["title"], **entry} for entry in found]
+    return out
+
+
+def same_seeds(group: dict[str, Any], base: dict[str, Any]) -> bool:
+    """Whether differences may be taken seed by seed."""
+    return group["seeds"] == base["seeds"] and None not in base["seeds"]
+
+
+def _times(group: dict, base: dict) -> list[dict]:
+    seeds = min(group["time"]["n"], base["time"]["n"])
+    whole = group["relative_time"]
+    phase = _mining_phase(group["curves"], base["curves"])
+    out = []
+    for where, ratio in (("whole run", whole), ("mining epochs alone", phase)):
+        claim = f"training time {100 * TIME:+.0f} %, {where}".replace("-", "−")
+        if ratio is None:
+            out.append(_entry(claim, "not judged: no training times of both", None, None, seeds))
+        else:
+            out.append(
+                _entry(claim, _signed(100 * (ratio - 1), " %", 0), ratio - 1, ratio - 1 <= TIME + ROUNDING, seeds)
+            )
+    return out
+
+
+def _mining_phase(ours: dict, base: dict) -> float | None:
+    """Time of the epochs that mine over the baseline's time of those same epochs."""
+    if "seconds" not in ours or "seconds" not in base:
+        return None
+    mining = {e for e, phase in zip(ours["epoch"], ours["phase"], strict=True) if phase == "ham"}
+    sides = []
+    for curves in (ours, base):
+        seconds = dict(zip(curves["epoch"], curves["seconds"]["mean"], strict=True))
+        sides.append([seconds.get(e) for e in mining])
+    if not mining or None in sides[0] or None in sides[1] or not sum(sides[1]):
+        return None
+    return sum(sides[0]) / sum(sides[1])
+
+
+def _fairness(group: dict, base: dict, attack: str | None) -> list[dict]:
+    """Worst class and std over classes, once for each kind of weights that both were judged with."""
+    both = [w for w in WEIGHTS if all(attack in g["accuracy"].get(w, {}) for g in (group, base))]
+    if not both:
+        return [_entry("worst class and std over classes", "not judged: not evaluated alike", None, None, 0)]
+    out = []
+    for weights in both:
+        ours, theirs = (g["accuracy"][weights][attack] for g in (group, base))
+        seeds = min(ours["worst"]["n"], theirs["worst"]["n"])
+        gain = difference(ours["worst"], theirs["worst"], same_seeds(group, base))
+        out += [_worst(gain, ours, theirs, WEIGHTS[weights], seeds), _std(ours, theirs, WEIGHTS[weights], seeds)]
+    return out
+
+
+def _worst(gain: dict, ours: dict, theirs: dict, weights: str, seeds: int) -> dict:
+    claim = f"worst class +{100 * WORST:.1f} points ({weights})"
+    if gain["mean"] is None:
+        return _entry(claim, "not judged: no value", None, None, seeds)
+    error = "" if gain["std"] is None else f" ± {100 * gain['std']:.1f}"
+    measured = _signed(100 * gain["mean"], f"{error} points", 1)
+    if ours["average"]["mean"] is not None and theirs["average"]["mean"] is not None:
+        cost = ours["average"]["mean"] - theirs["average"]["mean"]
+        measured += f" (average over all images {_signed(100 * cost, '', 1)})"
+    return _entry(claim, measured, gain["mean"], gain["mean"] >= WORST - ROUNDING, seeds)
+
+
+def _std(ours: dict, theirs: dict, weights: str, seeds: int) -> dict:
+    claim = f"std over classes −{-100 * STD:.0f} % ({weights})"
+    if ours["std"]["mean"] is None or theirs["std"]["mean"] is None:
+        return _entry(claim, "not judged: no value", None, None, seeds)
+    if theirs["std"]["mean"] == 0:
+        return _entry(claim, "not judged: the baseline's std is 0", None, None, seeds)
+    change = ours["std"]["mean"] / theirs["std"]["mean"] - 1
+    return _entry(claim, _signed(100 * change, " %", 0), change, change <= STD + ROUNDING, seeds)
+
+
+def _entry(claim: str, measured: str, value: float | None, holds: bool | None, seeds: int) -> dict:
+    return {"claim": claim, "measured": measured, "value": value, "holds": holds, "seeds": seeds}
+
+
+def _signed(value: float, unit: str, digits: int) -> str:
+    return f"{value:+.{digits}f}{unit}".replace("-", "−")

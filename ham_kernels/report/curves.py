@@ -1,0 +1,138 @@
+"""Figures over epochs and over attack steps: (section of data.json, styles) -> Figure, or None without data."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .claims import EASY_M, EASY_STAY
+from .figures import MANY_GROUPS, Section, Styles, columns_for, legend_below, style_of
+from .spread import reach
+from .wording import attack_title, shortened
+
+
+def hard_fraction(section: Section, styles: Styles) -> Figure | None:
+    """Share of the training images that each epoch trained on."""
+    found = [g for g in section["groups"] if "hard_fraction" in g["curves"]]
+    if not found:
+        return None
+    figure = Figure(figsize=(6.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for group in found:
+        _curve(axes, group, "hard_fraction", styles, 100, band=len(found) <= MANY_GROUPS)
+    axes.set(xlabel="epoch", ylabel="images trained on\n(hard fraction), %", ylim=(0, 103))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _mark_start(axes, found)
+    legend_below(figure, axes, found)
+    return figure
+
+
+def training(section: Section, styles: Styles) -> Figure | None:
+    """Loss, and validation accuracy (clean and robust, average and worst class) of raw and averaged weights."""
+    attack = section["val_attack"]
+    panels = []
+    for name, title in (("clean", "clean"), (attack, attack_title(attack))) if attack else (("clean", "clean"),):
+        panels += [
+            (f"{name}.accuracy", f"validation, {title}, %", "average"),
+            (f"{name}.worst_class", f"validation, {title}, %", "worst class"),
+        ]
+    panels.append(("loss", "training loss", ""))
+    used = [panel for panel in panels if any(_names(group, panel[0]) for group in section["groups"])]
+    if not used:
+        return None
+    figure = Figure(figsize=(6.5, 2.1 * ((len(used) + 1) // 2) + 0.5), layout="constrained")
+    grid = figure.subplots((len(used) + 1) // 2, 2, squeeze=False).ravel()
+    for axes, (key, label, title) in zip(grid, used, strict=False):
+        for group in section["groups"]:
+            names = _names(group, key)
+            for name in names:
+                raw = name.startswith("val.") and len(names) > 1
+                band = not raw and len(section["groups"]) <= MANY_GROUPS
+                _curve(axes, group, name, styles, 1 if key == "loss" else 100, band=band, pale=raw)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.set_title(title, loc="left")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _mark_start(axes, section["groups"])
+    for axes in grid[len(used) :]:
+        axes.axis("off")
+    found = [g for g in section["groups"] if any(_names(g, key) for key, _, _ in used)]
+    handles = [Line2D([], [], label=shortened(g["title"]), **style_of(g, styles) | {"marker": ""}) for g in found]
+    if any(name.startswith("val_ema.") for g in found for name in g["curves"]):
+        handles += [
+            Line2D([], [], color="#444444", linewidth=1.6, label="weight average"),
+            Line2D([], [], color="#444444", linewidth=0.8, alpha=0.6, label="raw weights"),
+        ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns_for([h.get_label() for h in handles]))
+    return figure
+
+
+def easy(section: Section, styles: Styles) -> Figure | None:
+    """Of the examples that resist m steps, the share that resists all; and how many they are."""
+    found = [g for g in section["groups"] if g["easy"]]
+    if not found:
+        return None
+    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for group in found:
+        look = style_of(group, styles)
+        for axes, key in ((left, "stay_share"), (right, "easy_fraction")):
+            points = [(entry["m"], entry[key]) for entry in group["easy"]["by_m"] if entry[key]["mean"] is not None]
+            if points:
+                error = 100 * np.array([reach(value) for _, value in points]).T
+                mean = [100 * value["mean"] for _, value in points]
+                axes.errorbar(
+                    [m for m, _ in points], mean, error, markersize=4, capsize=2, elinewidth=0.8,
+                    label=shortened(group["title"]), **look,
+                )  # fmt: skip
+    left.plot(EASY_M, 100 * EASY_STAY, "*", color="black", markersize=11, label="paper: 75 % at M=3")
+    last = {group["easy"]["steps"] for group in found} - {None}
+    steps = f"all {last.pop()} steps" if len(last) == 1 else "all steps"
+    left.set(xlabel="M, attack steps", ylabel=f"of those easy at M,\nresist {steps}, %", ylim=(None, 101))
+    right.set(xlabel="M, attack steps", ylabel="easy at M, % of all", ylim=(0, 101))
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    star, *handles = left.get_legend_handles_labels()[0]  # lines come before error bars
+    handles.append(star)
+    labels = [handle.get_label() for handle in handles]
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns_for(labels))
+    return figure
+
+
+# ---------------------------------------------------------------- parts
+def _names(group: dict, key: str) -> list[str]:
+    """The curves of a panel that a group has, raw weights first."""
+    return [name for name in (key, f"val.{key}", f"val_ema.{key}") if name in group["curves"]]
+
+
+def _curve(axes: Axes, group: dict, name: str, styles: Styles, scale: float, *, band: bool, pale: bool = False) -> None:
+    look = style_of(group, styles)
+    curve = {key: _numbers(values, scale) for key, values in group["curves"][name].items()}
+    epochs = np.array(group["curves"]["epoch"])
+    known = np.isfinite(curve["mean"])  # validation may have run after some epochs only
+    epochs, curve = epochs[known], {key: values[known] for key, values in curve.items()}
+    weight = {"linewidth": 0.8, "alpha": 0.6} if pale else {"linewidth": 1.6}
+    marker = "." if len(epochs) == 1 else ""
+    label = None if pale else shortened(group["title"])
+    axes.plot(
+        epochs, curve["mean"], color=look["color"], linestyle=look["linestyle"], marker=marker, label=label, **weight
+    )
+    if band:
+        axes.fill_between(epochs, curve["low"], curve["high"], color=look["color"], alpha=0.13, linewidth=0)
+
+
+def _mark_start(axes: Axes, groups: list[dict]) -> None:
+    """A dotted line where mining starts, if all groups that mine start alike."""
+    starts = set()
+    for group in groups:
+        mining = [
+            e for e, phase in zip(group["curves"]["epoch"], group["curves"]["phase"], strict=True) if phase == "ham"
+        ]
+        starts |= set(mining[:1])
+    if len(starts) == 1:
+        axes.axvline(starts.pop() - 0.5, color="#444444", linewidth=0.8, linestyle="dotted")
+
+
+def _numbers(values: list, scale: float) -> np.ndarray:
+    return np.array([np.nan if v is None else scale * v for v in values], dtype=float)

@@ -1,0 +1,122 @@
+"""Which figures a report has, what is said under them, and their PNG files."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from . import curves, figures
+from .page import Plot
+from .wording import attack_title
+
+Section = dict[str, Any]
+
+
+class _Entry(NamedTuple):
+    name: str
+    title: str
+    draw: Callable
+    caption: Callable[[Section], str]
+
+
+def plots(data: dict[str, Any]) -> tuple[list[list[Plot]], list[list[str]]]:
+    """(figures, titles of those without data), one entry of each per section of data.json."""
+    drawn, absent = [], []
+    many = len(data["sections"]) > 1
+    with figures.drawing():
+        for i, section in enumerate(data["sections"], 1):
+            prefix = f"{i}_{_slug(section['title'])}_" if many else ""
+            drawn.append([])
+            absent.append([])
+            for entry in ENTRIES:
+                figure = entry.draw(section, data["styles"])
+                if figure is None:
+                    absent[-1].append(entry.title)
+                    continue
+                caption = entry.caption(section)
+                drawn[-1].append(Plot(f"figures/{prefix}{entry.name}.png", entry.title, caption, _png(figure)))
+    return drawn, absent
+
+
+def _png(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=figures.DPI)
+    return buffer.getvalue()
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("ε", "eps")).strip("-")[:40]
+
+
+# ---------------------------------------------------------------- captions
+def _errors(section: Section) -> str:
+    counts = {len(g["runs"]) for g in section["groups"]}
+    several = "one standard deviation over seeds"
+    one = "the 95 % bootstrap interval over test images"
+    if counts == {1}:
+        return f"Error bars: {one} (one seed each)."
+    return f"Error bars: {several}." if 1 not in counts else f"Error bars: {several}; with one seed, {one}."
+
+
+def _bars(section: Section) -> str:
+    return (
+        f"Accuracy of each class under {attack_title(section['attack'])}. {_errors(section)} Dashed: the worst class, "
+        "as in the table (mean over seeds of each run's worst; below the lowest bar where seeds differ in it)."
+    )
+
+
+def _differences(section: Section) -> str:
+    return (
+        f"Accuracy under {attack_title(section['attack'])} minus that of {section['baseline']}, for the same weights. "
+        "Error bars: standard deviation of the differences seed by seed; where the seeds are not the same, both "
+        "sides' spreads or intervals combined (squares added)."
+    )
+
+
+def _time(section: Section) -> str:
+    spread = "; ".join(sorted({f"{len(g['runs'])} run{'s' * (len(g['runs']) > 1)}" for g in section["groups"]}))
+    return (
+        f"Upper left is better. Large: mean of a method ({spread} each), small: its runs. {_errors(section)} "
+        "Dotted lines: the baseline. Time is that of the training steps."
+    )
+
+
+def _confidence(section: Section) -> str:
+    parts = [g["confidence"] for g in section["groups"] if g["confidence"]]
+    what = sorted({f"PGD-{p['steps'] or '?'}, {p['part'] or 'unknown'} images" for p in parts})
+    return f"Softmax probability of the true class at adversarial examples ({'; '.join(what)}), mean over seeds."
+
+
+def _overconfident(section: Section) -> str:
+    bounds = sorted({g["confidence"]["threshold"] for g in section["groups"] if g["confidence"]} - {None})
+    above = f" of {' or '.join(f'{b:g}' for b in bounds)} or more" if bounds else " above the threshold"
+    return f"Share of each class's adversarial examples whose true class has a probability{above}. {_spread(section)}"
+
+
+def _spread(section: Section) -> str:
+    return "Error bars: one standard deviation over seeds, where there are several."
+
+
+def _band(section: Section) -> str:
+    return "Bands: one standard deviation over seeds, where there are several. Dotted: the first epoch that mines."
+
+
+def _easy(section: Section) -> str:
+    return (
+        "Left: of the examples that resist M attack steps, the share that resists to the end; the star is the "
+        f"paper's figure. Right: how many resist M steps. {_spread(section)}"
+    )
+
+
+ENTRIES = (
+    _Entry("class_accuracy", "Robust accuracy of each class", figures.class_bars, _bars),
+    _Entry("class_differences", "What each class gains or loses", figures.class_differences, _differences),
+    _Entry("worst_class_time", "Worst class against training time", figures.worst_against_time, _time),
+    _Entry("confidence", "Confidence at adversarial examples", figures.confidence, _confidence),
+    _Entry("overconfident", "Over-confident adversarial examples", figures.overconfident, _overconfident),
+    _Entry("hard_fraction", "Hard fraction over epochs", curves.hard_fraction, _band),
+    _Entry("training", "Training curves", curves.training, _band),
+    _Entry("easy", "Do easy examples stay easy?", curves.easy, _easy),
+)

@@ -1,0 +1,289 @@
+"""One function per figure: (section of data.json, styles) -> matplotlib Figure, or None where there is no data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.colors
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .spread import reach
+from .wording import attack_title, shortened
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+MARKERS = ("o", "^", "D", "v", "P", "X", "<")
+DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+BASELINE = {"color": "#7f7f7f", "marker": "s", "linestyle": "solid"}
+MANY_CLASSES, MANY_GROUPS = 20, 6  # above: classes sorted, or worst only; above: a heat map instead of bars
+DPI = 150
+SETTINGS = {
+    "text.parse_math": False,  # a class may be called $a$
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "lines.linewidth": 1.4, "savefig.dpi": DPI,
+}  # fmt: skip
+
+Section = dict[str, Any]
+Styles = dict[str, int]
+
+
+def drawing():
+    """The context in which figures are drawn and saved, whatever the user's matplotlibrc says."""
+    return matplotlib.style.context(["default", SETTINGS])
+
+
+def style_of(group: dict[str, Any], styles: Styles) -> dict[str, Any]:
+    """Colour, marker and dashes of a group: the same in all figures of a report."""
+    if group["baseline"]:
+        return dict(BASELINE)
+    i = styles[group["title"]]
+    return {
+        "color": PALETTE[i % len(PALETTE)],
+        "marker": MARKERS[(i + i // len(PALETTE)) % len(MARKERS)],
+        "linestyle": DASHES[i // len(PALETTE) % len(DASHES)],
+    }
+
+
+def shown(group: dict[str, Any], section: Section) -> dict[str, Any] | None:
+    """The group's accuracies under the section's attack, for the weights shown."""
+    return group["accuracy"].get(group["weights"], {}).get(section["attack"])
+
+
+# ---------------------------------------------------------------- one value per class
+def class_bars(section: Section, styles: Styles) -> Figure | None:
+    """Robust accuracy of each class; dashed: each group's worst class."""
+    rows = [(g, acc["per_class"], acc["worst"]["mean"]) for g in section["groups"] if (acc := shown(g, section))]
+    return _by_class(rows, section, styles, f"accuracy under {attack_title(section['attack'])}, %") if rows else None
+
+
+def class_differences(section: Section, styles: Styles) -> Figure | None:
+    """What each class gains or loses against the baseline, in points."""
+    rows = [(g, g["differences"], None) for g in section["groups"] if g["differences"]]
+    label = f"{attack_title(section['attack'])}: gain over {shortened(section['baseline'] or '', 24)}, points"
+    return _by_class(rows, section, styles, label, signed=True) if rows else None
+
+
+def overconfident(section: Section, styles: Styles) -> Figure | None:
+    """Share of each class's adversarial examples that are over-confident."""
+    rows = [(g, g["confidence"]["overconfident"], None) for g in section["groups"] if g["confidence"]]
+    return _by_class(rows, section, styles, "over-confident adversarial examples, %") if rows else None
+
+
+def _by_class(rows: list[tuple], section: Section, styles: Styles, label: str, signed: bool = False) -> Figure:
+    names, order = section["classes"], list(range(len(section["classes"])))
+    if len(names) > MANY_CLASSES:
+        order = _worst_first(section, rows)
+        if signed:
+            order = order[:MANY_CLASSES]
+    if len(rows) > MANY_GROUPS:
+        return _heat_map(rows, [names[c] for c in order], order, label, signed)
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    if len(order) > MANY_CLASSES:
+        _steps(axes, rows, order, styles)
+        axes.set_xlabel(f"{len(order)} classes, sorted by the first method's accuracy")
+    else:
+        _bars(axes, rows, order, styles)
+        _name_classes(axes, [names[c] for c in order])
+        if len(names) > len(order):
+            axes.set_xlabel(f"the {len(order)} of {len(names)} classes that are worst under the first method")
+    if signed:
+        axes.axhline(0, color="black", linewidth=0.8)
+    else:
+        axes.set_ylim(0, 100)
+    axes.grid(axis="x", visible=False)
+    axes.set_ylabel(label)
+    legend_below(figure, axes, [g for g, _, _ in rows])
+    return figure
+
+
+def _worst_first(section: Section, rows: list[tuple]) -> list[int]:
+    """Classes from the one with the lowest robust accuracy of the first group on; those without a value last."""
+    first = next((acc["per_class"] for g in section["groups"] if (acc := shown(g, section))), rows[0][1])
+    values = [np.inf if spread["mean"] is None else spread["mean"] for spread in first]
+    return sorted(range(len(values)), key=lambda c: values[c])
+
+
+def _bars(axes: Axes, rows: list[tuple], order: Sequence[int], styles: Styles) -> None:
+    width = 0.84 / len(rows)
+    for i, (group, spreads, worst) in enumerate(rows):
+        look = style_of(group, styles)
+        at = np.arange(len(order)) + (i - (len(rows) - 1) / 2) * width
+        mean, error = _percent([spreads[c] for c in order])
+        axes.bar(at, mean, width * 0.94, color=look["color"], label=shortened(group["title"]))
+        axes.errorbar(at, mean, error, fmt="none", ecolor="#333333", elinewidth=0.8, capsize=min(2.0, 16 * width))
+        if worst is not None:
+            axes.axhline(100 * worst, color=look["color"], linewidth=1, linestyle="dashed")
+    for position, c in enumerate(order):
+        if all(spreads[c]["mean"] is None for _, spreads, _ in rows):
+            axes.text(position, 0, " no value", rotation=90, ha="center", va="bottom", fontsize=7, color="#555555")
+
+
+def _steps(axes: Axes, rows: list[tuple], order: Sequence[int], styles: Styles) -> None:
+    for group, spreads, worst in rows:
+        look = style_of(group, styles)
+        mean, error = _percent([spreads[c] for c in order])
+        at = np.arange(len(order))
+        line = {"color": look["color"], "linestyle": look["linestyle"]}
+        axes.step(at, mean, where="mid", label=shortened(group["title"]), **line)
+        axes.fill_between(at, mean - error[0], mean + error[1], step="mid", color=look["color"], alpha=0.12, lw=0)
+        if worst is not None:
+            axes.axhline(100 * worst, color=look["color"], linewidth=1, linestyle="dashed")
+    axes.set_xlim(-0.5, len(order) - 0.5)
+
+
+def _heat_map(rows: list[tuple], names: list[str], order: Sequence[int], label: str, signed: bool) -> Figure:
+    values = np.array([_percent([spreads[c] for c in order])[0] for _, spreads, _ in rows])
+    figure = Figure(figsize=(6.5, 1.6 + 0.26 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    top = np.nanmax(np.abs(values), initial=1.0)
+    limits = {"cmap": "PuOr", "vmin": -top, "vmax": top} if signed else {"cmap": "viridis", "vmin": 0, "vmax": 100}
+    image = axes.imshow(values, aspect="auto", **limits)
+    axes.grid(visible=False)
+    axes.set_yticks(range(len(rows)), [shortened(g["title"], 30) for g, _, _ in rows])
+    if len(names) <= MANY_CLASSES:
+        _name_classes(axes, names)
+    else:
+        axes.set_xlabel(f"{len(names)} classes, sorted by the first method's accuracy")
+    if len(names) <= 12:
+        for (i, j), value in np.ndenumerate(values):
+            dark = abs(value) > 0.6 * top if signed else value < 55
+            if np.isfinite(value):
+                ink = "white" if dark else "black"
+                axes.text(j, i, f"{round(value)}", ha="center", va="center", fontsize=7, color=ink)
+    figure.colorbar(image, ax=axes, label=label, location="top", shrink=0.7, aspect=40)
+    return figure
+
+
+# ---------------------------------------------------------------- worst class against time
+def worst_against_time(section: Section, styles: Styles) -> Figure | None:
+    """One small point per run, one large per group with its spread; the baseline's cross of dotted lines."""
+    found = [
+        (g, g["time"], acc["worst"])
+        for g in section["groups"]
+        if (acc := shown(g, section)) and g["time"]["mean"] is not None and acc["worst"]["mean"] is not None
+    ]
+    if not found:
+        return None
+    scale, unit = _unit_of_time(max(time["mean"] for _, time, _ in found))
+    swept, handles = _sweep([g for g, _, _ in found])
+    figure = Figure(figsize=(6.5, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for group, time, worst in found:
+        look = swept.get(group["title"]) or {"markersize": 8, **style_of(group, styles)}
+        x_error, y_error = np.array([reach(time)]).T / scale, 100 * np.array([reach(worst)]).T
+        axes.errorbar(
+            time["mean"] / scale, 100 * worst["mean"], y_error, x_error, fmt="none", ecolor=look["color"],
+            elinewidth=1, capsize=2, alpha=0.7,
+        )  # fmt: skip
+        axes.plot(
+            time["mean"] / scale, 100 * worst["mean"], markeredgecolor="white", markeredgewidth=0.7,
+            zorder=4 - look["markersize"] / 20,  # small over large
+            **look | {"linestyle": "none"},
+        )  # fmt: skip
+        runs = [
+            (t / scale, 100 * w) for t, w in zip(time["values"], worst["values"], strict=True) if None not in (t, w)
+        ]
+        if len(runs) > 1:
+            axes.plot(*zip(*runs, strict=True), ".", color=look["color"], markersize=4, alpha=0.6)
+        if group["baseline"]:
+            axes.axvline(time["mean"] / scale, color=BASELINE["color"], linewidth=0.8, linestyle="dotted")
+            axes.axhline(100 * worst["mean"], color=BASELINE["color"], linewidth=0.8, linestyle="dotted")
+    axes.set(xlabel=f"training time, {unit}", ylabel=f"worst class under {attack_title(section['attack'])}, %")
+    axes.set_xlim(0, 1.04 * axes.get_xlim()[1])
+    low, high = axes.get_ylim()
+    apart = max(0.0, 4 - (high - low)) / 2  # differences below a point or so are not blown up
+    axes.set_ylim(max(-1.0, low - apart), high + apart)  # a marker at 0 is seen whole
+    handles += [
+        Line2D([], [], markersize=7, label=shortened(g["title"]), **style_of(g, styles) | {"linestyle": "none"})
+        for g, _, _ in found
+        if g["title"] not in swept
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns_for([h.get_label() for h in handles]))
+    return figure
+
+
+def _sweep(groups: list[dict]) -> tuple[dict[str, dict], list[Line2D]]:
+    """Looks and legend of HAM groups that differ in M and λ alone: colour by M, shape and size by λ; else nothing."""
+    swept = ("method.screen_steps", "method.lam")
+    members: list[dict] = []
+    for group in groups:
+        if not (group["mines_hard_rows"] and all(isinstance(group["settings"].get(k), (int, float)) for k in swept)):
+            continue
+        rest = {k: v for k, v in group["settings"].items() if k not in swept}
+        if not members or rest == {k: v for k, v in members[0]["settings"].items() if k not in swept}:
+            members.append(group)
+    if len(members) < 3:
+        return {}, []
+    m_values, lam_values = (sorted({g["settings"][k] for g in members}) for k in swept)
+    shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(m_values)))
+    by_m = {m: {"color": matplotlib.colors.to_hex(shade)} for m, shade in zip(m_values, shades, strict=True)}
+    by_lam = {
+        lam: {"marker": MARKERS[i % len(MARKERS)], "markersize": 6 + 6 * i / max(1, len(lam_values) - 1)}
+        for i, lam in enumerate(lam_values)
+    }
+    looks = {g["title"]: by_m[g["settings"][swept[0]]] | by_lam[g["settings"][swept[1]]] for g in members}
+    blank = {"linestyle": "none", "markeredgecolor": "white"}
+    handles = [Line2D([], [], label=f"M={m}", marker="o", markersize=8, **blank, **look) for m, look in by_m.items()]
+    handles += [Line2D([], [], label=f"λ={lam:g}", color="#444444", **blank, **look) for lam, look in by_lam.items()]
+    return looks, handles
+
+
+# ---------------------------------------------------------------- confidence
+def confidence(section: Section, styles: Styles) -> Figure | None:
+    """Histogram of the true class's probability at adversarial examples, one line per group."""
+    found = [(g, g["confidence"]) for g in section["groups"] if g["confidence"]]
+    if not found:
+        return None
+    figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for group, part in found:
+        look = style_of(group, styles)
+        line = {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 1.4}
+        axes.stairs(
+            100 * np.array(part["shares"]), part["edges"], baseline=None, label=shortened(group["title"]), **line
+        )
+    for threshold in {part["threshold"] for _, part in found} - {None}:
+        axes.axvline(threshold, color="#444444", linewidth=1, linestyle="dashed")
+        axes.annotate(
+            f"over-confident: ≥ {threshold:g}", (threshold, 1), (-4, -2), xycoords=("data", "axes fraction"),
+            textcoords="offset points", ha="right", va="top", fontsize=8,
+        )  # fmt: skip
+    axes.set(xlabel="probability of the true class", ylabel="adversarial examples, %", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    legend_below(figure, axes, [g for g, _ in found])
+    return figure
+
+
+# ---------------------------------------------------------------- shared
+def _percent(spreads: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Means (n,) and errors below and above (2, n) in percent; NaN where there is no mean."""
+    mean = np.array([np.nan if s["mean"] is None else 100 * s["mean"] for s in spreads])
+    error = np.array([(0.0, 0.0) if s["mean"] is None else reach(s) for s in spreads]).reshape(-1, 2).T
+    return mean, 100 * error
+
+
+def _name_classes(axes: Axes, names: Sequence[str]) -> None:
+    names = [shortened(name, 16) for name in names]
+    crowded = (max(map(len, names)) + 1) * len(names) > 80
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+    axes.set_xticks(range(len(names)), names, **turned)
+
+
+def legend_below(figure: Figure, axes: Axes, groups: Sequence[dict]) -> None:
+    columns = columns_for([shortened(g["title"]) for g in groups])
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+
+
+def columns_for(labels: Sequence[str]) -> int:
+    """As many columns as fit beside each other in 6.5 inches."""
+    return max(1, min(len(labels), 88 // (max(map(len, labels), default=1) + 7)))
+
+
+def _unit_of_time(seconds: float) -> tuple[float, str]:
+    return (1.0, "s") if seconds < 120 else (60.0, "min") if seconds < 7200 else (3600.0, "h")

@@ -1,0 +1,231 @@
+"""Run folders read into dataclasses. What is missing or broken becomes a note; only a folder that is no run raises."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .evaluations import MALFORMED, WEIGHTS, Evaluation, integer, number, read_evaluation, text
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+EVALUATE = "ham evaluate {run}"
+RESUME = "ham train --resume {run}"
+VAL_MEASURES = ("accuracy", "worst_class")
+_MARKS = ("config.toml", "status.json", "metrics.jsonl", "evaluation")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A line of metrics.jsonl. `val` and `val_ema`: {attack: {"accuracy", "worst_class"}} or None."""
+
+    epoch: int
+    phase: str | None
+    loss: float | None
+    hard_fraction: float | None
+    skipped: int | None
+    seconds: float | None  # training only
+    val: Mapping[str, Mapping[str, float | None]] | None
+    val_ema: Mapping[str, Mapping[str, float | None]] | None
+
+
+@dataclass
+class Run:
+    """A run folder. `notes` say what could not be read."""
+
+    folder: Path  # as given
+    name: str = ""  # the folder's name; with its path where two folders of a report share a name
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    status: dict[str, Any] = field(default_factory=dict)
+    epochs: list[Epoch] = field(default_factory=list)
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def _scalar(self, section: str, key: str, kind: type | tuple[type, ...]) -> Any:
+        """A setting, or None where it is not there or of another type."""
+        values = self.config.get(section)
+        value = values.get(key) if isinstance(values, dict) else None
+        return value if isinstance(value, kind) and not isinstance(value, bool) else None
+
+    @property
+    def seed(self) -> int | None:
+        return self._scalar("run", "seed", int)
+
+    def _command(self, template: str) -> str:
+        return template.format(run=shlex.quote(str(self.folder)))
+
+    @property
+    def label(self) -> str | None:
+        return (self._scalar("run", "label", str) or "").strip() or None
+
+    @property
+    def method(self) -> str | None:
+        return self._scalar("method", "name", str)
+
+    @property
+    def eps(self) -> float | None:
+        return number(self._scalar("attack", "eps", (int, float)))
+
+    @property
+    def norm(self) -> str | None:
+        return self._scalar("attack", "norm", str)
+
+    @property
+    def dataset(self) -> str | None:
+        """The named data set, or the name of the folder or tar given instead."""
+        path = self._scalar("data", "path", str)
+        if path:
+            return Path(path).name
+        named = self._scalar("data", "dataset", str)
+        return named or next((e.dataset for e in self.evaluations.values() if e.dataset), None)
+
+    @property
+    def planned_epochs(self) -> int | None:
+        planned = self.status.get("epochs")
+        return planned if isinstance(planned, int) else self._scalar("optim", "epochs", int)
+
+    @property
+    def state(self) -> str:
+        """Of status.json; without one it is told from the epochs logged."""
+        if self.status.get("state"):
+            return str(self.status["state"])
+        done = bool(self.epochs) and self.epochs[-1].epoch == self.planned_epochs
+        return "finished" if done else "unknown"
+
+    @property
+    def finished(self) -> bool:
+        return self.state == "finished"
+
+    @property
+    def seconds(self) -> float | None:
+        """Training time of all epochs; None where an epoch is not in the log."""
+        times = [e.seconds for e in self.epochs]
+        whole = [e.epoch for e in self.epochs] == list(range(1, len(times) + 1))
+        return sum(times) if times and whole and None not in times else None
+
+    @property
+    def missing(self) -> list[tuple[str, str | None]]:
+        """(what is not there, the command that makes it)."""
+        out: list[tuple[str, str | None]] = []
+        if not self.config:
+            out.append(("no settings (config.toml)", None))
+        if not self.finished:
+            at = f" at epoch {self.epochs[-1].epoch if self.epochs else 0} of {self.planned_epochs or '?'}"
+            out.append((f"training is not finished ({self.state}{at})", self._command(RESUME)))
+        if not self.epochs:
+            out.append(("no training log (metrics.jsonl)", None))
+        elif self.seconds is None:
+            out.append(("no training time: epochs are missing in metrics.jsonl", None))
+        if not self.evaluations:
+            out.append(("not evaluated", self._command(EVALUATE)))
+        return out
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Each folder once, in the order given. Raises: TypeError, ValueError, FileNotFoundError naming `runs`."""
+    if isinstance(folders, (str, Path)) or not isinstance(folders, Sequence):
+        raise TypeError(f"runs: got {type(folders).__name__}; it must be a list of run folders")
+    if not folders:
+        raise ValueError("runs: got none; give at least one run folder")
+    unique = {Path(f).resolve(): Path(f) for f in reversed(folders)}
+    runs = [read_run(unique[path]) for path in dict.fromkeys(Path(f).resolve() for f in folders)]
+    names = [run.name for run in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            run.name = str(run.folder)
+    return runs
+
+
+def read_run(folder: str | Path) -> Run:
+    """A run folder, as much of it as is there. Raises: FileNotFoundError where it is no run folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"runs: {folder} is not a folder; give run folders, as `ham train` makes them")
+    if not any((folder / mark).exists() for mark in _MARKS):
+        inside = sorted(p.name for p in folder.iterdir() if any((p / mark).exists() for mark in _MARKS))
+        hint = f"; it holds run folders ({', '.join(inside[:3])}, ...): give those" if inside else ""
+        raise FileNotFoundError(f"runs: {folder} is no run folder: it holds none of {', '.join(_MARKS)}{hint}")
+    run = Run(folder, folder.resolve().name)
+    run.config = _read_mapping(folder / "config.toml", run.notes)
+    run.environment = _read_mapping(folder / "environment.json", run.notes)
+    run.status = _read_mapping(folder / "status.json", run.notes)
+    run.epochs = _read_metrics(folder / "metrics.jsonl", run.notes)
+    for weights in WEIGHTS:
+        path = folder / "evaluation" / f"{weights}.json"
+        raw = _read_mapping(path, run.notes)
+        if raw:
+            try:
+                run.evaluations[weights] = read_evaluation(weights, raw, run.notes)
+            except MALFORMED as error:
+                run.notes.append(f"{_shown(path)}: not an evaluation ({type(error).__name__}: {error})")
+    return run
+
+
+# ---------------------------------------------------------------- files
+def _shown(path: Path) -> str:
+    return f"evaluation/{path.name}" if path.parent.name == "evaluation" else path.name
+
+
+def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        text = path.read_bytes().decode("utf-8")
+        value = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        notes.append(f"{_shown(path)}: cannot be read ({error})")
+        return {}
+    if not isinstance(value, dict):
+        notes.append(f"{_shown(path)}: holds a {type(value).__name__}, not an object")
+        return {}
+    return value
+
+
+def _read_metrics(path: Path, notes: list[str]) -> list[Epoch]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        notes.append(f"{path.name}: cannot be read ({error})")
+        return []
+    epochs: list[Epoch] = []
+    for i, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            epoch = _epoch(json.loads(line.decode("utf-8")))
+        except MALFORMED as error:
+            torn = not any(rest.strip() for rest in lines[i:])
+            what = "torn last line skipped (the run was killed while writing it)" if torn else f"skipped ({error})"
+            notes.append(f"{path.name}, line {i}: {what}")
+            continue
+        # A run resumed from an earlier checkpoint logs epochs again: the later line is of the weights that remain.
+        epochs = [e for e in epochs if e.epoch < epoch.epoch]
+        epochs.append(epoch)
+    return epochs
+
+
+def _epoch(raw: Mapping[str, Any]) -> Epoch:
+    def accuracies(key: str):
+        val = raw.get(key)
+        if val is None:
+            return None
+        return {
+            attack: {measure: number(entry.get(measure)) for measure in VAL_MEASURES} for attack, entry in val.items()
+        }
+
+    return Epoch(
+        epoch=int(raw["epoch"]), phase=text(raw.get("phase")), loss=number(raw.get("loss")),
+        hard_fraction=number(raw.get("hard_fraction")), skipped=integer(raw.get("skipped")),
+        seconds=number(raw.get("seconds")), val=accuracies("val"), val_ema=accuracies("val_ema"),
+    )  # fmt: skip

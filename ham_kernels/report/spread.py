@@ -1,0 +1,60 @@
+"""Means over seeds with what is known of their error, and differences of them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from .evaluations import Interval
+
+Spread = dict[str, Any]  # see `spread`
+
+
+def spread(values: Sequence[Interval | float | None]) -> Spread:
+    """Mean over seeds with its spread: {"mean", "std", "low", "high", "n", "values"}.
+
+    Of several values std is the sample standard deviation and low, high are mean -+ std. Of one value there is no
+    std, and low, high are its bootstrap interval, None where it has none.
+    """
+    intervals = [v if isinstance(v, Interval) else Interval(v) for v in values]
+    known = [v for v in intervals if v.value is not None]
+    out: Spread = {"mean": None, "std": None, "low": None, "high": None, "n": len(known)}
+    out["values"] = [v.value for v in intervals]
+    if known:
+        out["mean"] = mean = statistics.fmean(v.value for v in known)
+        if len(known) > 1:
+            out["std"] = std = statistics.stdev(v.value for v in known)
+            out |= {"low": mean - std, "high": mean + std}
+        else:
+            out |= {"low": known[0].low, "high": known[0].high}
+    return out
+
+
+def difference(ours: Spread, base: Spread, paired: bool) -> Spread:
+    """ours - base. Paired (the same seeds): mean and std of the differences; else the two spreads, squares added."""
+    out: Spread = {"mean": None, "std": None, "low": None, "high": None, "n": min(ours["n"], base["n"])}
+    if ours["mean"] is None or base["mean"] is None:
+        return out
+    pairs = list(zip(ours["values"], base["values"], strict=True)) if paired else []
+    pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if len(pairs) > 1:
+        return {k: v for k, v in spread([a - b for a, b in pairs]).items() if k != "values"}
+    out["mean"] = ours["mean"] - base["mean"]
+    if ours["std"] is not None and base["std"] is not None:
+        out["std"] = math.hypot(ours["std"], base["std"])
+    sides = [ours["low"], ours["high"], base["low"], base["high"]]
+    if None not in sides:  # the interval of a difference from the intervals of its sides (MOVER)
+        (our_low, our_high), (base_low, base_high) = reach(ours), reach(base)
+        out["low"] = out["mean"] - math.hypot(our_low, base_high)
+        out["high"] = out["mean"] + math.hypot(our_high, base_low)
+    return out
+
+
+def reach(value: Spread) -> tuple[float, float]:
+    """How far a spread reaches below and above its mean. 0 on a side where it does not: the bootstrap interval of a
+    worst class may lie below its value."""
+    if value["low"] is None or value["high"] is None:
+        return 0.0, 0.0
+    return max(0.0, value["mean"] - value["low"]), max(0.0, value["high"] - value["mean"])

@@ -1,0 +1,237 @@
+"""All numbers of a report as plain data: what tables, figures and page show, and what data.json holds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .claims import claims, same_seeds
+from .evaluations import WEIGHTS, Attack, Interval
+from .groups import Group, Section, machine_of
+from .runs import VAL_MEASURES, Run
+from .spread import Spread, difference, spread
+
+
+def summarise(sections: Sequence[Section]) -> dict[str, Any]:
+    """{"sections": [...], "runs": [...], "styles": {title: index}} of plain values, NaN as None."""
+    titles = [g.title for s in sections for g in s.groups if g is not s.baseline]
+    styles = {title: i for i, title in enumerate(dict.fromkeys(titles))}
+    return {
+        "styles": styles,
+        "sections": [_section(section) for section in sections],
+        "runs": [_run(run, section, group) for section in sections for group in section.groups for run in group.runs],
+    }
+
+
+# ---------------------------------------------------------------- sections
+def _section(section: Section) -> dict[str, Any]:
+    attack = headline_attack(section.groups)
+    groups = [_group(group, group is section.baseline) for group in section.groups]
+    base = groups[0] if section.baseline else None
+    for group in groups[1:] if base else []:
+        _relate(group, base, attack)
+    return {
+        "title": section.title,
+        "dataset": section.dataset,
+        "eps": section.eps,
+        "norm": section.norm,
+        "classes": list(section.classes),
+        "attack": attack,
+        "baseline": section.baseline.title if section.baseline else None,
+        "notes": section.notes,
+        "val_attack": _val_attack(section.groups),
+        "groups": groups,
+        "claims": claims(groups, attack),
+    }
+
+
+def headline_attack(groups: Sequence[Group]) -> str | None:
+    """The attack behind "robust accuracy": what most groups were judged with, PGD-20 before others."""
+    names = [name for g in groups for name in {n for e in g.evaluated(g.weights) for n in e.attacks} - {"clean"}]
+    return max(sorted(set(names)), key=lambda name: (names.count(name), _preference(name)), default=None)
+
+
+def _preference(attack: str) -> tuple[int, int]:
+    steps = int(attack[3:]) if attack.startswith("pgd") and attack[3:].isdecimal() else 0
+    if attack == "pgd20":
+        return 4, 0
+    if steps:
+        return 3, steps
+    return (2 if attack.startswith("autoattack") else 1 if attack.startswith("cw") else 0), 0
+
+
+def _val_attack(groups: Sequence[Group]) -> str | None:
+    """The attack of most validation logs."""
+    names = [
+        name for g in groups for run in g.counted for e in run.epochs for name in (e.val or e.val_ema or {})
+    ]  # fmt: skip
+    names = [name for name in names if name != "clean"]
+    return max(sorted(set(names)), key=names.count, default=None)
+
+
+# ---------------------------------------------------------------- groups
+def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
+    shown = group.evaluated(group.weights)
+    return {
+        "title": group.title,
+        "method": group.method,
+        "mines_hard_rows": group.method == "ham" and group.settings.get("method.rows", "hard") == "hard",
+        "baseline": is_baseline,
+        "finished": group.finished,
+        "runs": [run.name for run in group.counted],
+        "seeds": [run.seed for run in group.counted],
+        "settings": group.settings,
+        "weights": group.weights,
+        "time": spread([run.seconds for run in group.counted]),
+        "relative_time": 1.0 if is_baseline else None,
+        "accuracy": {w: _accuracies(group, w) for w in WEIGHTS if group.evaluated(w)},
+        "differences": None,
+        "curves": _curves(group.counted),
+        "confidence": _confidence([e.confidence for e in shown if e.confidence]),
+        "easy": _easy([e.easy for e in shown if e.easy], [e.easy_steps for e in shown if e.easy]),
+        "masking": _masking(group),
+    }
+
+
+def _accuracies(group: Group, weights: str) -> dict[str, Any]:
+    """{attack: spreads}. A seed without that attack counts as None, so that values stay in the order of seeds."""
+    found = [run.evaluations.get(weights) for run in group.counted]
+    names = dict.fromkeys(name for e in found if e for name in e.attacks)
+    classes = len(next(e.classes for e in found if e))
+
+    def over_seeds(name: str, pick: Callable[[Attack], Interval]) -> Spread:
+        return spread([pick(e.attacks[name]) if e and name in e.attacks else None for e in found])
+
+    return {
+        name: {
+            "average": over_seeds(name, lambda a: a.accuracy),
+            "worst": over_seeds(name, lambda a: a.worst_class),
+            "std": over_seeds(name, lambda a: a.std),
+            "nstd": over_seeds(name, lambda a: a.nstd),
+            "per_class": [over_seeds(name, lambda a, c=c: a.per_class[c]) for c in range(classes)],
+        }
+        for name in names
+    }
+
+
+def _relate(group: dict, base: dict, attack: str | None) -> None:
+    """What a group gains and loses against the baseline, for the same weights."""
+    if group["time"]["mean"] is not None and base["time"]["mean"] and group["finished"] and base["finished"]:
+        group["relative_time"] = group["time"]["mean"] / base["time"]["mean"]
+    ours = group["accuracy"].get(group["weights"], {}).get(attack)
+    theirs = base["accuracy"].get(group["weights"], {}).get(attack)
+    if ours and theirs:
+        paired = same_seeds(group, base)
+        group["differences"] = [
+            difference(a, b, paired) for a, b in zip(ours["per_class"], theirs["per_class"], strict=True)
+        ]
+
+
+def _curves(runs: Sequence[Run]) -> dict[str, Any]:
+    """{"epoch": [...], name: {"mean", "low", "high"}}; names: loss, hard_fraction, seconds, val.ATTACK.MEASURE..."""
+    logs = [{e.epoch: e for e in run.epochs} for run in runs]
+    epochs = sorted({number for log in logs for number in log})
+    picks: dict[str, Callable] = {
+        "loss": lambda e: e.loss,
+        "hard_fraction": lambda e: e.hard_fraction,
+        "seconds": lambda e: e.seconds,
+    }
+    for val in ("val", "val_ema"):
+        for attack in dict.fromkeys(a for log in logs for e in log.values() for a in getattr(e, val) or {}):
+            for measure in VAL_MEASURES:
+                picks[f"{val}.{attack}.{measure}"] = lambda e, keys=(val, attack, measure): (
+                    (getattr(e, keys[0]) or {}).get(keys[1], {}).get(keys[2])
+                )
+    out: dict[str, Any] = {"epoch": epochs, "phase": [_phase(logs, number) for number in epochs]}
+    for name, pick in picks.items():
+        points = [spread([pick(log[number]) if number in log else None for log in logs]) for number in epochs]
+        if any(point["mean"] is not None for point in points):
+            out[name] = {key: [point[key] for point in points] for key in ("mean", "low", "high")}
+    return out
+
+
+def _phase(logs: Sequence[dict], number: int) -> str | None:
+    return next((log[number].phase for log in logs if number in log), None)
+
+
+def _confidence(parts: Sequence) -> dict[str, Any] | None:
+    parts = [part for part in parts if part.edges == parts[0].edges]
+    if not parts:
+        return None
+    first = parts[0]
+    return {
+        "edges": list(first.edges),
+        "shares": [statistics.fmean(column) for column in zip(*(part.shares for part in parts), strict=True)],
+        "threshold": first.threshold,
+        "steps": first.steps,
+        "part": first.part,
+        "overconfident": [spread(column) for column in zip(*(part.overconfident for part in parts), strict=True)],
+        "overconfident_all": spread([part.overconfident_all for part in parts]),
+    }
+
+
+def _easy(parts: Sequence, steps: Sequence[int | None]) -> dict[str, Any] | None:
+    by_m: dict[int, list] = {}
+    for entry in (entry for part in parts for entry in part):
+        by_m.setdefault(entry.m, []).append(entry)
+    if not by_m:
+        return None
+    return {
+        "steps": steps[0],
+        "by_m": [
+            {
+                "m": m,
+                "easy_fraction": spread([entry.easy_fraction for entry in entries]),
+                "stay_share": spread([entry.stay_share for entry in entries]),
+            }
+            for m, entries in sorted(by_m.items())
+        ],
+    }
+
+
+def _masking(group: Group) -> list[dict[str, Any]]:
+    """One entry per check: of how many runs it was suspicious, and why."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in group.counted:
+        evaluation = run.evaluations.get(group.weights) if group.weights else None
+        for check in (evaluation and evaluation.masking) or ():
+            entry = found.setdefault(check.title, {"check": check.title, "runs": 0, "suspicious": [], "why": []})
+            entry["runs"] += 1
+            if check.suspicious:
+                entry["suspicious"].append(run.name)
+                entry["why"].append(check.why)
+    return list(found.values())
+
+
+# ---------------------------------------------------------------- runs
+def _run(run: Run, section: Section, group: Group) -> dict[str, Any]:
+    versions, sessions = run.environment.get("versions"), run.environment.get("sessions")
+    sessions = [s for s in sessions if isinstance(s, dict)] if isinstance(sessions, list) else []
+    shown = run.evaluations.get(group.weights) if group.weights else None
+    return {
+        "name": run.name,
+        "folder": str(run.folder),
+        "section": section.title,
+        "group": group.title,
+        "seed": run.seed,
+        "state": run.state,
+        "message": run.status.get("message"),
+        "epoch": run.epochs[-1].epoch if run.epochs else None,
+        "epochs": run.planned_epochs,
+        "seconds": run.seconds,
+        "weights": list(run.evaluations),
+        "shown": None if shown is None else {
+            "weights": shown.weights, "epoch": shown.epoch, "checkpoint_sha256": shown.checkpoint_sha256,
+            "dataset": shown.dataset, "part": shown.part, "images": shown.images, "precision": shown.precision,
+            "attacks": list(shown.attacks),
+        },
+        "machine": machine_of(run),
+        "versions": {str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},
+        "commit": run.environment.get("commit"),
+        "started": sessions[0].get("started") if sessions else None,
+        "ended": sessions[-1].get("ended") if sessions else None,
+        "sessions": len(sessions),
+        "missing": [{"what": what, "command": command} for what, command in run.missing],
+        "notes": run.notes,
+    }  # fmt: skip

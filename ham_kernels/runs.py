@@ -1,0 +1,183 @@
+"""A run's folder: what it was told, on what it ran, how it went, and the weights it left.
+
+config.toml         resolved settings                  metrics.jsonl   one line per epoch
+environment.json    versions, machine, commit, when    status.json     running, interrupted, finished or failed
+checkpoints/        step_*.pt (two newest), best.pt, best_ema.pt
+evaluation/         one JSON per weights judged        tensorboard/    events, where tensorboard is installed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import settings as settings_
+from .checkpoint import Checkpoints, load, save, write_atomically
+from .settings import TrainSettings
+
+if TYPE_CHECKING:
+    from .history import EpochReport
+
+WEIGHTS = ("last", "ema", "best", "best_ema")
+
+
+class RunFolder:
+    """One run on disk. Every file is replaced as a whole, so a killed process leaves none torn."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
+
+    # ------------------------------------------------------------ what it was told
+    @classmethod
+    def create(cls, path: str | Path, settings: TrainSettings) -> RunFolder:
+        """A new folder with config.toml. Raises: FileExistsError where there is a run already."""
+        run = cls(path)
+        if (run.path / "config.toml").exists():
+            raise FileExistsError(f"out: {path} holds a run already; go on with `ham train --resume {path}`")
+        write_atomically(run.path / "config.toml", settings_.to_toml(settings).encode())
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """An existing run. Raises: FileNotFoundError naming the folder."""
+        run = cls(path)
+        if not (run.path / "config.toml").is_file():
+            raise FileNotFoundError(f"run: {path} is no run folder (it has no config.toml)")
+        return run
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other process works on this run. Raises: BlockingIOError where one does already."""
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go when the process ends, however
+            except BlockingIOError:
+                raise BlockingIOError(f"run: another process works on {self.path}") from None
+            for torn in self.path.glob(".*.partial"):  # of a killed process
+                torn.unlink(missing_ok=True)
+            yield
+
+    def settings(self) -> TrainSettings:
+        return settings_.from_toml(self.path / "config.toml", TrainSettings())
+
+    # ------------------------------------------------------------ how it goes
+    def begin_session(self, from_epoch: int) -> None:
+        """Notes versions, machine and commit, and that a process works on the run from now on."""
+        from . import environment
+
+        path = self.path / "environment.json"
+        sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
+        sessions.append({"started": _now(), "ended": None, "from_epoch": from_epoch})
+        facts = {
+            "versions": environment.versions("torchvision", "triton", "numpy"),
+            "machine": environment.machine(),
+            "commit": environment.commit(),
+            "sessions": sessions,
+        }
+        self.write_json("environment.json", facts)
+
+    def end_session(self) -> None:
+        facts = json.loads((self.path / "environment.json").read_text())
+        facts["sessions"][-1]["ended"] = _now()
+        self.write_json("environment.json", facts)
+
+    def set_status(self, state: str, epoch: int, epochs: int, message: str = "") -> None:
+        self.write_json("status.json", {"state": state, "epoch": epoch, "epochs": epochs, "message": message})
+
+    def mark_failed(self, message: str) -> None:
+        status = self.status()
+        self.set_status("failed", status["epoch"], status.get("epochs", 0), message)
+
+    def status(self) -> dict[str, Any]:
+        path = self.path / "status.json"
+        return json.loads(path.read_text()) if path.exists() else {"state": "new", "epoch": 0}
+
+    def write_metrics(self, history: list[EpochReport], settings: TrainSettings) -> None:
+        """The whole of metrics.jsonl anew: after a resume it holds no line of epochs that were thrown away."""
+        lines = [dumps(metrics_of(report, settings)) for report in history]
+        write_atomically(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
+
+    def write_json(self, name: str, value: Any) -> Path:
+        path = self.path / name
+        write_atomically(path, dumps(value, indent=1).encode() + b"\n")
+        return path
+
+    # ------------------------------------------------------------ the weights it left
+    def save_best(self, weights: str, state: dict[str, Any]) -> None:
+        save(self.path / "checkpoints" / f"{weights}.pt", state)
+
+    def load_weights(self, weights: str) -> dict[str, Any]:
+        """{"model": state_dict, "epoch", "sha256"} of one of WEIGHTS.
+
+        Raises: ValueError for another name or weights that the run has not; FileNotFoundError; CheckpointError.
+        """
+        if weights not in WEIGHTS:
+            raise ValueError(f"weights: got {weights!r}; allowed are {', '.join(WEIGHTS)}")
+        if weights.startswith("best"):
+            path = self.path / "checkpoints" / f"{weights}.pt"
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"weights: {path} is not there; the run has no validation images"
+                    f"{', no weight average' if weights == 'best_ema' else ''}, or no epoch is done yet"
+                )
+            state = load(path)
+            return {"model": state["model"], "epoch": state["epoch"], "sha256": _digest(path)}
+        newest = self.checkpoints.load_newest()
+        if newest is None:
+            raise FileNotFoundError(f"weights: {self.path} has no checkpoint yet")
+        path, state = newest
+        key = "model" if weights == "last" else "ema"
+        if state["trainer"][key] is None:
+            raise ValueError("weights: got 'ema', but the run keeps no weight average (ema_decay)")
+        return {"model": state["trainer"][key], "epoch": state["trainer"]["epoch"], "sha256": _digest(path)}
+
+    def available_weights(self) -> list[str]:
+        """Those of WEIGHTS that can be loaded, by name only."""
+        found = []
+        if self.checkpoints.newest_first():
+            found += ["last"] if self.settings().run.ema_decay is None else ["last", "ema"]
+        return found + [w for w in ("best", "best_ema") if (self.path / "checkpoints" / f"{w}.pt").exists()]
+
+
+def metrics_of(report: EpochReport, settings: TrainSettings) -> dict[str, Any]:
+    """A line of metrics.jsonl."""
+    values = report.to_dict()
+    val = {name: values.pop(name) for name in ("val", "val_ema")}
+    return {
+        **values,
+        "hard_fraction": report.hard_fraction,
+        "images_per_s": report.n / report.seconds if report.seconds else None,
+        "lr": settings.optim.lr * settings.lr_factor(report.epoch),
+        **val,
+    }
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """JSON in which what is not finite is null, as JSON knows no NaN."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _digest(path: Path) -> str:
+    """The checksum that a checkpoint, verified just now, ends with."""
+    with path.open("rb") as file:
+        file.seek(-64, 2)
+        return file.read().decode()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

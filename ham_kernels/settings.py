@@ -1,0 +1,331 @@
+"""All that a training run is told: the flags of `ham train`, the keys of its TOML file, the argument of `ham.train`.
+
+Imports no torch, so that the command line can print its help at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Images."""
+
+    dataset: str = "digits"
+    """digits, cifar10, cifar100, svhn, fashion_mnist, imagenette or imagenette32; with --path only its presets."""
+    path: str | None = None
+    """A folder or tar of class folders to use instead."""
+    root: str = "data"
+    """Where named data sets lie, or are downloaded to."""
+    download: bool = True
+    """Download a named data set that is missing."""
+    size: int | None = None
+    """Resize to size x size pixels (None: as they are; files of many sizes: 224)."""
+    train_images: int | None = None
+    """Use only so many training images, class shares kept."""
+    test_images: int | None = None
+    """Use only so many test images, class shares kept."""
+    val_images: int = 160
+    """Training images set aside to choose the best checkpoint; 0 for none. The test set never chooses."""
+    batch_size: int = 128
+    workers: int = 2
+    """Processes that decode images which do not fit the device as one tensor."""
+    augment: Literal["none", "crop", "crop+flip"] = "none"
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Classifier."""
+
+    name: Annotated[str, tyro.conf.arg(name="model")] = "small_cnn"
+    """small_cnn, preact_resnet18, wrn_34_10, wrn_28_10, or any torchvision classifier by its name there."""
+    normalize: bool = False
+    """The data set's mean and std as the model's first layer (where its table has them)."""
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """Attack in training."""
+
+    eps: float = 8 / 255
+    """Budget, in units of images in [0, 1]."""
+    step_size: float = 2 / 255
+    """Of one attack step."""
+    steps: int = 10
+    """K, attack steps."""
+    norm: Literal["linf", "l2"] = "linf"
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """Method."""
+
+    name: Annotated[Literal["ham", "pgd_at"], tyro.conf.arg(name="method")] = "ham"
+    """Hard adversarial example mining, or plain PGD adversarial training."""
+    screen_steps: int = 3
+    """M, attack steps before easy examples leave."""
+    start_epoch: int = 50
+    """First epoch (1-based) with mining; plain PGD-AT before."""
+    lam: float = 1.0
+    """Lambda of the weights sigmoid(lambda * step size); higher is more uniform."""
+    reweight: bool = True
+    """Weigh hard examples."""
+    early_drop: bool = True
+    """Let easy examples leave."""
+    rows: Literal["hard", "random"] = "hard"
+    """Keep the hard rows, or as many random ones (the control experiment)."""
+    freeze_bn: bool = False
+    """BatchNorm keeps its warm-up statistics while mining."""
+    bn_rows: Literal["hard", "all"] = "hard"
+    """While mining, BatchNorm's statistics are of the hard rows, or of the whole batch."""
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """Optimiser: SGD."""
+
+    epochs: int = 120
+    """In all, warm-up included. Presets scale milestones and start_epoch along with it."""
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 2e-4
+    schedule: Literal["step", "cosine", "one_cycle"] = "step"
+    """Of the learning rate, epoch by epoch."""
+    milestones: tuple[int, ...] = (60, 90, 110)
+    """First epochs (1-based) with a lower rate (schedule step)."""
+    lr_decay: tuple[float, ...] = (0.1, 0.1, 0.5)
+    """Factor at each milestone."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Run."""
+
+    seed: int = 0
+    device: str = "auto"
+    """auto: the GPU if there is one, else the CPU."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema_decay: float | None = 0.99
+    """Of the weight average, which is judged beside the last weights; None (TOML: false) for none."""
+    val_attack: str = "pgd10"
+    """Judges the validation images after each epoch, beside clean accuracy."""
+    best_by: Literal["robust", "worst_class"] = "robust"
+    """Which validation accuracy under val_attack chooses best.pt."""
+    checkpoint_minutes: float = 10.0
+    """Within an epoch, a checkpoint at least so often; there is one after each epoch too."""
+    label: str | None = None
+    """What reports call this run; else what distinguishes its settings."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One training run. Sections are those of config.toml; a field's name is also its flag."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    attack: AttackSettings = field(default_factory=AttackSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    def check(self) -> None:
+        """What can be told wrong without data or model. Raises: ValueError naming the field and its value."""
+        optim, method = self.optim, self.method
+        for section, names in _AT_LEAST.items():
+            for name, low in names.items():
+                _at_least(name, getattr(getattr(self, section), name), low)
+        if len(optim.milestones) != len(optim.lr_decay):
+            raise ValueError(
+                f"lr_decay: got {len(optim.lr_decay)} factors for {len(optim.milestones)} milestones; give one each"
+            )
+        if method.name == "ham" and not (method.early_drop or method.reweight):
+            raise ValueError("method: ham without early_drop and reweight is PGD-AT; say method pgd_at")
+        if method.name == "ham" and method.start_epoch > optim.epochs:
+            raise ValueError(
+                f"start_epoch: got {method.start_epoch} with epochs={optim.epochs}, so mining would never start"
+            )
+        if re.fullmatch(r"fgsm|(pgd|cw)[1-9]\d*", self.run.val_attack) is None:
+            raise ValueError(f"val_attack: got {self.run.val_attack!r}; allowed are fgsm, pgdK, cwK such as pgd10")
+        if method.freeze_bn and method.bn_rows == "all":
+            raise ValueError("bn_rows: got 'all' with freeze_bn; frozen statistics come from no rows of the batch")
+
+    def trainer_options(self) -> dict[str, Any]:
+        """The keyword arguments of HAMTrainer, device aside."""
+        m = self.method
+        plain = m.name == "pgd_at"
+        return {
+            "eps": self.attack.eps, "step_size": self.attack.step_size, "steps": self.attack.steps,
+            "norm": self.attack.norm, "screen_steps": m.screen_steps, "start_epoch": m.start_epoch, "lam": m.lam,
+            "reweight": m.reweight and not plain, "early_drop": m.early_drop and not plain, "rows": m.rows,
+            "freeze_bn": m.freeze_bn, "bn_rows": m.bn_rows, "ema_decay": self.run.ema_decay,
+            "precision": self.run.precision, "seed": self.run.seed,
+        }  # fmt: skip
+
+    def lr_factor(self, epoch: int) -> float:
+        """Learning rate of an epoch (1-based) over the one set."""
+        return lr_factor(self.optim, epoch)
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """How a run is judged."""
+
+    weights: tuple[str, ...] = ()
+    """Of last, ema, best, best_ema (default: ema where the run keeps a weight average, else last)."""
+    attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw20")
+    """clean, fgsm, pgdK, cwK (PGD on the CW loss), autoattack."""
+    restarts: int = 1
+    """Random starts of pgdK and cwK; an image counts as robust if it resists all."""
+    eps: float | None = None
+    """(default: the run's)"""
+    step_size: float | None = None
+    """(default: the run's)"""
+    part: Literal["test", "val", "train"] = "test"
+    images: int | None = None
+    """Judge only so many images of the part, class shares kept."""
+    batch_size: int = 256
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int = 0
+    masking: bool = True
+    """Check for gradient masking."""
+    masking_images: int = 512
+    transfer_from: Path | None = None
+    """Another run, whose adversarial examples should not be stronger than this run's own."""
+    analyses: bool = True
+    """Over-confident adversarial examples, and which easy ones stay easy (on training images)."""
+    analysis_images: int = 2048
+    threshold: float = 0.9
+    """Confidence from which an adversarial example counts as over-confident."""
+
+    def check(self) -> None:
+        """What can be told wrong without a run. Raises: ValueError naming the field and its value."""
+        low = {"images": 1, "restarts": 1, "batch_size": 1, "seed": 0, "masking_images": 2, "analysis_images": 1}
+        for name, least in low.items():
+            _at_least(name, getattr(self, name), least)
+        _at_least("eps", self.eps, 0)
+        _at_least("step_size", self.step_size, 0)
+        if not 0.5 < self.threshold <= 1:
+            raise ValueError(f"threshold: got {self.threshold}; it must be in (0.5, 1]")
+        if not self.attacks:
+            raise ValueError("attacks: got none; give at least one, such as clean pgd20")
+
+
+def _at_least(name: str, value: float | None, low: float) -> None:
+    if value is not None and not value >= low:
+        raise ValueError(f"{name}: got {value}; it must be >= {low}")
+
+
+_AT_LEAST = {
+    "data": {"train_images": 1, "test_images": 1, "val_images": 0, "batch_size": 1, "workers": 0, "size": 1},
+    "method": {"start_epoch": 1},
+    "optim": {"epochs": 1, "lr": 0.0, "momentum": 0.0, "weight_decay": 0.0},
+    "run": {"seed": 0, "checkpoint_minutes": 0.0},
+}
+
+
+def lr_factor(optim: OptimSettings, epoch: int) -> float:
+    """step: the decays reached so far. cosine: to 0 after the last epoch. one_cycle: up for 2/5 of them, down to 0."""
+    if optim.schedule == "step":
+        return math.prod(d for m, d in zip(optim.milestones, optim.lr_decay, strict=True) if epoch >= m)
+    done = (epoch - 0.5) / optim.epochs
+    if optim.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return min(done / 0.4, (1 - done) / 0.6)
+
+
+# ---------------------------------------------------------------- TOML
+def to_dict(settings: TrainSettings) -> dict[str, dict[str, Any]]:
+    """Sections of plain values. TOML has no None: it is false where the default is another value, else left out."""
+    default = dataclasses.asdict(TrainSettings())
+    return {
+        section: {
+            k: list(v) if isinstance(v, tuple) else False if v is None else v
+            for k, v in values.items()
+            if v is not None or default[section][k] is not None
+        }
+        for section, values in dataclasses.asdict(settings).items()
+    }
+
+
+def to_toml(settings: TrainSettings) -> str:
+    import tomli_w
+
+    return tomli_w.dumps(to_dict(settings))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The sections of a TOML file. Raises: FileNotFoundError, ValueError naming the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config: {path} is not a file; give a TOML file of settings")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {path}: {error}") from error
+
+
+def from_toml(path: str | Path, base: TrainSettings) -> TrainSettings:
+    """`base` with what the file says instead. Raises: FileNotFoundError, ValueError naming the file and the key."""
+    sections = read_toml(path)
+    try:
+        return merge(base, sections)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config: {path}: {error}") from error
+
+
+def merge(base: TrainSettings, sections: dict[str, Any]) -> TrainSettings:
+    """`base` with other values, given as {section: {field: value}}; false stands for None where None is allowed."""
+    known = {f.name: f for f in dataclasses.fields(base)}
+    changed = {}
+    for section, values in sections.items():
+        if section not in known:
+            raise ValueError(f"{section}: is no section; allowed are {', '.join(known)}")
+        if not isinstance(values, dict):
+            raise ValueError(f"{section}: got {values!r}; it is a section, with keys of its own")
+        old = getattr(base, section)
+        hints = typing.get_type_hints(type(old))
+        unknown = sorted(set(values) - set(hints))
+        if unknown:
+            raise ValueError(f"{section}.{unknown[0]}: is no setting; allowed are {', '.join(hints)}")
+        new = {k: _convert(f"{section}.{k}", v, hints[k]) for k, v in values.items()}
+        changed[section] = dataclasses.replace(old, **new)
+    return dataclasses.replace(base, **changed)
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """A TOML value as the type of its field."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):  # X | None
+        if value is None or value is False:
+            return None
+        return _convert(name, value, next(a for a in args if a is not type(None)))
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{name}: got {value!r}; allowed are {', '.join(map(repr, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name}: got {value!r}; it must be a list")
+        return tuple(_convert(name, v, args[0]) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); it must be {hint.__name__}")
+    return value

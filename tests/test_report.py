@@ -1,0 +1,196 @@
+"""The report's numbers against figures computed by hand, and the claims they decide."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import fake_runs
+import pytest
+from fake_runs import fake_run
+
+from ham_kernels import report
+
+# two classes, so that std over classes is half their difference
+PGD_AT = ([0.6, 0.2], [0.7, 0.3])  # of seeds 0 and 1: averages 0.4 and 0.5, worst 0.2 and 0.3, std 0.2 and 0.2
+HAM = ([0.5, 0.3], [0.6, 0.5])  # averages 0.4 and 0.55, worst 0.3 and 0.5, std 0.1 and 0.05
+CLEAN = [1.0, 0.9]
+
+
+@pytest.fixture(scope="module")
+def two_methods(tmp_path_factory):
+    """PGD-AT in 4 s and 6 s, HAM in 2 s and 3 s, two seeds each. HAM's epochs from the second on mine."""
+    root = tmp_path_factory.mktemp("two_methods")
+    runs = []
+    for seed in (0, 1):
+        scale = (1.0, 1.5)[seed]
+        parts = {
+            "confidence": fake_runs.confidence([0.2, 0.4 + 0.2 * seed], [[1, 1], [0, 2]]),
+            "easy": fake_runs.easy([0.5, 0.6, 0.7 + 0.1 * seed]),
+            "masking": fake_runs.masking(seed == 1, "transfer is stronger"),
+        }
+        base = {"clean": CLEAN, "pgd20": PGD_AT[seed]}
+        ours = {"clean": CLEAN, "pgd20": HAM[seed], "autoattack": [0.4, 0.3]}
+        runs.append(fake_run(root / f"pgd{seed}", "pgd_at", seed, accuracy=base, seconds=[scale] * 4, parts=parts))
+        times = [scale, scale / 3, scale / 3, scale / 3]
+        runs.append(fake_run(root / f"ham{seed}", "ham", seed, accuracy=ours, seconds=times, parts=parts))
+    out = root / "out"
+    assert report.build(runs, out) == out / "index.html"
+    return out
+
+
+@pytest.fixture(scope="module")
+def section(two_methods):
+    (found,) = json.loads((two_methods / "data.json").read_text())["sections"]
+    return found
+
+
+def test_means_over_seeds(section):
+    assert [g["title"] for g in section["groups"]] == ["PGD-AT", "HAM"]
+    assert (section["attack"], section["baseline"]) == ("pgd20", "PGD-AT")
+    robust = section["groups"][1]["accuracy"]["ema"]["pgd20"]
+    assert robust["average"]["mean"] == pytest.approx(0.475)
+    assert robust["average"]["std"] == pytest.approx(0.15 / math.sqrt(2))
+    assert robust["worst"]["mean"] == pytest.approx(0.4)  # of each run's worst, here of the same class
+    assert robust["std"]["mean"] == pytest.approx(0.075)
+    assert robust["nstd"]["mean"] == pytest.approx((0.1 / 0.4 + 0.05 / 0.55) / 2)
+    assert [s["mean"] for s in robust["per_class"]] == pytest.approx([0.55, 0.4])
+    assert robust["per_class"][1]["low"] == pytest.approx(0.4 - 0.2 / math.sqrt(2))
+    assert robust["per_class"][1]["values"] == [0.3, 0.5]
+
+
+def test_times(section):
+    base, ham = section["groups"]
+    assert base["time"]["values"] == [4.0, 6.0]
+    assert ham["time"]["mean"] == pytest.approx(2.5)
+    assert ham["relative_time"] == pytest.approx(0.5)
+    assert base["relative_time"] == 1.0
+
+
+def test_differences_are_taken_seed_by_seed(section):
+    first, second = section["groups"][1]["differences"]
+    assert (first["mean"], first["std"]) == pytest.approx((-0.1, 0.0), abs=1e-12)
+    assert second["mean"] == pytest.approx(0.15)  # of 0.1 and 0.2
+    assert second["std"] == pytest.approx(0.1 / math.sqrt(2))
+    assert section["groups"][0]["differences"] is None
+
+
+def test_claims(section):
+    found = {c["claim"]: c for c in section["claims"]}
+    assert all(c["group"] == "HAM" for c in section["claims"])
+    whole, phase, worst, std = found.values()
+    assert list(found)[:2] == ["training time −45 %, whole run", "training time −45 %, mining epochs alone"]
+    assert whole["value"] == pytest.approx(-0.5)
+    assert phase["value"] == pytest.approx(1 / 3 - 1)
+    assert worst["value"] == pytest.approx(0.15)
+    assert std["value"] == pytest.approx(0.075 / 0.2 - 1)
+    assert all(c["holds"] for c in found.values())
+    assert worst["measured"] == "+15.0 ± 7.1 points (average over all images +2.5)"
+
+
+def test_confidence_easy_and_masking(section):
+    ham = section["groups"][1]
+    assert ham["confidence"]["shares"] == pytest.approx([0.25, 0.75])
+    assert [s["mean"] for s in ham["confidence"]["overconfident"]] == pytest.approx([0.2, 0.5])
+    assert [(e["m"], e["stay_share"]["mean"]) for e in ham["easy"]["by_m"]] == [
+        (1, 0.5), (2, 0.6), (3, pytest.approx(0.75)),
+    ]  # fmt: skip
+    (check,) = ham["masking"]
+    assert (check["runs"], check["suspicious"], check["why"]) == (2, ["ham1"], ["transfer is stronger"])
+
+
+def test_curves(section):
+    curves = section["groups"][1]["curves"]
+    assert curves["epoch"] == [1, 2, 3, 4]
+    assert curves["hard_fraction"]["mean"] == [1.0, 0.25, 0.25, 0.25]
+    assert curves["loss"]["mean"] == pytest.approx([2, 1, 2 / 3, 0.5])
+    assert curves["val.pgd10.worst_class"]["mean"] == pytest.approx([0.22, 0.24, 0.26, 0.28])
+    assert curves["val_ema.pgd10.accuracy"]["mean"][0] == pytest.approx(0.33)
+
+
+def test_markdown(two_methods):
+    lines = (two_methods / "table.md").read_text().splitlines()
+    assert lines[0] == "digits, ε 0.2 (L∞); 2 seeds, mean ± standard deviation; weight average. Best values in bold."
+    head, _, base, ham = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:])
+    assert head[1:] == [
+        "Clean avg", "Clean worst", "PGD-20 avg", "PGD-20 worst", "AutoAttack avg", "AutoAttack worst",
+        "PGD-20 over classes std", "PGD-20 over classes nstd", "Training time", "Training / PGD-AT",
+    ]  # fmt: skip
+    # clean is equal, so both are best; AutoAttack was run on one of the two only, so nothing is best
+    assert base == [
+        "PGD-AT", "**95.0** ± 0.0", "**90.0** ± 0.0", "45.0 ± 7.1", "25.0 ± 7.1", "–", "–", "20.0 ± 0.0",
+        "0.450 ± 0.071", "5.0 s ± 1.4 s", "1.00",
+    ]  # fmt: skip
+    assert ham == [
+        "HAM", "**95.0** ± 0.0", "**90.0** ± 0.0", "**47.5** ± 10.6", "**40.0** ± 14.1", "35.0 ± 0.0", "30.0 ± 0.0",
+        "**7.5** ± 3.5", "**0.170** ± 0.112", "**2.5 s** ± 0.7 s", "**0.50**",
+    ]  # fmt: skip
+
+
+def test_latex(two_methods):
+    text = (two_methods / "table.tex").read_text()
+    lines = text.splitlines()
+    assert r"\multicolumn{2}{c}{PGD-20, \%}" in text
+    assert r"\cmidrule(lr){4-5}" in text
+    rows = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
+    assert len(rows) == 2
+    assert rows[1].startswith(r"HAM & \textbf{95.0} $\pm$ 0.0 & \textbf{90.0} $\pm$ 0.0 & \textbf{47.5} $\pm$ 10.6")
+    columns = next(line for line in lines if line.startswith(r"\begin{tabular}")).removeprefix(r"\begin{tabular}")
+    assert all(row.count(" & ") + 1 == len(columns.strip("{}")) for row in rows)
+    text.encode("latin-1")  # ± × λ ε and the rest are commands
+
+
+def test_page_says_what_it_shows(two_methods):
+    page = (two_methods / "index.html").read_text()
+    for words in (
+        "weight average", "200 test images of digits", "abc1234", "Test CPU", "torch 2.15.0", "2026-01-02T03:04:05",
+        "holds here", "suspicious in 1", "ham1: transfer is stronger", "0123456789ab",
+    ):  # fmt: skip
+        assert words in page
+    assert "does not hold here" not in page
+    assert "Missing or unreadable" not in page
+
+
+def test_page_needs_no_other_file(two_methods):
+    import re
+
+    page = (two_methods / "index.html").read_text()
+    sources = re.findall(r'(?:src|srcset|poster|data)="([^"]*)"', page)
+    assert len(sources) == 8
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert set(re.findall(r'https?://[^"<]*', page)) == {"https://arxiv.org/abs/2308.01823"}
+    assert not re.search(r"<(script|link|iframe|object)\b|@import|url\(", page)
+    figures = json.loads((two_methods / "data.json").read_text())["figures"]
+    assert sorted(str(p.relative_to(two_methods)) for p in two_methods.glob("figures/*")) == sorted(figures)
+    assert {p.name for p in two_methods.iterdir()} == {"index.html", "data.json", "table.md", "table.tex", "figures"}
+
+
+def test_one_seed_shows_the_bootstrap_interval(tmp_path):
+    runs = [
+        fake_run(tmp_path / "p", "pgd_at", accuracy={"pgd20": [0.6, 0.3]}),
+        fake_run(tmp_path / "h", "ham", accuracy={"pgd20": [0.5, 0.32]}),
+    ]
+    report.build(runs, tmp_path / "out")
+    (section,) = json.loads((tmp_path / "out" / "data.json").read_text())["sections"]
+    spread = section["groups"][1]["accuracy"]["ema"]["pgd20"]["per_class"][0]
+    assert (spread["std"], spread["low"], spread["high"]) == (None, pytest.approx(0.46), pytest.approx(0.54))
+    gain = section["groups"][1]["differences"][0]  # both intervals reach 0.04
+    assert gain["low"] == pytest.approx(-0.1 - math.hypot(0.04, 0.04))
+    assert "| 41.0 |" in (tmp_path / "out" / "table.md").read_text().replace("**", "")
+    worst = next(c for c in section["claims"] if c["claim"].startswith("worst class"))
+    assert worst["value"] == pytest.approx(0.02)
+    assert worst["holds"] is False
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "does not hold here" in page
+    assert "one seed: an indication only" in page
+
+
+def test_a_claim_met_exactly_holds(tmp_path):
+    assert 0.142 - 0.11 < 0.032  # rounding
+    runs = [
+        fake_run(tmp_path / "p", "pgd_at", accuracy={"pgd20": [0.6, 0.11]}, seconds=[1.0] * 4),
+        fake_run(tmp_path / "h", "ham", accuracy={"pgd20": [0.6, 0.142]}, seconds=[0.55] * 4),
+    ]
+    report.build(runs, tmp_path / "out")
+    (section,) = json.loads((tmp_path / "out" / "data.json").read_text())["sections"]
+    assert [c["holds"] for c in section["claims"]] == [True, True, True, False]

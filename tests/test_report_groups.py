@@ -1,0 +1,194 @@
+"""Which runs are one method, what it is called, and what may stand in one figure."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fake_runs import fake_run, interval, write_json
+
+from ham_kernels import report
+from ham_kernels.report.groups import sections
+from ham_kernels.report.runs import read_runs
+
+ACCURACY = {"clean": [0.9, 0.8], "pgd20": [0.5, 0.3]}
+
+
+def grouped(runs, baseline=None):
+    return sections(read_runs(runs), baseline)
+
+
+def titles(tmp_path, *variants):
+    """Titles of the groups of a section: each variant is (method, settings)."""
+    runs = [fake_run(tmp_path / str(i), method, settings=s) for i, (method, s) in enumerate(variants)]
+    (section,) = grouped(runs)
+    return [group.title for group in section.groups]
+
+
+def test_seeds_and_folders_do_not_divide(tmp_path):
+    runs = [
+        fake_run(tmp_path / "b", "ham", 1, settings={"data.root": "elsewhere", "data.download": False}),
+        fake_run(tmp_path / "a", "ham", 0),
+        fake_run(tmp_path / "c", "ham", 2, settings={"method.lam": 1}),  # 1 and 1.0
+    ]
+    (section,) = grouped(runs)
+    (group,) = section.groups
+    assert [run.seed for run in group.runs] == [0, 1, 2]
+
+
+def test_titles_of_the_methods(tmp_path):
+    found = titles(
+        tmp_path,
+        ("ham", {}),
+        ("ham", {"method.freeze_bn": True}),
+        ("ham", {"method.reweight": False}),
+        ("ham", {"method.early_drop": False}),
+        ("ham", {"method.rows": "random"}),
+        ("ham", {"method.bn_rows": "all"}),
+        ("pgd_at", {}),
+    )
+    assert found == [
+        "PGD-AT", "HAM", "HAM, frozen BN", "HAM, no reweighting", "HAM, no early drop", "random rows",
+        "HAM, BN of all rows",
+    ]  # fmt: skip
+
+
+def test_titles_of_a_sweep_name_what_differs(tmp_path):
+    found = titles(
+        tmp_path,
+        ("pgd_at", {}),
+        ("ham", {"method.screen_steps": 2, "method.lam": 0.5}),
+        ("ham", {"method.screen_steps": 2, "method.lam": 1.0}),
+        ("ham", {"method.screen_steps": 3, "method.lam": 0.5}),
+    )
+    assert found == ["PGD-AT", "HAM, M=2, λ=0.5", "HAM, M=2, λ=1", "HAM, M=3, λ=0.5"]
+
+
+def test_settings_without_effect_do_not_divide(tmp_path):
+    assert titles(tmp_path / "a", ("pgd_at", {}), ("pgd_at", {"method.lam": 2.0, "method.start_epoch": 3})) == [
+        "PGD-AT"
+    ]
+    unweighted = {"method.reweight": False}
+    assert titles(tmp_path / "b", ("ham", unweighted), ("ham", {**unweighted, "method.lam": 2.0})) == [
+        "HAM, no reweighting"
+    ]
+
+
+def test_titles_of_other_settings(tmp_path):
+    found = titles(
+        tmp_path,
+        ("pgd_at", {}),
+        ("pgd_at", {"optim.epochs": 8, "run.ema_decay": False}),
+        ("pgd_at", {"optim.epochs": 8, "optim.lr": 0.05, "model.normalize": True}),
+    )
+    assert found == [
+        "PGD-AT, 4 epochs, lr=0.1, EMA=0.97, normalize=False",
+        "PGD-AT, 8 epochs, lr=0.1, no EMA, normalize=False",
+        "PGD-AT, 8 epochs, lr=0.05, EMA=0.97, normalize=True",
+    ]
+
+
+def test_labels(tmp_path):
+    runs = [
+        fake_run(tmp_path / "0", "ham", 0, settings={"run.label": "ours"}),
+        fake_run(tmp_path / "1", "ham", 1, settings={"run.label": "ours"}),
+        fake_run(tmp_path / "2", "pgd_at", 0, settings={"run.label": "ours"}),
+        fake_run(tmp_path / "3", "ham", 0, settings={"run.label": "a", "method.lam": 2.0}),
+        fake_run(tmp_path / "4", "ham", 1, settings={"run.label": "b", "method.lam": 2.0}),  # same settings, two labels
+    ]
+    (section,) = grouped(runs)
+    assert [(g.title, len(g.runs)) for g in section.groups] == [("ours (2)", 1), ("ours", 2), ("HAM, λ=2", 2)]
+
+
+def test_one_section_for_each_data_set_and_budget(tmp_path):
+    runs = [
+        fake_run(tmp_path / "a", "pgd_at", accuracy=ACCURACY),
+        fake_run(tmp_path / "b", "ham", accuracy=ACCURACY, settings={"attack.eps": 0.1}),
+        fake_run(tmp_path / "c", "ham", accuracy=ACCURACY, settings={"data.dataset": "cifar10"}),
+        fake_run(tmp_path / "d", "ham", accuracy=ACCURACY, settings={"attack.norm": "l2"}),
+        fake_run(tmp_path / "e", "ham"),  # not evaluated: belongs to the first by its settings
+        fake_run(tmp_path / "f", "ham", accuracy=ACCURACY, settings={"data.path": "somewhere/birds"}),
+    ]
+    found = grouped(runs)
+    assert [s.title for s in found] == [
+        "digits, ε 0.2 (L∞)", "digits, ε 0.1 (L∞)", "cifar10, ε 0.2 (L∞)", "digits, ε 0.2 (L2)", "birds, ε 0.2 (L∞)",
+    ]  # fmt: skip
+    assert [[r.name for g in s.groups for r in g.runs] for s in found] == [["a", "e"], ["b"], ["c"], ["d"], ["f"]]
+    report.build(runs, tmp_path / "out")
+    data = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert len({figure for figure in data["figures"] if "class_accuracy" in figure}) == 5
+    assert len((tmp_path / "out" / "table.md").read_text().split("| Method")) == 6
+
+
+def test_other_classes_are_another_section(tmp_path):
+    runs = [fake_run(tmp_path / n, "ham", accuracy=ACCURACY, classes=list(n)) for n in ("ab", "cd")]
+    assert [s.title for s in grouped(runs)] == ["digits, ε 0.2 (L∞)", "digits, ε 0.2 (L∞) (2)"]
+
+
+def test_baseline(tmp_path):
+    runs = [fake_run(tmp_path / "h", "ham"), fake_run(tmp_path / "r", "ham", settings={"method.rows": "random"})]
+    (section,) = grouped(runs)
+    assert section.baseline is None
+    assert any("nothing is shown relative" in note for note in section.notes)
+    (section,) = grouped(runs, "random rows")
+    assert section.baseline is section.groups[0]
+    assert section.groups[0].title == "random rows"
+    with pytest.raises(ValueError, match=r"^baseline: got 'PGD-AT'.*HAM, random rows"):
+        grouped(runs, "PGD-AT")
+
+
+def test_weights_shown(tmp_path):
+    """The average where it is evaluated, else the last weights; the page warns where that differs."""
+    runs = [
+        fake_run(tmp_path / "p", "pgd_at", accuracy=ACCURACY, weights=("last",)),
+        fake_run(tmp_path / "h", "ham", accuracy=ACCURACY, weights=("last", "ema", "best")),
+    ]
+    (section,) = grouped(runs)
+    assert [g.weights for g in section.groups] == ["last", "ema"]
+    assert any("Not alike in weights: last weights; weight average" in note for note in section.notes)
+    report.build(runs, tmp_path / "out")
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert r"| PGD-AT \[last weights\] |" in table
+    assert r"| HAM \[weight average\] |" in table
+    (section,) = json.loads((tmp_path / "out" / "data.json").read_text())["sections"]
+    worst = [c["claim"] for c in section["claims"] if c["claim"].startswith("worst")]
+    assert worst == ["worst class +3.2 points (last weights)"]  # compared for the weights that both have
+    assert section["groups"][1]["differences"] is None
+
+
+def test_what_limits_the_comparison_is_said(tmp_path):
+    runs = [fake_run(tmp_path / "p", "pgd_at", accuracy=ACCURACY), fake_run(tmp_path / "h", "ham", accuracy=ACCURACY)]
+    (section,) = grouped(runs)
+    assert section.notes == []
+    path = runs[1] / "evaluation" / "ema.json"
+    write_json(path, {**json.loads(path.read_text()), "images": 77, "precision": "bf16"})
+    path = runs[1] / "environment.json"
+    write_json(path, {**json.loads(path.read_text()), "machine": {"cpu": "Other", "gpu": "H200"}})
+    (section,) = grouped(runs)
+    assert [note.split(":")[0] for note in section.notes] == [
+        "Not alike in test images",
+        "Not alike in the precision of the evaluation",
+        "Trained on different machines, so times do not compare",
+    ]
+
+
+def test_weights_judged_at_another_budget_are_left_out(tmp_path):
+    run = fake_run(tmp_path / "h", "ham", accuracy=ACCURACY, weights=("ema", "last"))
+    path = run / "evaluation" / "last.json"
+    write_json(path, {**json.loads(path.read_text()), "eps": 0.1})
+    ((group,),) = [s.groups for s in grouped([run])]
+    assert list(group.runs[0].evaluations) == ["ema"]
+    assert "evaluation/last.json: left out" in group.runs[0].notes[0]
+
+
+def test_an_interval_beside_its_value_can_be_drawn(tmp_path):
+    """The bootstrap interval of a worst class may lie below its value, that of a std above."""
+    run = fake_run(tmp_path / "p", "pgd_at", accuracy=ACCURACY)
+    path = run / "evaluation" / "ema.json"
+    raw = json.loads(path.read_text())
+    raw["attacks"]["pgd20"]["worst_class"] = {"value": 0.3, "low": 0.1, "high": 0.25}
+    raw["attacks"]["pgd20"]["per_class"][0] = {"value": 0.5, "low": 0.55, "high": 0.6}
+    raw["attacks"]["pgd20"]["std"] = interval(None)
+    write_json(path, raw)
+    report.build([run], tmp_path / "out")
+    assert "worst_class_time" in (tmp_path / "out" / "index.html").read_text()

@@ -1,0 +1,253 @@
+"""Runs that are stopped, killed or damaged: they go on, and end with the same weights, bit by bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import signal
+import subprocess
+
+import pytest
+import torch
+from runs_helper import TINY, assert_same_weights, finish, ham, wait_for
+
+from ham_kernels import checkpoint
+from ham_kernels.commands import train as train_command
+from ham_kernels.commands.flags import parse_train
+from ham_kernels.runs import RunFolder
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def settings(*more: str):
+    return parse_train([*TINY, *more]).settings
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes that are compared with it
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, one_thread):
+    """The run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    train_command.train(settings(), out, quiet=True)
+    return out
+
+
+# ---------------------------------------------------------------- within one process
+@pytest.mark.parametrize("stop_at", [1, 5, 7, 13, 20])
+def test_stop_after_any_batch(stop_at, reference, tmp_path, monkeypatch, one_thread):
+    """Five batches an epoch: within the first, at an epoch's last batch, in both phases, at the very end."""
+    count = 0
+    original = train_command._Job._batch_end
+
+    def stopping(job, step):
+        nonlocal count
+        count += 1
+        if count == stop_at:
+            job.stop.number = signal.SIGTERM
+        original(job, step)
+
+    monkeypatch.setattr(train_command._Job, "_batch_end", stopping)
+    with pytest.raises(train_command.Stopped):
+        train_command.train(settings(), tmp_path / "run", quiet=True)
+    assert RunFolder(tmp_path / "run").status()["state"] == "interrupted"
+    monkeypatch.undo()
+    torch.rand(3)  # the generators have moved on since
+    trainer = train_command.resume(tmp_path / "run", quiet=True)
+    assert trainer.epoch == 4
+    assert_same_weights(tmp_path / "run", reference)
+
+
+def test_stop_in_validation(reference, tmp_path, monkeypatch, one_thread):
+    judged = 0
+    original = train_command.HAMTrainer._evaluate
+
+    def stopping(self, model, loader, attacks):
+        nonlocal judged
+        judged += 1
+        if judged == 4:  # the average, in the second epoch
+            loader._stop.number = signal.SIGINT
+        return original(self, model, loader, attacks)
+
+    monkeypatch.setattr(train_command.HAMTrainer, "_evaluate", stopping)
+    with pytest.raises(train_command.Stopped):
+        train_command.train(settings(), tmp_path / "run", quiet=True)
+    monkeypatch.undo()
+    train_command.resume(tmp_path / "run", quiet=True)
+    assert_same_weights(tmp_path / "run", reference)
+
+
+def test_two_processes_do_not_share_a_run(tmp_path, one_thread):
+    run = RunFolder.create(tmp_path / "run", settings())
+    with run.alone(), pytest.raises(BlockingIOError, match="another process works on"):
+        train_command.resume(tmp_path / "run", quiet=True)
+
+
+def test_a_failure_is_noted_and_can_be_resumed(reference, tmp_path, monkeypatch, one_thread):
+    def broken(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(train_command._Job, "_keep_best", broken)
+    with pytest.raises(OSError, match="disk full"):
+        train_command.train(settings(), tmp_path / "run", quiet=True)
+    status = RunFolder(tmp_path / "run").status()
+    assert status["state"] == "failed"
+    assert "disk full" in status["message"]
+    monkeypatch.undo()
+    train_command.resume(tmp_path / "run", quiet=True)
+    assert_same_weights(tmp_path / "run", reference)
+
+
+# ---------------------------------------------------------------- processes and signals
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_with_a_checkpoint(number, code, reference, tmp_path):
+    process = ham("train", *TINY, "--out", "run", cwd=tmp_path)
+    wait_for((tmp_path / "run/status.json").exists, process)
+    process.send_signal(number)
+    status, out = finish(process)
+    assert status == code, out
+    assert f"stopped by {signal.Signals(number).name}; go on with `ham train --resume run`" in out
+    state = json.loads((tmp_path / "run/status.json").read_text())
+    assert state["state"] == "interrupted"
+    status, out = finish(ham("train", "--resume", "run", "--quiet", cwd=tmp_path))
+    assert (status, out) == (0, "")
+    assert_same_weights(tmp_path / "run", reference)
+    sessions = json.loads((tmp_path / "run/environment.json").read_text())["sessions"]
+    assert len(sessions) == 2
+    assert all(s["ended"] for s in sessions)
+
+
+def kill_at_random_moments(kills: int, rng: random.Random, folder) -> None:
+    """kill -9, as often as asked, each at a random moment of the work; then the run is left to end."""
+    killed = 0
+    while killed < kills:
+        resumed = (folder / "run/config.toml").exists()
+        before = written_at(folder / "run/status.json")
+        if resumed:
+            process = ham("train", "--resume", "run", "--quiet", cwd=folder)
+        else:
+            process = ham("train", *TINY, "--checkpoint-minutes", "0", "--out", "run", "--quiet", cwd=folder)
+        wait_for(lambda before=before: written_at(folder / "run/status.json") != before, process)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0.0, 0.8))  # a checkpoint after each batch: kills hit the writing, too
+        process.kill()
+        code, out = finish(process)
+        if code == 0:  # it came through: anew, so that every kill hits work
+            (folder / "run").rename(folder / f"done-{rng.random()}")
+        else:
+            assert code == -signal.SIGKILL, out
+            killed += 1
+    if (folder / "run").exists():
+        code, out = finish(ham("train", "--resume", "run", cwd=folder))
+        assert code == 0, out
+
+
+def written_at(path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(3, id="3 kills"), pytest.param(20, id="20 kills", marks=pytest.mark.thorough)]
+)
+def test_kill_loses_nothing(kills, reference, tmp_path, seed):
+    kill_at_random_moments(kills, random.Random(seed), tmp_path)
+    runs = [p for p in tmp_path.iterdir() if (p / "config.toml").exists()]
+    assert runs
+    for run in runs:
+        assert_same_weights(run, reference)
+        assert not list((run / "checkpoints").glob(".*"))  # what a kill tore is swept up
+
+
+# ---------------------------------------------------------------- damaged files
+def damage(path, rng: random.Random) -> str:
+    """Cuts the file, flips a bit, overwrites a stretch or swaps it for nothing; says what it did."""
+    data = bytearray(path.read_bytes())
+    kind = rng.choice(["cut", "flip", "stretch", "append", "empty"])
+    at = rng.randrange(len(data))
+    if kind == "cut":
+        data = data[:at]
+    elif kind == "flip":
+        data[at] ^= 1 << rng.randrange(8)
+    elif kind == "stretch":
+        before = bytes(data)
+        while bytes(data) == before:
+            data[at : at + 64] = rng.randbytes(len(data[at : at + 64]))
+    elif kind == "append":
+        data += rng.randbytes(5)
+    else:
+        data = bytearray()
+    path.write_bytes(data)
+    return f"{kind} at {at}"
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, one_thread):
+    """A run stopped in its last epoch, with two checkpoints."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    patch = pytest.MonkeyPatch()
+    original = train_command._Job._batch_end
+
+    def stopping(job, step):
+        if job.trainer.steps_done == 17:
+            job.stop.number = signal.SIGTERM
+        original(job, step)
+
+    patch.setattr(train_command._Job, "_batch_end", stopping)
+    with pytest.raises(train_command.Stopped):
+        train_command.train(settings(), out, quiet=True)
+    patch.undo()
+    return out
+
+
+@pytest.mark.parametrize(
+    "places", [pytest.param(8, id="8 places"), pytest.param(100, id="100 places", marks=pytest.mark.thorough)]
+)
+def test_damage_is_found_and_named(places, stopped, tmp_path, seed):
+    """The newest checkpoint altered in one place: named, set aside, and the one before it is used, unchanged."""
+    rng = random.Random(seed)
+    newest, previous = RunFolder(stopped).checkpoints.newest_first()
+    good = checkpoint.load(previous)
+    for _ in range(places):
+        folder = tmp_path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        for path in (newest, previous):
+            (folder / path.name).write_bytes(path.read_bytes())
+        what = damage(folder / newest.name, rng)
+        with pytest.warns(UserWarning, match=f"{newest.name} (is truncated|was altered)"):
+            found, state = checkpoint.Checkpoints(folder).load_newest()
+        assert found.name == previous.name, what
+        assert state["trainer"]["steps_done"] == good["trainer"]["steps_done"]
+        assert torch.equal(state["random"]["torch"], good["random"]["torch"])
+        assert (folder / newest.name).with_suffix(".damaged").exists()
+        assert not (folder / newest.name).exists()
+
+
+def test_resume_after_damage_ends_the_same(stopped, reference, tmp_path, seed, one_thread):
+    import shutil
+
+    shutil.copytree(stopped, tmp_path / "run")
+    damage(RunFolder(tmp_path / "run").checkpoints.newest_first()[0], random.Random(seed))
+    with pytest.warns(UserWarning, match="the one before it is used"):
+        train_command.resume(tmp_path / "run", quiet=True)
+    assert_same_weights(tmp_path / "run", reference)
+
+
+def test_no_intact_checkpoint_is_an_error(stopped, tmp_path, seed):
+    import shutil
+
+    shutil.copytree(stopped, tmp_path / "run")
+    rng = random.Random(seed)
+    for path in RunFolder(tmp_path / "run").checkpoints.newest_first():
+        damage(path, rng)
+    with (
+        pytest.warns(UserWarning, match="set aside"),
+        pytest.raises(checkpoint.CheckpointError, match=r"none of step_\d+.pt, step_\d+.pt"),
+    ):
+        train_command.resume(tmp_path / "run", quiet=True)

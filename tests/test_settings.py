@@ -1,0 +1,135 @@
+"""Settings: presets, TOML, what is wrong with bad ones, and that they cover what HAMTrainer takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import ham_kernels as ham
+from ham_kernels import settings as settings_
+from ham_kernels.data.facts import SETS
+from ham_kernels.presets import PRESETS, preset, rescaled
+from ham_kernels.settings import TrainSettings, from_toml, lr_factor, merge, to_toml
+
+
+def test_every_data_set_has_a_preset_that_is_sound():
+    assert set(PRESETS) == set(SETS)
+    for name, settings in PRESETS.items():
+        settings.check()
+        assert settings.data.dataset == name
+        assert settings.data.augment == SETS[name].augment
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "screen", "lr"),
+    [("cifar10", 50, 3, 0.1), ("cifar100", 60, 3, 0.1), ("svhn", 50, 5, 0.01), ("imagenette32", 50, 3, 0.1)],
+)
+def test_presets_are_the_papers(name, start, screen, lr):
+    s = preset(name)
+    assert (s.attack.eps, s.attack.step_size, s.attack.steps) == (0.031, 0.007, 10)
+    assert (s.method.start_epoch, s.method.screen_steps, s.optim.epochs) == (start, screen, 120)
+    assert (s.optim.lr, s.optim.momentum, s.optim.weight_decay, s.data.batch_size) == (lr, 0.9, 2e-4, 128)
+    assert s.model.name == "preact_resnet18"
+    assert s.model.normalize == (name == "cifar10")
+    factors = {e: lr_factor(s.optim, e) for e in (1, 59, 60, 89, 90, 109, 110, 120)}
+    expected = {1: 1, 59: 1, 60: 0.1, 89: 0.1, 90: 0.01, 109: 0.01, 110: 0.005, 120: 0.005}
+    assert factors == pytest.approx(expected)
+
+
+def test_fewer_epochs_keep_the_shape_of_the_course():
+    s = preset("cifar10", epochs=30)
+    assert (s.method.start_epoch, s.optim.milestones, s.optim.epochs) == (13, (16, 23, 28), 30)
+    assert rescaled(preset("cifar10"), 120) == preset("cifar10")
+    for epochs in (1, 2, 3):
+        preset("cifar10", epochs).check()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+def test_smooth_schedules(schedule):
+    optim = dataclasses.replace(preset("cifar10").optim, schedule=schedule, epochs=50)
+    factors = [lr_factor(optim, e) for e in range(1, 51)]
+    assert all(0 < f <= 1 for f in factors)
+    assert factors[-1] < 0.05
+    peak = factors.index(max(factors))
+    assert peak == (0 if schedule == "cosine" else 20)
+    assert factors[:peak] == sorted(factors[:peak])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+
+
+def test_trainer_options_are_what_the_trainer_takes():
+    taken = set(inspect.signature(ham.HAMTrainer.__init__).parameters) - {"self", "model", "optimizer", "device"}
+    assert set(TrainSettings().trainer_options()) == taken
+    plain = merge(TrainSettings(), {"method": {"name": "pgd_at"}}).trainer_options()
+    assert (plain["early_drop"], plain["reweight"]) == (False, False)
+
+
+@pytest.mark.parametrize("dataset", PRESETS)
+def test_toml_gives_back_what_was_written(dataset, tmp_path):
+    s = merge(preset(dataset), {"run": {"ema_decay": False, "label": "mine"}, "data": {"path": "x.tar"}})
+    assert s.run.ema_decay is None
+    (tmp_path / "c.toml").write_text(to_toml(s))
+    assert from_toml(tmp_path / "c.toml", TrainSettings()) == s
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[optim]\nepochs = '3'", r"optim.epochs: got '3' \(str\); it must be int"),
+        ("[optim]\nepochs = true", r"optim.epochs: got True"),
+        ("[optim]\nepoch = 3", "optim.epoch: is no setting; allowed are epochs"),
+        ("[optimiser]\nlr = 1", "optimiser: is no section; allowed are data"),
+        ("data = 3", "data: got 3; it is a section"),
+        ("[attack]\nnorm = 'l1'", "attack.norm: got 'l1'; allowed are 'linf', 'l2'"),
+        ("[optim]\nmilestones = 3", "optim.milestones: got 3; it must be a list"),
+        ("[optim", "config: "),
+    ],
+)
+def test_bad_toml_names_file_and_key(text, message, tmp_path):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        from_toml(tmp_path / "c.toml", TrainSettings())
+    assert "c.toml" in str(error.value)
+
+
+def test_missing_toml():
+    with pytest.raises(FileNotFoundError, match=r"config: nowhere\.toml is not a file"):
+        from_toml("nowhere.toml", TrainSettings())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": {"epochs": 0}}, "epochs: got 0; it must be >= 1"),
+        ({"data": {"batch_size": 0}}, "batch_size: got 0"),
+        ({"optim": {"lr_decay": [0.1]}}, "lr_decay: got 1 factors for 3 milestones"),
+        ({"method": {"start_epoch": 121}}, "start_epoch: got 121 with epochs=120"),
+        ({"method": {"reweight": False, "early_drop": False}}, "method: ham without early_drop and reweight"),
+        ({"method": {"freeze_bn": True, "bn_rows": "all"}}, "bn_rows: got 'all' with freeze_bn"),
+        ({"run": {"val_attack": "autoattack"}}, "val_attack: got 'autoattack'"),
+    ],
+)
+def test_unsound_settings(changes, message):
+    with pytest.raises(ValueError, match=message):
+        merge(preset("cifar10"), changes).check()
+
+
+def test_settings_and_flags_wait_for_no_torch():
+    code = (
+        "import sys, ham_kernels, ham_kernels.cli, ham_kernels.settings, ham_kernels.presets, "
+        "ham_kernels.commands.flags, ham_kernels.report; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["False", "False"]
+
+
+def test_sections_are_all_dataclasses_with_help():
+    """tyro shows the text under a field; those without one speak for themselves."""
+    for f in dataclasses.fields(TrainSettings):
+        section = getattr(TrainSettings(), f.name)
+        assert dataclasses.is_dataclass(section)
+        assert type(section).__doc__
+    assert settings_.EvaluateSettings().attacks == ("clean", "fgsm", "pgd20", "cw20")
