@@ -19,7 +19,7 @@ import torch
 from _arms import CHOICES, Arm, Setting, fork, torchattacks_there
 from _machine import machine
 from _overhead import overhead
-from _results import aligned, cells, claims, figure, summarise, verdict_lines, write_json
+from _results import ATTACKS, aligned, cells, claims, figure, summarise, verdict_lines, write_json
 from tqdm import tqdm
 
 import ham_kernels as ham
@@ -116,7 +116,7 @@ def run_seed(seed: int, images: data.ImageSet | data.FileSet, args: argparse.Nam
 
 
 def judge(model: torch.nn.Module, test, args: argparse.Namespace) -> dict[str, ham.ClassAccuracy]:
-    return ham.evaluate(model, test, ("clean", "pgd20"), eps=args.eps, step_size=args.step_size, device=args.device)
+    return ham.evaluate(model, test, ("clean", *ATTACKS), eps=args.eps, step_size=args.step_size, device=args.device)
 
 
 def main() -> int:

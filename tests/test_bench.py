@@ -79,7 +79,7 @@ def test_predicted_ratio_is_the_cost_model():
 def seed_result(ham_seconds: float, ham_worst: float, ham_std: float) -> dict:
     def arm(seconds, n_hard, worst, std):
         judged = {"accuracy": 0.5, "worst_class": worst, "std": std, "per_class": [0.5, worst]}
-        both = {"clean": judged, "pgd20": judged}
+        both = {"clean": judged, "pgd20": judged, "cw20": judged}
         return {"epochs": [{"seconds": seconds, "n": 100, "n_hard": n_hard}], "raw": both, "ema": both}
 
     arms = {"pgd_at": arm(10.0, 100, 0.2, 0.2), "ham": arm(ham_seconds, 25, ham_worst, ham_std)}
@@ -88,18 +88,19 @@ def seed_result(ham_seconds: float, ham_worst: float, ham_std: float) -> dict:
 
 def test_claims_are_judged_on_the_numbers():
     good = _results.claims(_results.summarise([seed_result(5.0, 0.30, 0.10)] * 2, 10, 3))
-    assert [c["holds"] for c in good] == [True] * 5
+    assert [c["holds"] for c in good] == [True] * 9
     assert "-50% in the HAM phase" in good[0]["measured"]
     assert "-25% in the whole run" in good[0]["measured"]
     assert "+10.0 ± 0.0 points" in good[1]["measured"]
     bad = _results.claims(_results.summarise([seed_result(6.0, 0.22, 0.19)] * 2, 10, 3))
-    assert [c["holds"] for c in bad] == [False] * 5
+    assert [c["holds"] for c in bad] == [False] * 9
 
 
 def test_a_model_that_fails_all_classes_alike_is_judged_too():
     run = seed_result(5.0, 0.3, 0.1)
     for weights in ("raw", "ema"):
         run["arms"]["pgd_at"][weights]["pgd20"] = {"accuracy": 0.0, "worst_class": 0.0, "std": 0.0}
+        run["arms"]["pgd_at"][weights]["cw20"] = {"accuracy": 0.4, "worst_class": 0.29, "std": 0.2}
     judged = _results.claims(_results.summarise([run], 10, 3))
-    assert [c["measured"] for c in judged[2::2]] == ["no ratio, PGD-AT's is 0"] * 2
-    assert [c["holds"] for c in judged] == [True, True, False, True, False]
+    assert [c["measured"] for c in judged[2::4]] == ["no ratio, PGD-AT's is 0"] * 2
+    assert [c["holds"] for c in judged] == [True, *[True, False, False, True] * 2]  # CW-20: +1 point, and -50 %

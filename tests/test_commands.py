@@ -284,6 +284,7 @@ def test_sweep_goes_on_and_survives_a_failed_run(tmp_path, run):
     assert (tmp_path / "sweep/report/index.html").exists()
     # Behind a shared warm-up a run ends as one trained by itself does, and its time holds the warm-up's.
     assert_same_weights(first, run)
-    warm, own = ((path / "metrics.jsonl").read_text().splitlines() for path in (tmp_path / "sweep/warmup-seed0", first))
+    folders = tmp_path / "sweep/warm-ups/seed0", first
+    warm, own = ((path / "metrics.jsonl").read_text().splitlines() for path in folders)
     assert len(warm) == 2
     assert own[:2] == warm

@@ -194,3 +194,39 @@ def test_a_claim_met_exactly_holds(tmp_path):
     report.build(runs, tmp_path / "out")
     (section,) = json.loads((tmp_path / "out" / "data.json").read_text())["sections"]
     assert [c["holds"] for c in section["claims"]] == [True, True, True, False]
+
+
+def test_claims_are_held_against_every_attack_that_both_were_judged_with(tmp_path):
+    """A gain under PGD that the CW loss takes back is no gain; an attack on fewer images says so."""
+    base = {"pgd20": [0.6, 0.3], "cw20": [0.6, 0.3], "autoattack": [0.5, 0.2]}
+    ham = {"pgd20": [0.6, 0.4], "cw20": [0.5, 0.25], "autoattack": [0.4, 0.1]}
+    runs = [
+        fake_run(tmp_path / "p", "pgd_at", accuracy=base),
+        fake_run(tmp_path / "h", "ham", accuracy=ham),
+    ]
+    for run in runs:
+        path = run / "evaluation" / "ema.json"
+        raw = json.loads(path.read_text())
+        raw["attacks"]["autoattack"]["n"] = raw["images"] - 1
+        path.write_text(json.dumps(raw))
+    report.build(runs, tmp_path / "out")
+    (section,) = json.loads((tmp_path / "out" / "data.json").read_text())["sections"]
+    worst = {c["claim"]: c["holds"] for c in section["claims"] if c["claim"].startswith("worst class")}
+    assert worst == {
+        "worst class +3.2 points (weight average, PGD-20)": True,
+        "worst class +3.2 points (weight average, CW-20)": False,
+        "worst class +3.2 points (weight average, AutoAttack)": False,
+    }
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert f"AutoAttack (on {raw['images'] - 1} images)" in page
+    head = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert any("CW-20" in line and "AutoAttack" in line for line in head)
+
+
+def test_a_folder_of_runs_stands_for_them(tmp_path):
+    for name, method in (("p", "pgd_at"), ("h", "ham")):
+        fake_run(tmp_path / "sweep" / name, method, accuracy={"pgd20": [0.6, 0.3]})
+    fake_run(tmp_path / "sweep" / "warm-ups" / "seed0", "pgd_at", accuracy={"pgd20": [0.6, 0.3]})
+    report.build([tmp_path / "sweep"], tmp_path / "out")
+    data = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert sorted(run["name"] for run in data["runs"]) == ["h", "p"]

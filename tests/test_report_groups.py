@@ -152,7 +152,7 @@ def test_weights_shown(tmp_path):
     assert r"| HAM \[weight average\] |" in table
     (section,) = json.loads((tmp_path / "out" / "data.json").read_text())["sections"]
     worst = [c["claim"] for c in section["claims"] if c["claim"].startswith("worst")]
-    assert worst == ["worst class +3.2 points (last weights)"]  # compared for the weights that both have
+    assert worst == ["worst class +3.2 points (last weights, PGD-20)"]  # compared for the weights that both have
     assert section["groups"][1]["differences"] is None
 
 

@@ -25,7 +25,8 @@ FORMAT = 1
 def evaluate_run(path: str | Path, settings: EvaluateSettings | None = None, *, quiet: bool = False) -> list[Path]:
     """Judges a run's weights and writes one JSON file each, evaluation/WEIGHTS.json; returns their paths.
 
-    A second call with further attacks adds them. Stopped or killed, the same call goes on after the last batch.
+    A second call adds further attacks, each on its own number of images. Stopped or killed, the same call goes on
+    after the last batch.
     Raises: FileNotFoundError, ValueError, TypeError naming what is wrong, before any attack; CheckpointError.
     """
     settings = settings or EvaluateSettings()
@@ -74,8 +75,8 @@ class _Judge:
         self.loader = self._loader(settings.part, self.n)
         self.identity = {
             "weights": kind, "checkpoint_sha256": state["sha256"], "epoch": state["epoch"],
-            "dataset": told.data.path or told.data.dataset, "part": settings.part, "images": self.n,
-            "images_of_part": counts[settings.part], **self.how,
+            "dataset": told.data.path or told.data.dataset, "part": settings.part, "images": counts[settings.part],
+            **self.how,
         }  # fmt: skip
 
     def work(self) -> dict[str, Any]:

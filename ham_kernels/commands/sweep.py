@@ -18,6 +18,8 @@ from .flags import Sweep
 from .progress import duration
 from .signals import StopRequest
 
+WARM_UPS = "warm-ups"  # one level deeper than the runs, so that reports of the folder leave them out
+
 
 def sweep(wanted: Sweep) -> int:
     """Trains and judges what is missing of an experiment, then writes its report.
@@ -44,8 +46,7 @@ def sweep(wanted: Sweep) -> int:
             if problem:
                 failed.append({"run": cell.name, "problem": problem})
     _write_outcome(folder, wanted.experiment, plan, failed)
-    there = [p.parent for p in sorted(folder.glob("*/config.toml")) if not p.parent.name.startswith("warmup-")]
-    page = report.build(there, folder / "report", title=f"{wanted.experiment}: {_source(wanted.settings)}")
+    page = report.build([folder], folder / "report", title=f"Sweep: {_source(wanted.settings)}")
     print(f"written: {page}" + (f"; {len(failed)} of {len(plan)} runs failed" if failed else ""))
     return 1 if failed else 0
 
@@ -85,7 +86,7 @@ class _Worker:
     def _warm_up(self, settings: TrainSettings, epochs: int) -> Path:
         """The run that the others of this seed start from: PGD-AT up to start_epoch."""
         plain = replace(settings, method=replace(settings.method, name="pgd_at"))
-        path = self.folder / f"warmup-seed{settings.run.seed}"
+        path = self.folder / WARM_UPS / f"seed{settings.run.seed}"
         if not (path / "config.toml").exists():
             RunFolder.create(path, plain)
         self._run(path, "train", "--resume", str(path), "--until-epoch", str(epochs), "--quiet")

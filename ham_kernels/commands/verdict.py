@@ -8,16 +8,14 @@ from typing import Any
 
 def print_verdict(result: dict[str, Any], run: Path) -> None:
     part = f"{result['images']} {result['part']} images"
-    if result["images"] < result["images_of_part"]:
-        part += f" of {result['images_of_part']}"
     print(f"\n{run}, weights {result['weights']} (epoch {result['epoch']}), {part}, eps {result['eps']:g}")
     print("accuracy in %, 95 % bootstrap interval over images; std, nstd over classes\n")
-    print(f"{'attack':<14}{'accuracy':>22}{'worst class':>26}{'std':>8}{'nstd':>8}")
+    print(f"{'attack':<14}{'accuracy':>22}{'worst class':>26}{'std':>8}{'nstd':>8}{'images':>8}")
     for name, a in result["attacks"].items():
         worst = _worst(a, result["classes"])
         print(
             f"{name:<14}{_interval(a['accuracy']):>22}{worst + ' ' + _interval(a['worst_class']):>26}"
-            f"{_percent(a['std']['value']):>8}{_number(a['nstd']['value']):>8}"
+            f"{_percent(a['std']['value']):>8}{_number(a['nstd']['value']):>8}{a['n']:>8}"
         )
     print("\nper class")
     names = list(result["attacks"])

@@ -7,13 +7,14 @@ from typing import Any
 
 from .evaluations import WEIGHTS
 from .spread import difference
+from .wording import attack_title
 
 TIME, WORST, STD = -0.45, 0.032, -0.22  # share of the time, accuracy, share of the std over classes
 ROUNDING = 1e-9  # a gain of exactly 3.2 points holds
 EASY_M, EASY_STAY = 3, 0.75  # of the examples that resist M = 3 steps, the share that resists to the end
 
 
-def claims(groups: Sequence[dict[str, Any]], attack: str | None) -> list[dict[str, Any]]:
+def claims(groups: Sequence[dict[str, Any]], attacks: Sequence[str]) -> list[dict[str, Any]]:
     """For each HAM group: {"group", "claim", "measured", "value", "seeds", "holds"}; holds is None where not judged."""
     base = next((g for g in groups if g["baseline"]), None)
     if base is None or base["method"] != "pgd_at":
@@ -21,7 +22,7 @@ def claims(groups: Sequence[dict[str, Any]], attack: str | None) -> list[dict[st
     out = []
     for group in (g for g in groups if g["mines_hard_rows"]):
         if group["finished"] and base["finished"]:
-            found = [*_times(group, base), *_fairness(group, base, attack)]
+            found = [*_times(group, base), *_fairness(group, base, attacks)]
         else:
             found = [_entry("all", "not judged: training is not finished", None, None, 0)]
         out += [{"group": group["title"], **entry} for entry in found]
@@ -63,22 +64,26 @@ def _mining_phase(ours: dict, base: dict) -> float | None:
     return sum(sides[0]) / sum(sides[1])
 
 
-def _fairness(group: dict, base: dict, attack: str | None) -> list[dict]:
-    """Worst class and std over classes, once for each kind of weights that both were judged with."""
-    both = [w for w in WEIGHTS if all(attack in g["accuracy"].get(w, {}) for g in (group, base))]
+def _fairness(group: dict, base: dict, attacks: Sequence[str]) -> list[dict]:
+    """Worst class and std over classes, for each kind of weights and each attack that both were judged with.
+
+    A method that changes the scale of the logits can gain under one attack and lose under another.
+    """
+    both = [(w, a) for a in attacks for w in WEIGHTS if all(a in g["accuracy"].get(w, {}) for g in (group, base))]
     if not both:
         return [_entry("worst class and std over classes", "not judged: not evaluated alike", None, None, 0)]
     out = []
-    for weights in both:
+    for weights, attack in both:
         ours, theirs = (g["accuracy"][weights][attack] for g in (group, base))
         seeds = min(ours["worst"]["n"], theirs["worst"]["n"])
         gain = difference(ours["worst"], theirs["worst"], same_seeds(group, base))
-        out += [_worst(gain, ours, theirs, WEIGHTS[weights], seeds), _std(ours, theirs, WEIGHTS[weights], seeds)]
+        where = f"{WEIGHTS[weights]}, {attack_title(attack)}"
+        out += [_worst(gain, ours, theirs, where, seeds), _std(ours, theirs, where, seeds)]
     return out
 
 
-def _worst(gain: dict, ours: dict, theirs: dict, weights: str, seeds: int) -> dict:
-    claim = f"worst class +{100 * WORST:.1f} points ({weights})"
+def _worst(gain: dict, ours: dict, theirs: dict, where: str, seeds: int) -> dict:
+    claim = f"worst class +{100 * WORST:.1f} points ({where})"
     if gain["mean"] is None:
         return _entry(claim, "not judged: no value", None, None, seeds)
     error = "" if gain["std"] is None else f" ± {100 * gain['std']:.1f}"
@@ -89,8 +94,8 @@ def _worst(gain: dict, ours: dict, theirs: dict, weights: str, seeds: int) -> di
     return _entry(claim, measured, gain["mean"], gain["mean"] >= WORST - ROUNDING, seeds)
 
 
-def _std(ours: dict, theirs: dict, weights: str, seeds: int) -> dict:
-    claim = f"std over classes −{-100 * STD:.0f} % ({weights})"
+def _std(ours: dict, theirs: dict, where: str, seeds: int) -> dict:
+    claim = f"std over classes −{-100 * STD:.0f} % ({where})"
     if ours["std"]["mean"] is None or theirs["std"]["mean"] is None:
         return _entry(claim, "not judged: no value", None, None, seeds)
     if theirs["std"]["mean"] == 0:

@@ -60,7 +60,17 @@ def _errors(section: Section) -> str:
     return f"Error bars: {several}." if 1 not in counts else f"Error bars: {several}; with one seed, {one}."
 
 
+def _mapped(section: Section, key: str) -> bool:
+    """Whether a figure over classes is a heat map, which has no error bars."""
+    return sum(bool(g[key]) for g in section["groups"]) > figures.MANY_GROUPS
+
+
+MAPPED = "Means over seeds; their errors are in data.json."
+
+
 def _bars(section: Section) -> str:
+    if _mapped(section, "accuracy"):
+        return f"Accuracy of each class under {attack_title(section['attack'])}. {MAPPED}"
     return (
         f"Accuracy of each class under {attack_title(section['attack'])}. {_errors(section)} Dashed: the worst class, "
         "as in the table (mean over seeds of each run's worst; below the lowest bar where seeds differ in it)."
@@ -68,10 +78,14 @@ def _bars(section: Section) -> str:
 
 
 def _differences(section: Section) -> str:
+    what = (
+        f"Accuracy under {attack_title(section['attack'])} minus that of {section['baseline']}, for the same weights."
+    )
+    if _mapped(section, "differences"):
+        return f"{what} {MAPPED}"
     return (
-        f"Accuracy under {attack_title(section['attack'])} minus that of {section['baseline']}, for the same weights. "
-        "Error bars: standard deviation of the differences seed by seed; where the seeds are not the same, both "
-        "sides' spreads or intervals combined (squares added)."
+        f"{what} Error bars: standard deviation of the differences seed by seed; with one seed, or with other seeds "
+        "than the baseline's, both sides' spreads or intervals combined (squares added)."
     )
 
 
@@ -92,7 +106,8 @@ def _confidence(section: Section) -> str:
 def _overconfident(section: Section) -> str:
     bounds = sorted({g["confidence"]["threshold"] for g in section["groups"] if g["confidence"]} - {None})
     above = f" of {' or '.join(f'{b:g}' for b in bounds)} or more" if bounds else " above the threshold"
-    return f"Share of each class's adversarial examples whose true class has a probability{above}. {_spread(section)}"
+    errors = MAPPED if _mapped(section, "confidence") else _spread(section)
+    return f"Share of each class's adversarial examples whose true class has a probability{above}. {errors}"
 
 
 def _spread(section: Section) -> str:

@@ -29,6 +29,7 @@ class Attack:
     worst_class: Interval
     std: Interval
     nstd: Interval
+    n: int | None = None  # images
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _attack(raw: Mapping[str, Any], classes: int) -> Attack:
         raise ValueError(f"per_class holds {len(per_class)} entries for {classes} classes")
     return Attack(
         _interval(raw["accuracy"]), per_class, _interval(raw.get("worst_class")), _interval(raw.get("std")),
-        _interval(raw.get("nstd")),
+        _interval(raw.get("nstd")), integer(raw.get("n")),
     )  # fmt: skip
 
 

@@ -104,7 +104,11 @@ def _honesty(section: dict, runs: Sequence[dict]) -> str:
         weights = sorted({WEIGHTS[s["weights"]] for s in mine})
         epochs = sorted({str(s["epoch"]) for s in mine if s["epoch"] is not None}, key=int)
         precision = sorted({s["precision"] for s in mine if s["precision"]})
-        attacks = dict.fromkeys(attack_title(a) for s in mine for a in s["attacks"])
+        attacks = dict.fromkeys(
+            attack_title(a) + (f" (on {n} images)" if n and n != s["images"] else "")
+            for s in mine
+            for a, n in s["attacks"].items()
+        )
         lines += [
             f"Weights: {', '.join(weights)} (of epoch {', '.join(epochs) or 'unknown'}). "
             "The weight average is shown where it is evaluated, else the last weights.",
@@ -142,8 +146,8 @@ def _claims(section: dict) -> str:
     head = [f"Against {section['baseline']}", *names]
     return (
         f'<div class="box">{_text_table(head, rows)}</div>'
-        f'<p class="muted">Judged by means over seeds; ± is over seeds. Robust accuracy is that under '
-        f"{escape(attack_title(section['attack']))}. The paper's figures may be for other data and models.</p>"
+        f'<p class="muted">Judged by means over seeds; ± is over seeds. '
+        f"The paper's figures may be for other data and models.</p>"
     )
 
 

@@ -131,18 +131,29 @@ class Run:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Each folder once, in the order given. Raises: TypeError, ValueError, FileNotFoundError naming `runs`."""
+    """Each run once, in the order given; a folder of run folders, such as a sweep's, stands for all of them.
+
+    Raises: TypeError, ValueError, FileNotFoundError naming `runs`.
+    """
     if isinstance(folders, (str, Path)) or not isinstance(folders, Sequence):
         raise TypeError(f"runs: got {type(folders).__name__}; it must be a list of run folders")
     if not folders:
         raise ValueError("runs: got none; give at least one run folder")
-    unique = {Path(f).resolve(): Path(f) for f in reversed(folders)}
-    runs = [read_run(unique[path]) for path in dict.fromkeys(Path(f).resolve() for f in folders)]
+    folders = [run for folder in folders for run in _runs_in(Path(folder))]
+    unique = {f.resolve(): f for f in reversed(folders)}
+    runs = [read_run(unique[path]) for path in dict.fromkeys(f.resolve() for f in folders)]
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
             run.name = str(run.folder)
     return runs
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """The folder itself, or the run folders directly in it where it is none but holds some."""
+    if not folder.is_dir() or any((folder / mark).exists() for mark in _MARKS):
+        return [folder]
+    return sorted(p for p in folder.iterdir() if (p / "config.toml").is_file()) or [folder]
 
 
 def read_run(folder: str | Path) -> Run:
@@ -151,9 +162,9 @@ def read_run(folder: str | Path) -> Run:
     if not folder.is_dir():
         raise FileNotFoundError(f"runs: {folder} is not a folder; give run folders, as `ham train` makes them")
     if not any((folder / mark).exists() for mark in _MARKS):
-        inside = sorted(p.name for p in folder.iterdir() if any((p / mark).exists() for mark in _MARKS))
-        hint = f"; it holds run folders ({', '.join(inside[:3])}, ...): give those" if inside else ""
-        raise FileNotFoundError(f"runs: {folder} is no run folder: it holds none of {', '.join(_MARKS)}{hint}")
+        raise FileNotFoundError(
+            f"runs: {folder} is no run folder, nor a folder of them: it holds none of {', '.join(_MARKS)}"
+        )
     run = Run(folder, folder.resolve().name)
     run.config = _read_mapping(folder / "config.toml", run.notes)
     run.environment = _read_mapping(folder / "environment.json", run.notes)

@@ -42,7 +42,7 @@ def _section(section: Section) -> dict[str, Any]:
         "notes": section.notes,
         "val_attack": _val_attack(section.groups),
         "groups": groups,
-        "claims": claims(groups, attack),
+        "claims": claims(groups, _judging(section.groups, attack)),
     }
 
 
@@ -50,6 +50,13 @@ def headline_attack(groups: Sequence[Group]) -> str | None:
     """The attack behind "robust accuracy": what most groups were judged with, PGD-20 before others."""
     names = [name for g in groups for name in {n for e in g.evaluated(g.weights) for n in e.attacks} - {"clean"}]
     return max(sorted(set(names)), key=lambda name: (names.count(name), _preference(name)), default=None)
+
+
+def _judging(groups: Sequence[Group], headline: str | None) -> list[str]:
+    """The attacks that claims are held against: the headline's, the CW loss and AutoAttack, as far as they were run."""
+    run = {name for g in groups for e in g.evaluated(g.weights) for name in e.attacks}
+    margin = sorted((a for a in run if a.startswith("cw")), key=len)
+    return [a for a in dict.fromkeys((headline, *margin[-1:], "autoattack")) if a in run]
 
 
 def _preference(attack: str) -> tuple[int, int]:
@@ -224,7 +231,7 @@ def _run(run: Run, section: Section, group: Group) -> dict[str, Any]:
         "shown": None if shown is None else {
             "weights": shown.weights, "epoch": shown.epoch, "checkpoint_sha256": shown.checkpoint_sha256,
             "dataset": shown.dataset, "part": shown.part, "images": shown.images, "precision": shown.precision,
-            "attacks": list(shown.attacks),
+            "attacks": {name: attack.n for name, attack in shown.attacks.items()},
         },
         "machine": machine_of(run),
         "versions": {str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},

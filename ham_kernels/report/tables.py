@@ -31,7 +31,7 @@ class Table:
 
 
 def paper_table(section: dict[str, Any]) -> Table:
-    """Method, average and worst class of clean, robust and AutoAttack accuracy, std, nstd, time; best values marked."""
+    """Method, average and worst class of clean accuracy and that under each attack, std, nstd, time; best marked."""
     groups = [g for g in section["groups"] if g["accuracy"] or g["time"]["mean"] is not None]
     columns = _columns(section, groups)
     table = Table([("", "Method"), *((span, name) for span, name, _, _ in columns)], caption=_caption(section, groups))
@@ -65,7 +65,8 @@ def _columns(section: dict, groups: Sequence[dict]) -> list[tuple[str, str, Call
     """(span, name, cell of a group, max or min) of each column that has a value in some group."""
     robust = section["attack"]
     judged_by = {a for g in groups for a in g["accuracy"].get(g["weights"], {})}
-    attacks = [a for a in dict.fromkeys(("clean", robust, "autoattack")) if a in judged_by]
+    margin = sorted((a for a in judged_by if a.startswith("cw")), key=len)[-1:]
+    attacks = [a for a in dict.fromkeys(("clean", robust, *margin, "autoattack")) if a in judged_by]
     columns: list[tuple] = []
     for attack in attacks:
         span = "Clean, %" if attack == "clean" else f"{attack_title(attack)}, %"
