@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import data, models, ops, recipes
     from .attack import PGD, pgd_attack
+    from .commands.assemble import load_model
+    from .commands.train import resume, train
     from .engine import NonFiniteError
     from .history import EpochReport, StepReport
     from .judging import ClassAccuracy, evaluate
+    from .presets import preset
     from .recipes import ham_loss
+    from .settings import TrainSettings
     from .trainer import HAMTrainer
 
 __version__ = "0.1.0"
@@ -30,6 +34,11 @@ _HOMES = {
     "EpochReport": "history",
     "HAMTrainer": "trainer",
     "StepReport": "history",
+    "TrainSettings": "settings",
+    "load_model": "commands.assemble",
+    "preset": "presets",
+    "resume": "commands.train",
+    "train": "commands.train",
 }
 _MODULES = ("data", "models", "ops", "recipes")
 
@@ -40,13 +49,18 @@ __all__ = [
     "HAMTrainer",
     "NonFiniteError",
     "StepReport",
+    "TrainSettings",
     "data",
     "evaluate",
     "ham_loss",
+    "load_model",
     "models",
     "ops",
     "pgd_attack",
+    "preset",
     "recipes",
+    "resume",
+    "train",
 ]
 
 

@@ -1,9 +1,13 @@
 """A run's folder: what it was told, on what it ran, how it went, and the weights it left.
 
-config.toml         resolved settings                  metrics.jsonl   one line per epoch
-environment.json    versions, machine, commit, when    status.json     running, interrupted, finished or failed
+config.toml         resolved settings
+data.json           classes, channels, images of each part
+environment.json    versions, machine, commit, and when it was worked on
+status.json         running, interrupted, finished or failed
+metrics.jsonl       one line per epoch
 checkpoints/        step_*.pt (two newest), best.pt, best_ema.pt
-evaluation/         one JSON per weights judged        tensorboard/    events, where tensorboard is installed
+evaluation/         one JSON per weights judged
+tensorboard/        events, where tensorboard is installed
 """
 
 from __future__ import annotations
@@ -66,6 +70,20 @@ class RunFolder:
 
     def settings(self) -> TrainSettings:
         return settings_.from_toml(self.path / "config.toml", TrainSettings())
+
+    def set_data_facts(self, facts: dict[str, Any]) -> None:
+        """Notes what the images are; a run that goes on must find them as they were. Raises: ValueError."""
+        path = self.path / "data.json"
+        if path.exists() and self.data_facts() != facts:
+            raise ValueError(f"data: {self.path} was begun on {self.data_facts()}, now it is {facts}")
+        self.write_json("data.json", facts)
+
+    def data_facts(self) -> dict[str, Any]:
+        """{"classes": names, "channels", "counts": images of each part}. Raises: FileNotFoundError."""
+        path = self.path / "data.json"
+        if not path.exists():
+            raise FileNotFoundError(f"run: {self.path} has not begun to train (it has no data.json)")
+        return json.loads(path.read_text())
 
     # ------------------------------------------------------------ how it goes
     def begin_session(self, from_epoch: int) -> None:

@@ -194,14 +194,13 @@ def test_evaluation_is_written_and_added_to(run, capsys):
 def test_evaluation_agrees_with_the_python_function(run):
     import ham_kernels as ham_package
     from ham_kernels import data
-    from ham_kernels.commands.assemble import images_of, model_of
+    from ham_kernels.commands.assemble import images_of
 
     evaluate_run(run, EvaluateSettings(("best",), ("pgd3",), masking=False, analyses=False), quiet=True)
     found = json.loads((run / "evaluation/best.json").read_text())["attacks"]["pgd3"]
     settings = RunFolder.open(run).settings()
     images = images_of(settings)
-    model = model_of(settings, images)
-    model.load_state_dict(RunFolder.open(run).load_weights("best")["model"])
+    model = ham_package.load_model(run, "best", "cpu")
     loader = data.part_loader(images, "test")
     judged = ham_package.evaluate(
         model, loader, ("pgd3",), eps=settings.attack.eps, step_size=settings.attack.step_size

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from .. import data, models
+from ..runs import RunFolder
 from ..settings import TrainSettings, lr_factor
 from ..trainer import HAMTrainer
 
@@ -37,11 +40,29 @@ def images_of(settings: TrainSettings) -> data.ImageSet | data.FileSet:
     return images.hold_out(d.val_images) if d.val_images else images
 
 
-def model_of(settings: TrainSettings, images: data.ImageSet | data.FileSet) -> nn.Module:
+def model_of(settings: TrainSettings, classes: int, channels: int) -> nn.Module:
+    """The classifier with its first weights, which depend on the seed."""
     facts = data.SETS.get(settings.data.dataset) if settings.model.normalize else None
     mean, std = (facts.mean, facts.std) if facts else (None, None)
     torch.manual_seed(settings.run.seed)
-    return models.create(settings.model.name, len(images.classes), channels=images.channels, mean=mean, std=std)
+    return models.create(settings.model.name, classes, channels=channels, mean=mean, std=std)
+
+
+def load_model(run: str | Path, weights: str = "ema", device: torch.device | str = "auto") -> nn.Module:
+    """A trained classifier in eval mode: images (n, C, H, W) in [0, 1] -> logits (n, classes).
+
+    Args:
+        run: a run folder of `ham train`.
+        weights: "last", "ema" (their average), "best" or "best_ema" (of the best epoch on validation images).
+        device: "auto" takes the GPU if there is one.
+    Raises: FileNotFoundError, ValueError naming the argument; CheckpointError for a damaged file.
+    """
+    folder = RunFolder.open(run)
+    settings, state = folder.settings(), folder.load_weights(weights)
+    facts = folder.data_facts()
+    model = model_of(settings, len(facts["classes"]), facts["channels"])
+    model.load_state_dict(state["model"])
+    return model.to(device_of(str(device))).eval()
 
 
 def loaders_of(settings: TrainSettings, images: data.ImageSet | data.FileSet, device: torch.device) -> data.Loaders:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from .. import data, environment, judging
 from ..judging.attacks import plans
 from ..runs import RunFolder
 from ..settings import EvaluateSettings, TrainSettings
-from .assemble import device_of, images_of, model_of
+from .assemble import device_of, images_of, load_model, model_of
 from .verdict import print_verdict
 
 FORMAT = 1
@@ -40,10 +39,10 @@ def evaluate_run(path: str | Path, settings: EvaluateSettings | None = None, *, 
     counts = images.counts
     if settings.part not in counts:
         raise ValueError(f"part: got {settings.part!r}, but {run.path} was trained without validation images")
-    other = None if settings.transfer_from is None else _other_model(settings.transfer_from, told, images, device)
+    other = None if settings.transfer_from is None else _other_model(settings.transfer_from, run, device)
     written = []
     for kind, state in states.items():
-        model = model_of(told, images)
+        model = model_of(told, len(images.classes), images.channels)
         model.load_state_dict(state["model"])
         judge = _Judge(run, kind, state, told, settings, images, model.to(device).eval(), other, device, quiet)
         result = judge.work()
@@ -151,17 +150,13 @@ class _Judge:
         return data.part_loader(images, part, self.settings.batch_size, device=self.device, workers=self.workers)
 
 
-def _other_model(path: Path, told: TrainSettings, images, device: torch.device) -> nn.Module:
+def _other_model(path: Path, run: RunFolder, device: torch.device) -> nn.Module:
     """The averaged (else last) weights of another run, which must know the same classes."""
-    run = RunFolder.open(path)
-    settings = run.settings()
-    model = model_of(replace(settings, run=replace(settings.run, seed=told.run.seed)), images)
-    kind = "last" if settings.run.ema_decay is None else "ema"
-    try:
-        model.load_state_dict(run.load_weights(kind)["model"])
-    except RuntimeError as error:
-        raise ValueError(f"transfer_from: {path} was not trained for the same images and classes ({error})") from error
-    return model.to(device).eval()
+    other = RunFolder.open(path)
+    if any(other.data_facts()[k] != run.data_facts()[k] for k in ("classes", "channels")):
+        raise ValueError(f"transfer_from: {path} was trained on other classes or images than {run.path}")
+    kind = "last" if other.settings().run.ema_decay is None else "ema"
+    return load_model(path, kind, device)
 
 
 class _Progress:

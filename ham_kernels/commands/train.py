@@ -61,7 +61,8 @@ class _Job:
         self.settings = settings
         device = device_of(settings.run.device)
         images = images_of(settings)
-        self.trainer = trainer_of(settings, model_of(settings, images), device)
+        self.facts = {"classes": list(images.classes), "channels": images.channels, "counts": images.counts}
+        self.trainer = trainer_of(settings, model_of(settings, len(images.classes), images.channels), device)
         self.scheduler = scheduler_of(settings, self.trainer)
         self.loaders = loaders_of(settings, images, device)
         self.stop = StopRequest()
@@ -73,6 +74,7 @@ class _Job:
 
     def _work_in(self, run: RunFolder, quiet: bool, until_epoch: int | None) -> HAMTrainer:
         self.run = run
+        run.set_data_facts(self.facts)
         found = run.checkpoints.load_newest()
         if found is not None:
             self._take_over(found[1])
