@@ -35,10 +35,10 @@ def _natural(
 
 PRESETS: dict[str, TrainSettings] = {
     "digits": TrainSettings(
-        data=DataSettings("digits", batch_size=320),
+        data=DataSettings("digits"),
         attack=AttackSettings(eps=0.2, step_size=0.05),
         method=MethodSettings(start_epoch=9),
-        optim=OptimSettings(epochs=24, milestones=(18,), lr_decay=(0.2,)),
+        optim=OptimSettings(epochs=24, lr=0.05, milestones=(18,), lr_decay=(0.2,)),
         run=RunSettings(ema_decay=0.97),
     ),
     "cifar10": _natural("cifar10"),

@@ -115,7 +115,7 @@ def test_a_run_folder_holds_everything(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert [line["phase"] for line in lines] == ["pgd_at", "pgd_at", "ham", "ham"]
-    assert [line["lr"] for line in lines] == pytest.approx([0.1, 0.1, 0.1, 0.01])
+    assert [line["lr"] for line in lines] == pytest.approx([0.05, 0.05, 0.05, 0.005])
     assert lines[0]["hard_fraction"] == 1.0
     assert lines[0]["n"] == 240
     assert lines[0]["val"]["pgd2"]["n"] == 40
