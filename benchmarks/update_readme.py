@@ -1,4 +1,8 @@
-"""Writes README's benchmark section from benchmarks/results/bench_pgd_digits.json; --check only compares."""
+"""Writes README's measured sections from benchmarks/results/; --check only compares.
+
+The benchmark's table comes from bench_pgd_digits.json, the sweep's table and figure from the report that
+`ham sweep ablations --seeds 0 1 2 --attacks clean pgd20 cw20` writes, copied to benchmarks/results/sweep_digits/.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,11 @@ from _results import cells, markdown, verdict_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-RESULT = ROOT / "benchmarks" / "results" / "bench_pgd_digits.json"
-START, END = "<!-- bench_pgd: written by benchmarks/update_readme.py -->", "<!-- bench_pgd: end -->"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def section(result: dict) -> str:
+def bench_pgd() -> str:
+    result = json.loads((RESULTS / "bench_pgd_digits.json").read_text())
     s, m = result["settings"], result["machine"]
     setup = (
         f"Digits, 1×8×8, ε {s['eps']:g}, step {s['step_size']:g}, K {s['steps']}, M {s['screen_steps']}, "
@@ -26,16 +30,45 @@ def section(result: dict) -> str:
     return "\n\n".join([setup, markdown(cells(result["table"])), "\n".join(lines)])
 
 
+def sweep() -> str:
+    """The report's own figure and table, with the machine of its runs."""
+    folder = RESULTS / "sweep_digits"
+    data = json.loads((folder / "data.json").read_text())
+    machines = sorted({run["machine"] for run in data["runs"]})
+    versions = sorted({run["versions"].get("torch", "unknown") for run in data["runs"]})
+    seeds = sorted({run["seed"] for run in data["runs"]})
+    failed = [run["name"] for run in data["runs"] if run["state"] != "finished"]
+    return "\n\n".join(
+        [
+            f"A real report of this tool, made by `ham sweep ablations --seeds {' '.join(map(str, seeds))} --attacks "
+            "clean pgd20 cw20` on the digits (and `ham evaluate RUN --attacks autoattack --images 100` for PGD-AT and "
+            f"HAM); {'; '.join(machines)}; torch {', '.join(versions)}; {data['made'][:10]}. "
+            + (f"Did not finish: {', '.join(failed)}." if failed else "All runs finished."),
+            f"![Worst-class accuracy against training time]({folder.relative_to(ROOT)}/worst_class_time.png)",
+            (folder / "table.md").read_text().strip(),
+        ]
+    )
+
+
+SECTIONS = {"bench_pgd": bench_pgd, "sweep": sweep}
+
+
+def written(text: str) -> str:
+    """README with every section made anew."""
+    for name, make in SECTIONS.items():
+        start, end = f"<!-- {name}: written by benchmarks/update_readme.py -->", f"<!-- {name}: end -->"
+        head, rest = text.split(start)
+        _, tail = rest.split(end)
+        text = f"{head}{start}\n{make()}\n{end}{tail}"
+    return text
+
+
 def main() -> int:
     text = README.read_text()
-    head, rest = text.split(START)
-    _, tail = rest.split(END)
-    new = f"{head}{START}\n{section(json.loads(RESULT.read_text()))}\n{END}{tail}"
+    new = written(text)
     if "--check" in sys.argv[1:]:
         if new != text:
-            print(
-                f"README's table is not that of {RESULT.name}: run python benchmarks/update_readme.py", file=sys.stderr
-            )
+            print("README is not what results say: run python benchmarks/update_readme.py", file=sys.stderr)
             return 1
         return 0
     README.write_text(new)

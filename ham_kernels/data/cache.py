@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 import warnings
-import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from .. import checkpoint
+from ..checkpoint import CheckpointError
 from .sets import ImageSet
 
-VERSION = 1  # of what a file holds, and of how class folders are read and resized
+VERSION = 2  # of what a file holds, and of how class folders are read and resized
 
 
 def cached(folder: Path | None, source: Path, size: int | None, state: list, build: Callable[[], ImageSet]) -> ImageSet:
@@ -53,40 +50,18 @@ def _digest(value: list) -> str:
 
 def _read(file: Path) -> ImageSet | None:
     try:
-        held = torch.load(file, weights_only=True)
+        held = checkpoint.load(file)
         fields = {name: t for name, t in held.items() if isinstance(t, Tensor)}
-        if {name: _checksum(t) for name, t in fields.items()} != held["checksums"]:
-            raise ValueError("its checksums do not match")
         return ImageSet(held["name"], tuple(held["classes"]), **fields)
-    except Exception as error:  # a damaged file can raise anything; whatever it is, the source is there
+    except (CheckpointError, OSError, KeyError, TypeError, ValueError) as error:  # the source is there all the same
         reason = str(error).split("\n")[0]
         warnings.warn(f"cache: {file} is damaged ({type(error).__name__}: {reason}); writing it anew", stacklevel=2)
         return None
 
 
 def _write(file: Path, images: ImageSet) -> None:
-    """Whole or not at all: readers never see a part, and a power cut leaves the old state or the new one."""
     tensors = {f"{kind}_{part}": getattr(images, f"{kind}_{part}") for part in images.counts for kind in "xy"}
-    held = {
-        "name": images.name,
-        "classes": list(images.classes),
-        "checksums": {name: _checksum(t) for name, t in tensors.items()},
-        **tensors,
-    }
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as out:
-            torch.save(held, out)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, file)
+        checkpoint.save(file, {"name": images.name, "classes": list(images.classes), **tensors})
     except (OSError, RuntimeError) as error:  # a full or read-only disk; the images are there all the same
         warnings.warn(f"cache: {file} could not be written ({error}); the next start decodes again", stacklevel=2)
-    finally:
-        with suppress(OSError):  # gone where all went well, and not to be had where the folder is not
-            temporary.unlink()
-
-
-def _checksum(t: Tensor) -> int:
-    return zlib.crc32(t.contiguous().numpy())

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from ..checkpoint import write_atomically
 
 FORMAT = 1
 SECONDS_BETWEEN_WRITES = 2.0
@@ -45,15 +46,8 @@ class FlagStore:
         if self.path is None or not (now or time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES):
             return
         body = {"format": FORMAT, "identity": self.identity, "attacks": self._entries}
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump({"sha256": _digest(body), **body}, file, allow_nan=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        text = json.dumps({"sha256": _digest(body), **body}, allow_nan=False)
+        write_atomically(self.path, text.encode())
         self._written = time.monotonic()
 
     def _read(self) -> dict[str, dict]:
