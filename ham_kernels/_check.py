@@ -1,7 +1,7 @@
 """Bad input gets an error here, before any kernel: it names the argument, the value, and what is allowed.
 
 What depends on data on a GPU (pixel range, NaN, label range) is not read here, since reading it would stall the
-GPU; `engine.facts_of` gathers it and `data_facts` below judges it with the one read that a step makes anyway.
+GPU; `engine.BatchGuard` gathers it and `data_facts` below judges it with the one read that a step makes anyway.
 """
 
 from __future__ import annotations

@@ -29,6 +29,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is truncated, altered, or none at all. The message names the file."""
 
 
+class IncompatibleError(ValueError):
+    """A checkpoint that is as it was written, and of no use here. The message names the file."""
+
+
 def save(path: str | Path, state: dict[str, Any]) -> str:
     """Writes `state` (tensors, numbers, strings, None, dicts, lists, tuples) so that `path` is old or new, never torn.
 
@@ -49,19 +53,27 @@ def save(path: str | Path, state: dict[str, Any]) -> str:
 def load(path: str | Path, map_location="cpu") -> dict[str, Any]:
     """Reads a checkpoint after checking every byte.
 
-    Raises: FileNotFoundError; CheckpointError naming the file if it is truncated or altered.
+    Raises: FileNotFoundError; CheckpointError naming the file if it is truncated or altered; IncompatibleError if it
+        is whole, and this version of torch cannot read it.
     """
+    return read(path, map_location)[0]
+
+
+def read(path: str | Path, map_location="cpu") -> tuple[dict[str, Any], str]:
+    """As `load`; the state and its SHA-256."""
     data = Path(path).read_bytes()
-    checksum(data, path)
+    digest = checksum(memoryview(data), path)
     try:
-        return torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
+        return torch.load(io.BytesIO(data), map_location=map_location, weights_only=True), digest
+    except MemoryError:
+        raise
     except Exception as error:  # whatever a pickle of another version raises
-        raise CheckpointError(f"checkpoint {path} is intact but cannot be loaded: {error}") from error
+        raise IncompatibleError(f"checkpoint {path} is whole, but cannot be read here: {error}") from error
 
 
-def checksum(data: bytes, path: str | Path) -> str:
+def checksum(data: bytes | memoryview, path: str | Path) -> str:
     """The verified SHA-256 of a checkpoint's bytes."""
-    body, mark, written = data[:-_COMMENT_SIZE], data[-_COMMENT_SIZE:-64], data[-64:]
+    body, mark, written = data[:-_COMMENT_SIZE], bytes(data[-_COMMENT_SIZE:-64]), bytes(data[-64:])
     if mark != _MARK:
         raise CheckpointError(f"checkpoint {path} is truncated, or was not written by ham_kernels ({len(data)} bytes)")
     found = hashlib.sha256(body)
@@ -74,6 +86,13 @@ def checksum(data: bytes, path: str | Path) -> str:
 def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
     """After this returns, `path` holds the parts on the disk; if it does not return, it is as it was before."""
     path = Path(path)
+    try:
+        _write_atomically(path, parts)
+    except OSError as error:
+        raise type(error)(error.errno, f"{error.strerror}, writing", str(path)) from error
+
+
+def _write_atomically(path: Path, parts: tuple[bytes | memoryview, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
@@ -125,24 +144,28 @@ class Checkpoints:
         named = [p for p in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{10}\.pt", p.name)]
         return sorted(named, reverse=True)
 
-    def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest intact checkpoint; each damaged one is named in a warning and set aside as `*.damaged`.
+    def load_newest(self, *, set_aside: bool = False) -> tuple[Path, dict[str, Any], str] | None:
+        """(path, state, SHA-256) of the newest intact checkpoint; each damaged one is named in a warning.
 
-        None when there is none at all. Raises: CheckpointError when there are some and none is intact.
+        set_aside: rename the damaged ones to *.damaged, for the process that goes on with the run.
+        None where there never was one. Raises: CheckpointError where there were some and none is intact.
         """
-        found = self.newest_first()
-        damaged = []
-        for path in found:
+        damaged: list[Path] = []
+        for path in self.newest_first():
             try:
-                return path, load(path)
+                state, digest = read(path)
             except FileNotFoundError:  # a run that goes on has just replaced it by a newer one
-                return self.load_newest()
+                return self.load_newest(set_aside=set_aside)
             except CheckpointError as error:
-                damaged.append(path.name)
-                os.replace(path, path.with_suffix(".damaged"))
-                warnings.warn(f"{error}; set aside, the one before it is used", stacklevel=2)
-        if damaged:
-            raise CheckpointError(f"checkpoint: none of {', '.join(damaged)} in {self.folder} is intact")
+                damaged.append(path)
+                warnings.warn(f"{error}; the one before it is used, if that is intact", stacklevel=2)
+                continue
+            for bad in damaged if set_aside else ():
+                os.replace(bad, bad.with_suffix(".damaged"))
+            return path, state, digest
+        names = [p.name for p in (*damaged, *sorted(self.folder.glob("step_*.damaged")))]
+        if names:
+            raise CheckpointError(f"checkpoint: none of {', '.join(names)} in {self.folder} is intact")
         return None
 
 

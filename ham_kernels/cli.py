@@ -6,8 +6,12 @@ Nothing here imports torch before the flags are read, so that help and typing er
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+import warnings
 from collections.abc import Callable
+
+from . import __version__
 
 USAGE = """usage: ham COMMAND [options]        (ham COMMAND --help shows the options)
 
@@ -30,6 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
+    if command == "--version":
+        print(f"ham_kernels {__version__}")
+        return 0
+    warnings.formatwarning = _one_line
     if command not in _COMMANDS:
         print(f"ham: no command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
@@ -48,6 +56,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def _one_line(message, category, *_) -> str:
+    """A warning as its user needs it: without the line of source that gave it."""
+    return f"{category.__name__}: {message}\n"
+
+
 def _train(argv: list[str]) -> int:
     from .commands import flags
 
@@ -59,12 +72,11 @@ def _train(argv: list[str]) -> int:
 
     try:
         if isinstance(wanted, flags.Resume):
-            out = wanted.resume
-            train.resume(out, until_epoch=wanted.until_epoch, quiet=wanted.quiet)
+            train.resume(wanted.resume, until_epoch=wanted.until_epoch, quiet=wanted.quiet)
         else:
-            out = wanted.out or train.free_folder(wanted.settings)
-            train.train(wanted.settings, out, quiet=wanted.quiet)
+            train.train(wanted.settings, wanted.out, quiet=wanted.quiet)
     except Stopped as error:
+        out = shlex.quote(str(error.run))
         print(f"ham train: {error}; go on with `ham train --resume {out}`", file=sys.stderr)
         return error.code
     return 0

@@ -42,7 +42,8 @@ def commit() -> str:
         return "unknown"
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        out = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=True)
+        env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        out = subprocess.run(command, cwd=PACKAGE, env=env, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return out.stdout.strip()

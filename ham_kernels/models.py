@@ -56,7 +56,7 @@ class SmallCNN(nn.Sequential):
             conv = nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False)
             return [conv, nn.BatchNorm2d(c_out), nn.ReLU()]
 
-        mean, std = ([v] * in_channels if isinstance(v, float) else v for v in (mean, std))
+        mean, std = ([v] * in_channels if isinstance(v, (int, float)) else v for v in (mean, std))
         super().__init__(
             normalisation(in_channels, mean, std),
             *block(in_channels, width, 1),

@@ -17,12 +17,16 @@ import datetime
 import fcntl
 import json
 import math
+import os
+import shlex
+import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import settings as settings_
-from .checkpoint import Checkpoints, load, save, write_atomically
+from .checkpoint import CheckpointError, Checkpoints, load, read, save, write_atomically
 from .settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -41,12 +45,30 @@ class RunFolder:
     # ------------------------------------------------------------ what it was told
     @classmethod
     def create(cls, path: str | Path, settings: TrainSettings) -> RunFolder:
-        """A new folder with config.toml. Raises: FileExistsError where there is a run already."""
+        """A new folder with config.toml. Raises: FileExistsError where there is a run already, or parts of one."""
         run = cls(path)
-        if (run.path / "config.toml").exists():
-            raise FileExistsError(f"out: {path} holds a run already; go on with `ham train --resume {path}`")
-        write_atomically(run.path / "config.toml", settings_.to_toml(settings).encode())
+        run.check_free()
+        aside = run.path / f".config.{os.getpid()}.partial"
+        write_atomically(aside, settings_.to_toml(settings).encode())
+        try:
+            os.link(aside, run.path / "config.toml")  # unlike a rename it fails where another process was faster
+        except FileExistsError:
+            run.check_free()
+            raise
+        finally:
+            aside.unlink()
         return run
+
+    def check_free(self) -> None:
+        """Raises: FileExistsError, NotADirectoryError where a new run cannot begin here."""
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"out: {self.path} is a file; it must be a folder")
+        if (self.path / "config.toml").exists():
+            quoted = shlex.quote(str(self.path))
+            raise FileExistsError(f"out: {self.path} holds a run already; go on with `ham train --resume {quoted}`")
+        for name in ("checkpoints", "metrics.jsonl", "status.json", "data.json"):
+            if (self.path / name).exists():
+                raise FileExistsError(f"out: {self.path} holds {name} of something else; give another folder")
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -57,29 +79,53 @@ class RunFolder:
         return run
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Inside, no other process works on this run. Raises: BlockingIOError where one does already."""
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go when the process ends, however
-            except BlockingIOError:
-                raise BlockingIOError(f"run: another process works on {self.path}") from None
-            for torn in self.path.glob(".*.partial"):  # of a killed process
+    def alone(self, lock: str = ".lock", patience: float = 10.0) -> Iterator[None]:
+        """Inside, no other process holds this lock of the run.
+
+        Raises: BlockingIOError where one still does after `patience` seconds.
+        """
+        path = self.path / lock
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w") as file:
+            end = time.monotonic() + patience
+            # The system lets go when the process ends, however; its data workers may outlive it by some seconds.
+            while not _lock(file):
+                if time.monotonic() > end:
+                    raise BlockingIOError(f"run: another process works on {self.path}")
+                time.sleep(0.1)
+            for torn in path.parent.glob(".*.partial"):  # of a killed process
                 torn.unlink(missing_ok=True)
             yield
+
+    def busy(self) -> bool:
+        """Whether a process works on the run at this moment."""
+        path = self.path / ".lock"
+        if not path.exists():
+            return False
+        with path.open("w") as file:
+            return not _lock(file)
 
     def settings(self) -> TrainSettings:
         return settings_.from_toml(self.path / "config.toml", TrainSettings())
 
     def set_data_facts(self, facts: dict[str, Any]) -> None:
         """Notes what the images are; a run that goes on must find them as they were. Raises: ValueError."""
-        path = self.path / "data.json"
-        if path.exists() and self.data_facts() != facts:
-            raise ValueError(f"data: {self.path} was begun on {self.data_facts()}, now it is {facts}")
+        if (self.path / "data.json").exists():
+            self.check_data_facts(facts)
         self.write_json("data.json", facts)
 
+    def check_data_facts(self, facts: dict[str, Any]) -> None:
+        """Raises: ValueError where the images are not those that the run was trained on."""
+        before = self.data_facts()
+        wrong = [k for k in facts if facts[k] != before.get(k)]
+        if wrong:
+            raise ValueError(
+                f"data: {self.path} was trained on other images: {wrong[0]} was {before.get(wrong[0])}, "
+                f"now it is {facts[wrong[0]]}"
+            )
+
     def data_facts(self) -> dict[str, Any]:
-        """{"classes": names, "channels", "counts": images of each part}. Raises: FileNotFoundError."""
+        """{"classes": names, "channels", "counts": images of each part, "sha256"}. Raises: FileNotFoundError."""
         path = self.path / "data.json"
         if not path.exists():
             raise FileNotFoundError(f"run: {self.path} has not begun to train (it has no data.json)")
@@ -145,16 +191,32 @@ class RunFolder:
                     f"weights: {path} is not there; the run has no validation images"
                     f"{', no weight average' if weights == 'best_ema' else ''}, or no epoch is done yet"
                 )
-            state = load(path)
-            return {"model": state["model"], "epoch": state["epoch"], "sha256": _digest(path)}
+            state, digest = read(path)
+            return {"model": state["model"], "epoch": state["epoch"], "sha256": digest}
         newest = self.checkpoints.load_newest()
         if newest is None:
             raise FileNotFoundError(f"weights: {self.path} has no checkpoint yet")
-        path, state = newest
+        _, state, digest = newest
         key = "model" if weights == "last" else "ema"
         if state["trainer"][key] is None:
             raise ValueError("weights: got 'ema', but the run keeps no weight average (ema_decay)")
-        return {"model": state["trainer"][key], "epoch": state["trainer"]["epoch"], "sha256": _digest(path)}
+        return {"model": state["trainer"][key], "epoch": state["trainer"]["epoch"], "sha256": digest}
+
+    def drop_best_after(self, epoch: int) -> None:
+        """Removes best weights of epochs that a resume from an earlier checkpoint has thrown away."""
+        for weights in ("best", "best_ema"):
+            path = self.path / "checkpoints" / f"{weights}.pt"
+            try:
+                if path.exists() and load(path)["epoch"] > epoch:
+                    path.unlink()
+            except CheckpointError as error:
+                warnings.warn(f"{error}; removed", stacklevel=2)
+                path.unlink()
+
+    def newest_digest(self) -> str | None:
+        """SHA-256 of the newest checkpoint, as it is written in it."""
+        newest = self.checkpoints.newest_first()
+        return _digest(newest[0]) if newest else None
 
     def available_weights(self) -> list[str]:
         """Those of WEIGHTS that can be loaded, by name only."""
@@ -188,6 +250,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lock(file) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _digest(path: Path) -> str:

@@ -48,6 +48,11 @@ class DataSettings:
     """Processes that decode images which do not fit the device as one tensor."""
     augment: Literal["none", "crop", "crop+flip"] = "none"
 
+    @property
+    def source(self) -> str:
+        """A short name, for folders."""
+        return Path(self.path).resolve().name.split(".")[0] if self.path else self.dataset
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -101,7 +106,7 @@ class OptimSettings:
     """Optimiser: SGD."""
 
     epochs: int = 120
-    """In all, warm-up included. Presets scale milestones and start_epoch along with it."""
+    """In all, warm-up included. Milestones and start_epoch of presets and --config scale with this flag."""
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 2e-4
@@ -150,6 +155,13 @@ class TrainSettings:
         for section, names in _AT_LEAST.items():
             for name, low in names.items():
                 _at_least(name, getattr(getattr(self, section), name), low)
+        for name, value, below in (("momentum", optim.momentum, 1), ("ema_decay", self.run.ema_decay, 1)):
+            if value is not None and not 0 <= value < below:
+                raise ValueError(f"{name}: got {value}; it must be >= 0 and below {below}")
+        if not math.isfinite(optim.lr):
+            raise ValueError(f"lr: got {optim.lr}; it must be finite")
+        if method.name == "ham" and method.screen_steps >= self.attack.steps:
+            raise ValueError(f"screen_steps: got {method.screen_steps} with steps={self.attack.steps}; it must be less")
         if len(optim.milestones) != len(optim.lr_decay):
             raise ValueError(
                 f"lr_decay: got {len(optim.lr_decay)} factors for {len(optim.milestones)} milestones; give one each"
@@ -187,7 +199,7 @@ class EvaluateSettings:
     """How a run is judged."""
 
     weights: tuple[str, ...] = ()
-    """Of last, ema, best, best_ema (default: ema where the run keeps a weight average, else last)."""
+    """Of last, ema, best, best_ema; or all (default: ema where the run keeps a weight average, else last)."""
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw20")
     """clean, fgsm, pgdK, cwK (PGD on the CW loss), autoattack."""
     restarts: int = 1
@@ -221,6 +233,9 @@ class EvaluateSettings:
             _at_least(name, getattr(self, name), least)
         _at_least("eps", self.eps, 0)
         _at_least("step_size", self.step_size, 0)
+        for name, allowed in (("part", ("test", "val", "train")), ("precision", ("fp32", "bf16"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
         if not 0.5 < self.threshold <= 1:
             raise ValueError(f"threshold: got {self.threshold}; it must be in (0.5, 1]")
         if not self.attacks:
@@ -234,7 +249,8 @@ def _at_least(name: str, value: float | None, low: float) -> None:
 
 _AT_LEAST = {
     "data": {"train_images": 1, "test_images": 1, "val_images": 0, "batch_size": 1, "workers": 0, "size": 1},
-    "method": {"start_epoch": 1},
+    "attack": {"eps": 0.0, "step_size": 0.0, "steps": 1},
+    "method": {"start_epoch": 1, "screen_steps": 1, "lam": 0.0},
     "optim": {"epochs": 1, "lr": 0.0, "momentum": 0.0, "weight_decay": 0.0},
     "run": {"seed": 0, "checkpoint_minutes": 0.0},
 }

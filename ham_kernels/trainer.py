@@ -190,7 +190,8 @@ class HAMTrainer:
                 x, y = _unpack(batch)
                 step = self.train_step(x.to(self.device), y.to(self.device), epoch)
             except (TypeError, ValueError) as error:
-                raise type(error)(f"epoch {epoch}, batch {running.batches + 1}: {error}") from error
+                kind = type(error) if type(error) in (TypeError, NonFiniteError) else ValueError
+                raise kind(f"epoch {epoch}, batch {running.batches + 1}: {error}") from error
             running.add(step, time.perf_counter() - start)
             if on_batch_end is not None:
                 on_batch_end(step)

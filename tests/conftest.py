@@ -55,6 +55,14 @@ def seed() -> int:
     return value
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes that are compared with it
+    yield
+    torch.set_num_threads(before)
+
+
 # ---------------------------------------------------------------- memory
 @pytest.fixture
 def poisoned_memory():

@@ -33,7 +33,7 @@ def write_folder(root: Path, names: list[str], size: int | tuple[int, int] = 6) 
     """Image number i of `names` has the value i everywhere."""
     for i, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(png(i, size))
+        (root / name).write_bytes(png(i % 256, size))
     return root
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import time
 
+import pictures
 import pytest
 import torch
 from runs_helper import TINY, assert_same_weights, finish, ham, wait_for
 
 from ham_kernels import checkpoint, cli
 from ham_kernels.commands import flags
+from ham_kernels.commands import sweep as sweep_command
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.evaluate import evaluate_run
 from ham_kernels.commands.experiments import cells
@@ -23,7 +28,7 @@ QUICK = EvaluateSettings(attacks=("clean", "pgd3"), masking_images=32, analysis_
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, one_thread):
     out = tmp_path_factory.mktemp("commands") / "run"
     train_command.train(flags.parse_train(list(TINY)).settings, out, quiet=True)
     return out
@@ -73,6 +78,7 @@ def test_help_of_every_command(command, capsys):
         (["train", "--dataset", "mnist"], "dataset: got 'mnist'; allowed are digits, cifar10"),
         (["train", "--epochs", "5", "--start-epoch", "9"], "start_epoch: got 9 with epochs=5"),
         (["train", "--model", "resnet_18", "--out", "OUT"], "resnet_18"),
+        (["train", "--model", "vit_b_16", "--train-images", "200", "--path", "PHOTOS", "--out", "OUT"], "PHOTOS"),
         (["train", "--eps", "-1", "--out", "OUT"], "eps: got -1.0"),
         (["train", "--device", "cuda:99", "--out", "OUT"], "device: got 'cuda:99'"),
         (["train", "--device", "tpu", "--out", "OUT"], "device: got 'tpu'"),
@@ -82,6 +88,12 @@ def test_help_of_every_command(command, capsys):
         (["train", "--resume", "OUT"], "OUT is no run folder"),
         (["evaluate", "OUT"], "OUT is no run folder"),
         (["report", "OUT"], "OUT"),
+        (["train", "--lr", "inf"], "lr: got inf"),
+        (["train", "--momentum", "5"], "momentum: got 5.0"),
+        (["train", "--screen-steps", "10"], "screen_steps: got 10 with steps=10"),
+        (["sweep", "ham", "--seed", "7"], "seed: cannot be given to a sweep of ham; give --seeds"),
+        (["sweep", "grid", "--lam", "7"], "lam: cannot be given to a sweep of grid"),
+        (["sweep", "grid", "--steps", "4", "--screen-steps", "3"], "screen-steps: cannot be given"),
     ],
 )
 def test_bad_input_is_told_in_one_line_and_leaves_nothing(argv, message, tmp_path, capsys, monkeypatch):
@@ -90,7 +102,7 @@ def test_bad_input_is_told_in_one_line_and_leaves_nothing(argv, message, tmp_pat
     err = capsys.readouterr().err
     assert message in err
     assert len(err.splitlines()) == 1
-    assert not (tmp_path / "OUT").exists()
+    assert [p.name for p in tmp_path.iterdir() if p.name != "PHOTOS"] == []
 
 
 def test_an_existing_run_is_not_overwritten(run, capsys):
@@ -102,10 +114,17 @@ def test_an_existing_run_is_not_overwritten(run, capsys):
 
 def test_free_folder_counts_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = preset("svhn")
-    assert str(train_command.free_folder(settings)) == "runs/svhn-ham-seed0"
-    (tmp_path / "runs/svhn-ham-seed0").mkdir(parents=True)
-    assert str(train_command.free_folder(settings)) == "runs/svhn-ham-seed0-2"
+    names = [str(train_command._new_folder(preset("svhn")).path) for _ in range(3)]
+    assert names == [f"runs/svhn-ham-seed0{end}" for end in ("", "-2", "-3")]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "status.json", "data.json"])
+def test_a_run_does_not_begin_where_parts_of_one_lie(name, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).mkdir()
+    with pytest.raises(FileExistsError, match=f"out: .* holds {name}"):
+        train_command.train(flags.parse_train(list(TINY)).settings, tmp_path / "run", quiet=True)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [name]
 
 
 # ---------------------------------------------------------------- train
@@ -141,11 +160,14 @@ def test_weights_can_be_read_by_torch_alone(run):
 
 
 def test_output_is_plain_where_nobody_watches(tmp_path):
-    code, out = finish(ham("train", *TINY, "--out", "run", cwd=tmp_path))
+    process = ham("train", *TINY, "--out", "run", cwd=tmp_path)
+    process.stdout.reconfigure(newline="")  # or "\r" would come out as a line's end
+    code, out = finish(process)
     assert code == 0
+    assert "\r" not in out
+    assert "\x1b" not in out
     lines = out.splitlines()
     assert len(lines) == 2 + 4 + 1
-    assert all("\r" not in line and "\x1b" not in line for line in lines)
     assert lines[2].startswith("epoch 1/4  pgd_at  loss ")
     for word in ("hard", "images/s", "val clean", "pgd2", "left"):
         assert word in lines[4]
@@ -186,7 +208,7 @@ def test_tensorboard_gets_every_epoch_where_it_is_installed(tmp_path, monkeypatc
     assert {"hard_fraction", "lr", "val/clean/accuracy", "val_ema/pgd2/worst_class"} <= {tag for tag, _, _ in events}
 
 
-def test_pause_and_go_on(run, tmp_path):
+def test_pause_and_go_on(run, tmp_path, one_thread):
     RunFolder.create(tmp_path / "run", flags.parse_train(list(TINY)).settings)
     trainer = train_command.resume(tmp_path / "run", until_epoch=1, quiet=True)
     assert trainer.epoch == 1
@@ -200,7 +222,7 @@ def test_evaluation_is_written_and_added_to(run, capsys):
     (path,) = evaluate_run(run, QUICK)
     assert path == run / "evaluation/ema.json"
     shown = capsys.readouterr().out
-    assert "60 test images" in shown
+    assert "weights ema (epoch 4), test images" in shown
     assert "gradient masking" in shown
     first = json.loads(path.read_text())
     assert set(first["attacks"]) == {"clean", "pgd3"}
@@ -213,8 +235,47 @@ def test_evaluation_is_written_and_added_to(run, capsys):
     assert set(second["attacks"]) == {"clean", "pgd3", "fgsm"}
     assert second["attacks"]["pgd3"] == first["attacks"]["pgd3"]
     assert second["masking"] == first["masking"]
-    evaluate_run(run, EvaluateSettings(attacks=("clean",), eps=0.1, masking=False, analyses=False), quiet=True)
-    assert set(json.loads(path.read_text())["attacks"]) == {"clean"}  # another budget: nothing is mixed
+    # Fewer images, or another budget or part, take nothing away.
+    evaluate_run(run, EvaluateSettings(attacks=("pgd3",), images=20, masking=False, analyses=False), quiet=True)
+    assert json.loads(path.read_text())["attacks"] == second["attacks"]
+    (other,) = evaluate_run(
+        run, EvaluateSettings(attacks=("clean",), eps=0.1, masking=False, analyses=False), quiet=True
+    )
+    assert other.name == "ema.test-eps0.1-step0.05-fp32-seed0.json"
+    (restarted,) = evaluate_run(
+        run, EvaluateSettings(attacks=("pgd3",), restarts=2, masking=False, analyses=False), quiet=True
+    )
+    third = json.loads(restarted.read_text())["attacks"]
+    assert set(third) == {"clean", "pgd3", "fgsm", "pgd3-r2"}
+    assert third["pgd3-r2"]["accuracy"]["value"] <= third["pgd3"]["accuracy"]["value"]
+
+
+def test_evaluation_refuses_other_images(run, tmp_path):
+    """Images that were split anew could put into the test part what the run was trained on."""
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run/config.toml"
+    config.write_text(config.read_text().replace("val_images = 40", "val_images = 41"))
+    with pytest.raises(ValueError, match=r"data: .* was trained on other images: counts was"):
+        evaluate_run(tmp_path / "run", QUICK, quiet=True)
+    with pytest.raises(ValueError, match=r"data: .* was trained on other images"):
+        train_command.resume(tmp_path / "run", quiet=True)
+
+
+def test_two_evaluations_do_not_share_a_file(run, monkeypatch):
+    monkeypatch.setattr(RunFolder.alone.__wrapped__, "__defaults__", (".lock", 0.2))
+    with RunFolder(run).alone("evaluation/.lock"), pytest.raises(BlockingIOError, match="another process works on"):
+        evaluate_run(run, QUICK, quiet=True)
+
+
+def test_loading_a_model_leaves_the_generators_alone(run):
+    import ham_kernels as ham_package
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model = ham_package.load_model(run, "ema", "cpu")
+    assert torch.equal(torch.rand(3), expected)
+    assert not model.training
 
 
 def test_evaluation_agrees_with_the_python_function(run):
@@ -243,6 +304,8 @@ def test_evaluation_agrees_with_the_python_function(run):
         (EvaluateSettings(attacks=("clean", "nonsense")), "attacks: got 'nonsense'"),
         (EvaluateSettings(images=0), "images: got 0"),
         (EvaluateSettings(eps=-1.0), "eps: got -1"),
+        (EvaluateSettings(eps=0.0), "eps: got 0 for it or step_size"),
+        (EvaluateSettings(part="tset"), "part: got 'tset'"),
     ],
 )
 def test_bad_evaluations_are_refused_before_any_work(settings, message, run):
@@ -289,12 +352,13 @@ def test_sweep_goes_on_and_survives_a_failed_run(tmp_path, run):
     """Stopped after its first run, with another one broken by hand: the rest is done, the broken one is named."""
     command = ("sweep", "ham", *TINY, "--seeds", "0", "1", "--attacks", "clean", "pgd2", "--out", "sweep")
     first, broken = (tmp_path / f"sweep/ham-M1-lam1-seed{seed}" for seed in (0, 1))
-    process = ham(*command, cwd=tmp_path)
+    process = ham(*command, cwd=tmp_path, start_new_session=True)
     wait_for((first / "checkpoints").exists, process)
-    process.terminate()
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C on a terminal
     code, out = finish(process)
-    assert code == 143, out
+    assert code == 130, out
     assert "the same command goes on" in out
+    assert not RunFolder(first).busy()  # its process has ended before the sweep's
     assert not broken.exists()
     base = flags.parse_sweep(list(command[1:])).settings
     RunFolder.create(broken, cells("ham", base, (1,))[0].settings)
@@ -313,3 +377,35 @@ def test_sweep_goes_on_and_survives_a_failed_run(tmp_path, run):
     warm, own = ((path / "metrics.jsonl").read_text().splitlines() for path in folders)
     assert len(warm) == 2
     assert own[:2] == warm
+
+
+def test_a_sweep_does_not_mix_settings(tmp_path, run):
+    """Neither in its runs nor in the warm-up that they share, also when the run itself is gone."""
+    command = flags.parse_sweep(["ham", *TINY, "--attacks", "clean", "--out", str(tmp_path / "sweep")])
+    assert sweep_command.sweep(command) == 0
+    other = flags.parse_sweep(["ham", *TINY, "--lr", "0.01", "--attacks", "clean", "--out", str(tmp_path / "sweep")])
+    with pytest.raises(ValueError, match=r"out: .*ham-M1-lam1-seed0 was begun with other settings"):
+        sweep_command.sweep(other)
+    shutil.rmtree(tmp_path / "sweep/ham-M1-lam1-seed0")
+    with pytest.raises(ValueError, match=r"out: .*warm-ups/seed0 was begun with other settings"):
+        sweep_command.sweep(other)
+    further = flags.parse_sweep(
+        ["ham", *TINY, "--lam", "2", "--attacks", "clean", "--out", str(tmp_path / "sweep")]
+    )  # another method shares the warm-up
+    assert sweep_command.sweep(further) == 0
+    assert sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()) == [
+        "ham-M1-lam2-seed0", "report", "warm-ups",
+    ]  # fmt: skip
+
+
+def test_a_run_whose_warm_up_failed_is_tried_again(tmp_path, capsys):
+    photos = tmp_path / "photos"
+    command = flags.parse_sweep(
+        ["ham", *TINY, "--path", str(photos), "--attacks", "clean", "--out", str(tmp_path / "sweep")]
+    )
+    assert sweep_command.sweep(command) == 1
+    assert "does not exist" in capsys.readouterr().out
+    pictures.write_folder(
+        photos, [f"{part}/{c}/{i}.png" for part, n in (("train", 150), ("test", 6)) for c in "abc" for i in range(n)]
+    )
+    assert sweep_command.sweep(command) == 0

@@ -231,7 +231,9 @@ def test_workers_do_not_hold_the_interpreter(photos):
     """)
     root = str(Path(__file__).resolve().parents[1])
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60, env=env
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 

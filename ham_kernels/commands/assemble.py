@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -32,12 +33,47 @@ def images_of(settings: TrainSettings) -> data.ImageSet | data.FileSet:
     """The data set, cut to size, with its validation images set aside (the same ones for every seed)."""
     d = settings.data
     images = data.load(d.dataset, d.path, root=d.root, download=d.download, size=d.size)
+    if images.y_val is not None:  # a part of its own
+        return images.subset(d.train_images, d.test_images)
     train = None if d.train_images is None else d.train_images + d.val_images
     images = images.subset(train, d.test_images)
     n = images.counts["train"]
     if d.val_images >= n:
-        raise ValueError(f"val_images: got {d.val_images}, but there are {n} training images to take them from")
+        raise ValueError(
+            f"val_images: got {d.val_images}, but there are {n} training images to take them from (0 for none)"
+        )
     return images.hold_out(d.val_images) if d.val_images else images
+
+
+def facts_of(images: data.ImageSet | data.FileSet) -> dict:
+    """What a run notes of its images: classes, channels, counts, and a digest of pixels (or file names) and labels."""
+    digest = hashlib.sha256()
+    for part in images.counts:
+        inputs, y = images.part(part)
+        digest.update(inputs.numpy() if isinstance(inputs, torch.Tensor) else "\n".join(_below(inputs)).encode())
+        digest.update(y.numpy())
+    return {
+        "classes": list(images.classes), "channels": images.channels, "counts": images.counts,
+        "sha256": digest.hexdigest(),
+    }  # fmt: skip
+
+
+def _below(files: list[str]) -> list[str]:
+    """PART/CLASS/NAME of each file: a data set may move as a whole."""
+    return ["/".join(Path(file).parts[-3:]) for file in files]
+
+
+def check_takes(model: nn.Module, name: str, loader) -> None:
+    """Raises: ValueError where a model cannot take images like those of the loader."""
+    x, _ = next(iter(loader))
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(x[:2])
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"model: {name} cannot take images of shape {tuple(x.shape[1:])}: {error}") from error
+    finally:
+        model.train()
 
 
 def model_of(settings: TrainSettings, classes: int, channels: int) -> nn.Module:
@@ -60,9 +96,15 @@ def load_model(run: str | Path, weights: str = "ema", device: torch.device | str
     folder = RunFolder.open(run)
     settings, state = folder.settings(), folder.load_weights(weights)
     facts = folder.data_facts()
-    model = model_of(settings, len(facts["classes"]), facts["channels"])
-    model.load_state_dict(state["model"])
-    return model.to(device_of(str(device))).eval()
+    return trained_model(settings, facts, state["model"], device_of(str(device)))
+
+
+def trained_model(settings: TrainSettings, facts: dict, state: dict, device: torch.device) -> nn.Module:
+    """The classifier with these weights, in eval mode; torch's random generators stay where they are."""
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+        model = model_of(settings, len(facts["classes"]), facts["channels"])
+    model.load_state_dict(state)
+    return model.to(device).eval()
 
 
 def loaders_of(settings: TrainSettings, images: data.ImageSet | data.FileSet, device: torch.device) -> data.Loaders:

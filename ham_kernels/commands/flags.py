@@ -24,7 +24,7 @@ class Train:
     config: Path | None = None
     """TOML file of settings, such as the config.toml of another run; flags override it."""
     resume: Path | None = None
-    """Go on with this run, as its config.toml says; no other setting can be given then."""
+    """Go on with this run, as its config.toml says; the only other flags then are --until-epoch N and --quiet."""
     quiet: bool = False
     settings: TrainSettings = field(default_factory=TrainSettings)
 
@@ -101,7 +101,14 @@ def parse_report(argv: list[str]) -> Report:
 
 
 def parse_sweep(argv: list[str]) -> Sweep:
-    return _cli(Sweep, argv, "ham sweep", Sweep(tyro.MISSING, settings=_base(argv)))
+    wanted = _cli(Sweep, argv, "ham sweep", Sweep(tyro.MISSING, settings=_base(argv)))
+    own = {"--seed": "give --seeds", "--method": "the experiment sets it", "--label": "the experiment sets it"}
+    if wanted.experiment in ("grid", "paper"):
+        own |= {"--screen-steps": "the grid sets it", "--lam": "the grid sets it"}
+    for flag, why in own.items():
+        if _seen(argv, flag) is not None:
+            raise ValueError(f"{flag.lstrip('-')}: cannot be given to a sweep of {wanted.experiment}; {why}")
+    return wanted
 
 
 def _base(argv: list[str]) -> TrainSettings:
@@ -111,13 +118,18 @@ def _base(argv: list[str]) -> TrainSettings:
     """
     config, epochs = _seen(argv, "--config"), _seen(argv, "--epochs")
     told = {} if config is None else read_toml(config)
+    if config is not None:
+        from_toml(config, TrainSettings())  # judges keys and types before anything is made of them
     path = _seen(argv, "--path") or get(told, "data", "path")
     dataset = _seen(argv, "--dataset") or get(told, "data", "dataset") or ("cifar10" if path else "digits")
     base = preset(dataset)
     if config is not None:
         own_epochs = get(told, "optim", "epochs")
-        base = from_toml(config, rescaled(base, own_epochs) if type(own_epochs) is int else base)
-    return rescaled(base, int(epochs)) if epochs is not None and epochs.isdecimal() else base
+        base = from_toml(config, rescaled(base, own_epochs) if own_epochs else base)
+    try:
+        return base if epochs is None else rescaled(base, int(epochs))
+    except ValueError:  # tyro and check() say what is wrong with it
+        return base
 
 
 def get(sections: dict[str, Any], section: str, key: str) -> Any:

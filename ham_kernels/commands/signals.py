@@ -1,14 +1,17 @@
-"""Ending well: SIGINT and SIGTERM are noted, and obeyed where nothing is half done."""
+"""Ending well: SIGINT, SIGTERM and SIGHUP are noted, and obeyed where nothing is half done."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import FrameType
 
 
 class Stopped(Exception):
     """A signal asked the process to end. `code` is the exit status that shells expect."""
+
+    run: Path | None = None  # which one can go on
 
     def __init__(self, number: int):
         self.number = signal.Signals(number)
@@ -17,14 +20,14 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Within `with`, SIGINT and SIGTERM set a flag that `check` turns into Stopped. A second one acts at once."""
+    """Within `with`, SIGINT, SIGTERM and SIGHUP set a flag that `check` turns into Stopped. A second acts at once."""
 
     def __init__(self):
         self.number: int | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # not the main thread: signals are somebody else's

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import report
 from ..runs import RunFolder
-from ..settings import TrainSettings
+from ..settings import MethodSettings, TrainSettings
 from .experiments import Cell, cells
 from .flags import Sweep
 from .progress import duration
@@ -29,10 +29,12 @@ def sweep(wanted: Sweep) -> int:
     Returns: 0, or 1 where a run failed. Raises: Stopped after a signal; ValueError naming the setting.
     """
     wanted.settings.check()
-    folder = wanted.out or Path("runs") / f"sweep-{_source(wanted.settings)}"
+    folder = wanted.out or Path("runs") / f"sweep-{wanted.settings.data.source}"
     plan = cells(wanted.experiment, wanted.settings, wanted.seeds)
     for cell in plan:
+        cell.settings.check()
         _check_unchanged(folder / cell.name, cell.settings)
+        _check_unchanged(_warm_up_folder(folder, cell.settings), _warm_up_settings(cell.settings))
     print(f"{folder}: {wanted.experiment}, {len(plan)} runs", flush=True)
     failed = []
     with StopRequest() as stop:
@@ -46,7 +48,10 @@ def sweep(wanted: Sweep) -> int:
             if problem:
                 failed.append({"run": cell.name, "problem": problem})
     _write_outcome(folder, wanted.experiment, plan, failed)
-    page = report.build([folder], folder / "report", title=f"Sweep: {_source(wanted.settings)}")
+    if len(failed) == len(plan):
+        print("every run failed: there is nothing to report")
+        return 1
+    page = report.build([folder], folder / "report", title=f"Sweep: {wanted.settings.data.source}")
     print(f"written: {page}" + (f"; {len(failed)} of {len(plan)} runs failed" if failed else ""))
     return 1 if failed else 0
 
@@ -58,38 +63,56 @@ class _Worker:
     def bring_to_end(self, cell: Cell) -> str:
         """Trains and judges one run as far as that is not done yet. Returns what went wrong, or nothing."""
         path = self.folder / cell.name
+        self._wait_until_free(path)
         try:
             if not (path / "config.toml").exists():
-                cell.settings.check()
                 self._begin(path, cell.settings)
             if RunFolder.open(path).status()["state"] != "finished":
                 self._run(path, "train", "--resume", str(path), "--quiet")
             self._run(path, "evaluate", str(path), "--attacks", *self.wanted.attacks, "--no-masking", "--quiet")
         except (OSError, ValueError, RuntimeError) as error:
-            RunFolder(path).mark_failed(str(error))
+            if (path / "config.toml").exists():
+                RunFolder(path).mark_failed(str(error))
             return f"FAILED: {error}"
         return ""
+
+    def _wait_until_free(self, path: Path) -> None:
+        """A sweep that was killed leaves its run working."""
+        said = False
+        while RunFolder(path).busy():
+            if not said:
+                print(f"{path.name}: another process works on it; waiting", flush=True)
+            said = True
+            self.stop.check()
+            time.sleep(1)
 
     def _begin(self, path: Path, settings: TrainSettings) -> None:
         """A new run, behind the warm-up where that can be shared."""
         epochs = settings.method.start_epoch - 1
-        if self.wanted.share_warmup and 0 < epochs < settings.optim.epochs:
-            warm_up = self._warm_up(settings, epochs)
-            aside = path.with_name(f".{path.name}.partial")
-            shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(warm_up / "checkpoints", aside / "checkpoints")
-            RunFolder.create(aside, settings)
-            aside.replace(path)
-        else:
+        shutil.rmtree(path, ignore_errors=True)  # of an attempt that did not get as far as config.toml
+        if not (self.wanted.share_warmup and 0 < epochs < settings.optim.epochs):
             RunFolder.create(path, settings)
+            return
+        warm_up = self._warm_up(settings, epochs)
+        aside = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        RunFolder.create(aside, settings)
+        for name in ("checkpoints", "tensorboard"):
+            if (warm_up / name).exists():
+                shutil.copytree(warm_up / name, aside / name)
+        shutil.copy(warm_up / "environment.json", aside)
+        aside.replace(path)
 
     def _warm_up(self, settings: TrainSettings, epochs: int) -> Path:
         """The run that the others of this seed start from: PGD-AT up to start_epoch."""
-        plain = replace(settings, method=replace(settings.method, name="pgd_at"))
-        path = self.folder / WARM_UPS / f"seed{settings.run.seed}"
+        path = _warm_up_folder(self.folder, settings)
+        self._wait_until_free(path)
         if not (path / "config.toml").exists():
-            RunFolder.create(path, plain)
-        self._run(path, "train", "--resume", str(path), "--until-epoch", str(epochs), "--quiet")
+            RunFolder.create(path, _warm_up_settings(settings))
+        if RunFolder.open(path).status()["epoch"] < epochs:
+            self._run(path, "train", "--resume", str(path), "--until-epoch", str(epochs), "--quiet")
+        if (done := RunFolder.open(path).status()["epoch"]) != epochs:
+            raise RuntimeError(f"{path} is at epoch {done}, the runs need it at {epochs}; remove it")
         return path
 
     def _run(self, path: Path, *arguments: str) -> None:
@@ -97,7 +120,10 @@ class _Worker:
         path.mkdir(parents=True, exist_ok=True)
         with (path / "log.txt").open("a+b") as log:
             began = log.seek(0, 2)
-            process = subprocess.Popen([sys.executable, "-m", "ham_kernels", *arguments], stdout=log, stderr=log)
+            # In a session of its own: Ctrl-C reaches the sweep alone, which passes on one signal, not a second.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ham_kernels", *arguments], stdout=log, stderr=log, start_new_session=True
+            )
             try:
                 code = self._wait(process)
             except BaseException:
@@ -121,6 +147,15 @@ class _Worker:
                     return process.wait()
 
 
+def _warm_up_folder(folder: Path, settings: TrainSettings) -> Path:
+    return folder / WARM_UPS / f"seed{settings.run.seed}"
+
+
+def _warm_up_settings(settings: TrainSettings) -> TrainSettings:
+    """What all methods share before start_epoch."""
+    return replace(settings, method=MethodSettings(name="pgd_at", start_epoch=settings.method.start_epoch))
+
+
 def _check_unchanged(path: Path, settings: TrainSettings) -> None:
     if (path / "config.toml").exists() and RunFolder.open(path).settings() != settings:
         raise ValueError(f"out: {path} was begun with other settings; give another --out, or remove it")
@@ -139,7 +174,3 @@ def _summary(path: Path) -> str:
     attacks = json.loads((path / "evaluation" / f"{kind}.json").read_text())["attacks"]
     name, worst = min(attacks.items(), key=lambda item: item[1]["accuracy"]["value"])
     return f"{name} {100 * worst['accuracy']['value']:.1f} %, worst class {100 * worst['worst_class']['value']:.1f} %"
-
-
-def _source(settings: TrainSettings) -> str:
-    return Path(settings.data.path).name.split(".")[0] if settings.data.path else settings.data.dataset

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import shlex
 import time
+import traceback
+import warnings
 from pathlib import Path
+
+import torch
 
 from .. import _check, checkpoint
 from ..history import EpochReport, StepReport
 from ..runs import RunFolder, metrics_of
-from ..settings import TrainSettings
+from ..settings import TrainSettings, to_dict
 from ..trainer import HAMTrainer
-from .assemble import device_of, images_of, loaders_of, model_of, scheduler_of, trainer_of
+from .assemble import check_takes, device_of, facts_of, images_of, loaders_of, model_of, scheduler_of, trainer_of
 from .progress import TrainProgress, duration
 from .signals import Stopped, StopRequest
 
 
-def train(settings: TrainSettings, out: str | Path, *, quiet: bool = False) -> HAMTrainer:
-    """Trains a new run in the folder `out` and returns the trainer.
+def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool = False) -> HAMTrainer:
+    """Trains a new run in the folder `out` (None: runs/DATASET-METHOD-seedN) and returns the trainer.
 
-    SIGINT or SIGTERM end it after the batch at hand, with a checkpoint; `resume(out)` goes on, also after a kill.
-    Raises: FileExistsError if there is a run in `out`; ValueError, TypeError, FileNotFoundError naming the setting,
-        before anything is written; Stopped after a signal.
+    SIGINT, SIGTERM or SIGHUP end it after the batch at hand, with a checkpoint; `resume(out)` goes on, also after a
+    kill. Raises: FileExistsError if there is a run in `out`; ValueError, TypeError, FileNotFoundError naming the
+    setting, before anything is written; Stopped after a signal.
     """
     settings.check()
-    if (Path(out) / "config.toml").exists():
-        RunFolder.create(out, settings)  # raises
+    if out is not None:
+        RunFolder(out).check_free()
     job = _Job(settings)
-    return job.work_in(RunFolder.create(out, settings), quiet)
+    return job.work_in(_new_folder(settings) if out is None else RunFolder.create(out, settings), quiet)
 
 
 def resume(out: str | Path, *, until_epoch: int | None = None, quiet: bool = False) -> HAMTrainer:
-    """Goes on with the run in `out` from its newest intact checkpoint, on a CPU to the same final weights, bit by bit.
+    """Goes on with the run in `out` from its newest intact checkpoint, on a CPU to the same final weights, bit by bit,
+    with as many threads.
 
     A run that is finished, or done up to `until_epoch`, is returned as it is.
     Raises: as `train` does; CheckpointError if no checkpoint is intact.
@@ -39,15 +46,18 @@ def resume(out: str | Path, *, until_epoch: int | None = None, quiet: bool = Fal
     if until_epoch is not None:
         _check.integer("until_epoch", until_epoch, 1)
     run = RunFolder.open(out)
-    return _Job(run.settings()).work_in(run, quiet, until_epoch)
+    settings = run.settings()
+    settings.check()
+    return _Job(settings).work_in(run, quiet, until_epoch)
 
 
-def free_folder(settings: TrainSettings) -> Path:
+def _new_folder(settings: TrainSettings) -> RunFolder:
     """runs/DATASET-METHOD-seedN, or the first of -2, -3, ... that is free."""
-    source = Path(settings.data.path).name.split(".")[0] if settings.data.path else settings.data.dataset
-    stem = f"{source}-{settings.method.name}-seed{settings.run.seed}"
-    names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
-    return next(Path("runs") / name for name in names if not (Path("runs") / name).exists())
+    stem = f"{settings.data.source}-{settings.method.name}-seed{settings.run.seed}"
+    for name in itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            return RunFolder.create(Path("runs") / name, settings)
+    raise AssertionError("unreachable")
 
 
 class _Paused(Exception):
@@ -61,21 +71,26 @@ class _Job:
         self.settings = settings
         device = device_of(settings.run.device)
         images = images_of(settings)
-        self.facts = {"classes": list(images.classes), "channels": images.channels, "counts": images.counts}
+        self.facts = facts_of(images)
         self.trainer = trainer_of(settings, model_of(settings, len(images.classes), images.channels), device)
         self.scheduler = scheduler_of(settings, self.trainer)
         self.loaders = loaders_of(settings, images, device)
+        check_takes(self.trainer.model, settings.model.name, self.loaders.test)
         self.stop = StopRequest()
         self.best: dict[str, float] = {}
 
     def work_in(self, run: RunFolder, quiet: bool, until_epoch: int | None = None) -> HAMTrainer:
         with run.alone(), self.stop:
-            return self._work_in(run, quiet, until_epoch)
+            try:
+                return self._work_in(run, quiet, until_epoch)
+            except Stopped as stopped:
+                stopped.run = run.path
+                raise
 
     def _work_in(self, run: RunFolder, quiet: bool, until_epoch: int | None) -> HAMTrainer:
         self.run = run
         run.set_data_facts(self.facts)
-        found = run.checkpoints.load_newest()
+        found = run.checkpoints.load_newest(set_aside=True)
         if found is not None:
             self._take_over(found[1])
         trainer, epochs = self.trainer, self.settings.optim.epochs
@@ -83,6 +98,8 @@ class _Job:
         self.until = min(epochs, until_epoch or epochs)
         if trainer.epoch >= self.until:
             run.set_status("finished" if trainer.epoch >= epochs else "interrupted", trainer.epoch, epochs)
+            if not quiet:
+                print(f"{run.path}: {trainer.epoch} of {epochs} epochs are done already")
             return trainer
         if not quiet:
             self._say_what(found is not None)
@@ -98,19 +115,30 @@ class _Job:
             run.set_status("interrupted", trainer.epoch, epochs, "paused as asked")
             return trainer
         except BaseException as error:
-            state = "interrupted" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
-            run.set_status(state, trainer.epoch, epochs, f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):  # such as the full disk that is the error
+                self._note_failure(error)
             raise
         finally:
-            run.end_session()
             self.progress.close()
             if self.board is not None:
                 self.board.close()
+            with contextlib.suppress(OSError):
+                run.end_session()
         run.set_status("finished", epochs, epochs)
         if not quiet:
             seconds = sum(report.seconds for report in trainer.history)
-            print(f"finished in {duration(seconds)} of training; judge it with `ham evaluate {run.path}`")
+            path = shlex.quote(str(run.path))
+            print(f"finished in {duration(seconds)} of training; judge it with `ham evaluate {path}`")
         return trainer
+
+    def _note_failure(self, error: BaseException) -> None:
+        stopped = isinstance(error, (Stopped, KeyboardInterrupt))
+        message = f"{type(error).__name__}: {error}"
+        if not stopped:
+            checkpoint.write_atomically(self.run.path / "error.txt", traceback.format_exc().encode())
+            message += " (error.txt has the whole way to it)"
+        epochs = self.settings.optim.epochs
+        self.run.set_status("interrupted" if stopped else "failed", self.trainer.epoch, epochs, message)
 
     def _fit(self, epochs: int) -> None:
         val = self.loaders.val
@@ -123,6 +151,10 @@ class _Job:
             )  # fmt: skip
         except Stopped:
             self._save()
+            raise
+        except RuntimeError as error:
+            if self.stop.number is not None:  # a signal to all processes killed a data worker, perhaps mid-update
+                raise Stopped(self.stop.number) from error
             raise
 
     # ------------------------------------------------------------ callbacks
@@ -168,15 +200,31 @@ class _Job:
             "scheduler": self.scheduler.state_dict(),
             "random": checkpoint.random_states(),
             "best": dict(self.best),
+            "settings": _fixed(self.settings),
+            "threads": torch.get_num_threads(),
         }
         self.run.checkpoints.save(state, self.trainer.steps_done)
         self._saved_at = time.monotonic()
 
     def _take_over(self, state: dict) -> None:
+        for section, values in _fixed(self.settings).items():
+            for name, value in values.items():
+                if state["settings"][section].get(name) != value:
+                    raise ValueError(
+                        f"{section}.{name}: the checkpoint is of a run with {state['settings'][section].get(name)}, "
+                        f"config.toml says {value}; such a change needs a new run"
+                    )
         self.trainer.load_state_dict(state["trainer"])
         self.scheduler.load_state_dict(state["scheduler"])
         checkpoint.set_random_states(state["random"])
+        if self.trainer.device.type == "cpu" and state["threads"] != torch.get_num_threads():
+            warnings.warn(
+                f"the run has used {state['threads']} CPU threads and goes on with {torch.get_num_threads()}: its last "
+                f"bits will differ (OMP_NUM_THREADS={state['threads']} keeps them)",
+                stacklevel=2,
+            )
         self.best = dict(state["best"])
+        self.run.drop_best_after(self.trainer.epoch)
 
     def _say_what(self, resumed: bool) -> None:
         s, trainer = self.settings, self.trainer
@@ -194,6 +242,23 @@ class _Job:
         if resumed:
             epoch, batches = trainer.position
             print(f"goes on in epoch {epoch} after {batches} batches")
+
+
+_FREE = {
+    "data": ("root", "download", "workers"),
+    "optim": ("epochs",),
+    "run": ("device", "label", "checkpoint_minutes"),
+}
+
+
+def _fixed(settings: TrainSettings) -> dict[str, dict]:
+    """What a checkpoint belongs to. The method may differ: until start_epoch all methods are the same training."""
+    sections = to_dict(settings)
+    return {
+        section: {k: v for k, v in values.items() if k not in _FREE.get(section, ())}
+        for section, values in sections.items()
+        if section != "method"
+    }
 
 
 def _tensorboard(folder: Path, first_epoch: int):

@@ -5,22 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..report.wording import attack_title
+
 
 def print_verdict(result: dict[str, Any], run: Path) -> None:
-    part = f"{result['images']} {result['part']} images"
-    print(f"\n{run}, weights {result['weights']} (epoch {result['epoch']}), {part}, eps {result['eps']:g}")
+    what = f"weights {result['weights']} (epoch {result['epoch']}), {result['part']} images, eps {result['eps']:g}"
+    print(f"\n{run}, {what}")
     print("accuracy in %, 95 % bootstrap interval over images; std, nstd over classes\n")
     print(f"{'attack':<14}{'accuracy':>22}{'worst class':>26}{'std':>8}{'nstd':>8}{'images':>8}")
     for name, a in result["attacks"].items():
         worst = _worst(a, result["classes"])
         print(
-            f"{name:<14}{_interval(a['accuracy']):>22}{worst + ' ' + _interval(a['worst_class']):>26}"
+            f"{attack_title(name):<14}{_interval(a['accuracy']):>22}{worst + ' ' + _interval(a['worst_class']):>26}"
             f"{_percent(a['std']['value']):>8}{_number(a['nstd']['value']):>8}{a['n']:>8}"
         )
     print("\nper class")
     names = list(result["attacks"])
     width = max(12, *(len(c) + 2 for c in result["classes"]))
-    print(" " * width + "".join(f"{n:>14}" for n in names))
+    print(" " * width + "".join(f"{attack_title(n):>14}" for n in names))
     for i, c in enumerate(result["classes"]):
         row = "".join(f"{_percent(result['attacks'][n]['per_class'][i]['value']):>14}" for n in names)
         print(f"{c:<{width}}{row}")

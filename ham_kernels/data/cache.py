@@ -18,7 +18,7 @@ from .. import checkpoint
 from ..checkpoint import CheckpointError
 from .sets import ImageSet
 
-VERSION = 2  # of what a file holds, and of how class folders are read and resized
+VERSION = 3  # of what a file holds, and of how class folders are read and resized
 
 
 def cached(folder: Path | None, source: Path, size: int | None, state: list, build: Callable[[], ImageSet]) -> ImageSet:

@@ -120,7 +120,15 @@ def open_image(file, data: bytes | None = None):
     from PIL import Image
 
     try:
-        return Image.open(file if data is None else io.BytesIO(data)).convert("RGB")
+        image = Image.open(file if data is None else io.BytesIO(data))
+        if image.mode.startswith("I;16"):  # PIL's conversion would clip at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError("32-bit grey values have no fixed white; convert it to 8 or 16 bits")
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:  # seen on white, as viewers show it
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"path: {file} is not a readable image ({error})") from error
 

@@ -17,7 +17,7 @@ from .cache import cached
 from .files import decode
 from .sets import CROP_SIZE, PARTS, FileSet, ImageSet, pick, stratified
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 IN_MEMORY = 64  # pixels per side up to which images of one size are kept as tensors
 
 # the classes; and for each part the positions in a list of names, and the labels
@@ -36,7 +36,8 @@ def class_folders(
     Args:
         path: holds train/CLASS/... and test/CLASS/... (val/ is the test part where there is no test/, and the
             validation part where there is); or CLASS/IMAGE, of which a fifth becomes the test part, class shares kept.
-            Images end in .jpg, .jpeg, .png, .bmp or .webp; names that begin with a dot are left out.
+            Images end in one of IMAGE_SUFFIXES; files and folders that begin with a dot are left out. What lies in
+            folders below CLASS is of that class.
         root: decoded images are kept in root/cache, so that the next start need not decode.
         size: up to 64: every image is resized to size x size (bilinear, antialiased) and kept in memory. Above: the
             FileSet's size, to which loaders crop.
@@ -102,7 +103,9 @@ def _in_tar(path: Path) -> Iterator[tuple[str, str, bytes]]:
     try:
         with tarfile.open(path) as tar:
             for member in tar:
-                if member.isfile() and _is_image(PurePosixPath(member.name)):
+                name = PurePosixPath(member.name)
+                hidden = any(p.startswith(".") and p != "." for p in name.parts)
+                if member.isfile() and _is_image(name) and not hidden:
                     yield member.name, f"{path}:{member.name}", tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(
@@ -134,7 +137,7 @@ def _fields(kind: str, images: Tensor | list[str], parts: dict[str, tuple[Tensor
 def _arranged(path: Path, names: list[str]) -> Arranged:
     if not names:
         raise ValueError(f"path: {path} holds no image in a class folder (looked for {', '.join(IMAGE_SUFFIXES)})")
-    places = [_place(path, PurePosixPath(name)) for name in names]
+    places = _places(path, [PurePosixPath(name) for name in names])
     classes = tuple(sorted({label for _, label in places}))
     if set(classes) <= set(PARTS):
         raise ValueError(f"path: {path} has images directly in {', '.join(classes)}; each needs class folders in it")
@@ -168,12 +171,24 @@ def _arranged(path: Path, names: list[str]) -> Arranged:
     return classes, parts
 
 
-def _place(path: Path, name: PurePosixPath) -> tuple[str, str]:
-    """(part, class) of an image: the folder below train/, test/ or val/, else the folder that it lies in."""
+def _places(path: Path, names: list[PurePosixPath]) -> list[tuple[str, str]]:
+    """(part, class) of each image: the folder below train/, test/ or val/; without these, below what all share."""
+    split = [_part_and_class(name) for name in names]
+    if any(part is not None for part, _ in split):
+        return [(part or "all", label) for part, label in split]
+    above = [name.parts[:-1] for name in names]
+    if len(set(above)) > 1:  # the depth to which all agree
+        shared = next((i for i, column in enumerate(zip(*above, strict=False)) if len(set(column)) > 1), None)
+        shared = min(map(len, above)) if shared is None else shared
+    else:
+        shared = max(len(above[0]) - 1, 0)
+    for name, folders in zip(names, above, strict=True):
+        if len(folders) <= shared:
+            raise ValueError(f"path: {path} holds {name} outside of any class folder")
+    return [("all", folders[shared]) for folders in above]
+
+
+def _part_and_class(name: PurePosixPath) -> tuple[str | None, str]:
     above = name.parts[:-2]
     part = next((folder for folder in above if folder in PARTS), None)
-    if part is not None:
-        return part, name.parts[above.index(part) + 1]
-    if len(name.parts) < 2:
-        raise ValueError(f"path: {path} holds {name} outside of any class folder")
-    return "all", name.parent.name
+    return part, name.parts[above.index(part) + 1] if part is not None else ""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import _check, engine
 from ..attack import PGD, ActiveSet, advance, begin
 from . import autoattack
+from .flags import correct_rows
 
 NAMES = "'clean' and 'pgdK' such as 'pgd20', also 'fgsm', 'cwK' and 'autoattack'"
 RESTART_STRIDE = 1 << 20  # noise is keyed on (seed, step): step = batch + restart * stride
@@ -74,8 +75,12 @@ def _plan(name: str, eps: float, step_size: float, norm: str, restarts: int) -> 
 
 # ---------------------------------------------------------------- images
 def resolve_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    """The device asked for, else the model's, else the CPU."""
-    return torch.device(device) if device is not None else engine.model_device(model) or torch.device("cpu")
+    """The model's device, else the one asked for, else the CPU. ValueError where the model is on another one."""
+    home = engine.model_device(model)
+    wanted = home or torch.device("cpu") if device is None else torch.device(device)
+    if home is not None and (wanted.type != home.type or wanted.index not in (None, home.index)):
+        raise ValueError(f"device: got {device}, but the model is on {home}; move it there first")
+    return home or wanted
 
 
 def batches(loader: Iterable, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -101,14 +106,14 @@ def survivors(
         return autoattack.survivors(model, x, y, plan.pgd, seed=seed + batch, precision=precision)
     _, at = walk(model, x, y, plan.pgd, seed=seed, batch=batch, precision=precision)
     z = at[plan.pgd.steps]
-    correct = z.argmax(1) == y
+    correct = correct_rows(z, y)
     for restart in range(1, plan.restarts):
         rows = correct.nonzero()[:, 0]
         if not len(rows):
             break
         step = batch + restart * RESTART_STRIDE
         _, at = walk(model, x, y, plan.pgd, seed=seed, batch=step, precision=precision, rows=rows)
-        correct[rows] = at[plan.pgd.steps].argmax(1) == y[rows]
+        correct[rows] = correct_rows(at[plan.pgd.steps], y[rows])
     return correct, z.shape[1]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import _check, engine
 from ..attack import PGD
+from .flags import correct_rows
 
 STEPS = 100
 TARGETS = 9
@@ -69,10 +70,10 @@ def survivors(model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, *, seed: int, pr
     rows = correct.nonzero()[:, 0]
     if len(rows) and pgd.eps > 0:
         clean, labels = x[rows].float().contiguous(), y[rows]
-        x_adv = examples(wrapped, clean, labels, classes, pgd, seed)
+        x_adv = projected(examples(wrapped, clean, labels, classes, pgd, seed), clean, pgd)
         still, _ = _correct(wrapped, x_adv, labels, guard)
         guard.read()
-        correct[rows] = still | ~inside(x_adv, clean, pgd)
+        correct[rows] = still
     return correct, classes
 
 
@@ -91,15 +92,15 @@ def examples(wrapped: nn.Module, x: Tensor, y: Tensor, classes: int, pgd: PGD, s
         return attack(x, y).detach()
 
 
-def inside(x_adv: Tensor, x: Tensor, pgd: PGD) -> Tensor:
-    """(n,) bool, images in [0, 1] and in the ball: what lies outside is no adversarial example."""
-    delta = (x_adv - x).flatten(1)
+def projected(x_adv: Tensor, x: Tensor, pgd: PGD) -> Tensor:
+    """Into the ball and [0, 1], if only for the last rounding: what lies outside is no adversarial example."""
+    delta = (x_adv - x).nan_to_num(0.0)
     if pgd.norm == "l2":
-        near = delta.norm(dim=1) <= pgd.eps * (1 + TOLERANCE) + TOLERANCE
+        length = delta.flatten(1).norm(dim=1).clamp_min(1e-12)
+        delta = delta * (pgd.eps / length).clamp_max(1.0).view(-1, 1, 1, 1)
     else:
-        near = delta.abs().amax(1) <= pgd.eps + TOLERANCE
-    pixels = x_adv.flatten(1)
-    return near & (pixels.amin(1) >= 0) & (pixels.amax(1) <= 1)
+        delta = delta.clamp(-pgd.eps, pgd.eps)
+    return (x + delta).clamp(0.0, 1.0)
 
 
 @torch.no_grad()
@@ -107,7 +108,7 @@ def _correct(wrapped: nn.Module, x: Tensor, y: Tensor, guard: engine.BatchGuard)
     z = wrapped(x)
     _check.model_output(z, x.shape[0])
     guard.logits(z)
-    return z.argmax(1) == y, z.shape[1]
+    return correct_rows(z, y), z.shape[1]
 
 
 def _check_problem(x: Tensor, classes: int) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _check
+from .. import _check, ops  # noqa: F401  (registers the ops)
 
+_ops = torch.ops.ham_kernels
 STATISTICS = ("accuracy", "per_class", "worst_class", "std", "nstd")
 
 
@@ -47,6 +48,14 @@ class Interval:
     def as_json(self) -> dict[str, float | None]:
         """JSON knows no NaN: null."""
         return {name: None if math.isnan(v) else v for name, v in vars(self).items()}
+
+
+def correct_rows(z: Tensor, y: Tensor) -> Tensor:
+    """(n,) bool, rows whose true logit is strictly the largest: a tie is lost, as in HAM's screening.
+
+    argmax would give ties, which are common in bf16, to the class with the lower number.
+    """
+    return ~_ops.margin_stats(z, y, None, None, probs=False)[1]
 
 
 def summary(correct: Tensor, labels: Tensor, classes: int) -> ClassAccuracy:

@@ -15,6 +15,7 @@ from .. import _check, engine
 from ..attack import PGD
 from ..ops import random_start
 from .attacks import batches, logits_at, resolve_device, walk
+from .flags import correct_rows
 
 STEPS = 20  # of the attack that everything else is held against
 STEP_COUNTS = (1, 2, 5, 10, 20, 50)
@@ -183,7 +184,7 @@ class _Bench:
             active, at = walk(target, x, y, pgd, seed=self.seed, batch=b, precision=self.precision)
             z = at[pgd.steps] if attacked is None else logits_at(self.model, active.x_adv, self.precision)
             self.classes = z.shape[1]
-            correct.append(z.argmax(1) == y)
+            correct.append(correct_rows(z, y))
         return _joined(correct)
 
     def along(self, pgd: PGD, counts: tuple[int, ...]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -192,7 +193,7 @@ class _Bench:
         for b, (x, y) in enumerate(self.batches):
             _, at = walk(self.model, x, y, pgd, seed=self.seed, batch=b, precision=self.precision, look_at=counts)
             for k in counts:
-                correct[k].append(at[k].argmax(1) == y)
+                correct[k].append(correct_rows(at[k], y))
                 loss[k].append(F.cross_entropy(at[k].double(), y, reduction="none"))
         return tuple({k: _joined(parts) for k, parts in found.items()} for found in (correct, loss))
 
@@ -204,7 +205,7 @@ class _Bench:
             for draw in range(NOISE_DRAWS):
                 step = NOISE_STEP + b * NOISE_DRAWS + draw
                 noisy = random_start(x, pgd.eps, seed=self.seed, step=step, norm=pgd.norm)
-                holds &= logits_at(self.model, noisy, self.precision).argmax(1) == y
+                holds &= correct_rows(logits_at(self.model, noisy, self.precision), y)
             correct.append(holds)
         return _joined(correct)
 

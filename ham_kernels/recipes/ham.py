@@ -24,6 +24,8 @@ def ham(
     _check.flag("reweight", reweight)
     _check.choice("rows", rows, ("hard", "random"))
     _check.choice("bn_rows", bn_rows, ("hard", "all"))
+    if not (early_drop or reweight):
+        return Recipe(pgd)  # nothing is screened, so any number of steps will do
     _check.screening(pgd.steps, screen_steps)
     weigh = StepSizeWeights(lam)
     keep = Keep(rows, screen_steps, rest=bn_rows == "all") if early_drop else Keep("all")

@@ -8,6 +8,7 @@ from typing import Any
 
 from .evaluations import WEIGHTS, Evaluation
 from .runs import Run
+from .wording import attack_title
 
 # What changes neither the trained weights nor how long training takes, or is in the section's title.
 NOT_SETTINGS = {
@@ -243,6 +244,11 @@ def _comparability(section: Section) -> list[str]:
     ):
         if len(values) > 1:
             notes.append(f"Not alike in {what}: {'; '.join(sorted(_plain(v) for v in values))}. Compare with care.")
+    for attack in sorted({name for e in shown for name in e.attacks}):
+        images = {e.attacks[attack].n for e in shown if attack in e.attacks}
+        if len(images) > 1:
+            counts = ", ".join(str(n) for n in sorted(images, key=str))
+            notes.append(f"Not alike in images under {attack_title(attack)}: {counts}. Compare with care.")
     machines = {machine_of(run) for g in section.groups for run in g.counted}
     if len(machines) > 1:
         notes.append(f"Trained on different machines, so times do not compare: {'; '.join(sorted(machines))}.")

@@ -175,7 +175,12 @@ def read_run(folder: str | Path) -> Run:
         raw = _read_mapping(path, run.notes)
         if raw:
             try:
-                run.evaluations[weights] = read_evaluation(weights, raw, run.notes)
+                judged = run.evaluations[weights] = read_evaluation(weights, raw, run.notes)
+                if weights in ("last", "ema") and run.epochs and judged.epoch not in (None, run.epochs[-1].epoch):
+                    run.notes.append(
+                        f"{_shown(path)} is of epoch {judged.epoch}, the run is at epoch {run.epochs[-1].epoch}: "
+                        f"`{run._command(EVALUATE)}`"
+                    )
             except MALFORMED as error:
                 run.notes.append(f"{_shown(path)}: not an evaluation ({type(error).__name__}: {error})")
     return run

@@ -11,6 +11,7 @@ from .evaluations import WEIGHTS, Attack, Interval
 from .groups import Group, Section, machine_of
 from .runs import VAL_MEASURES, Run
 from .spread import Spread, difference, spread
+from .wording import margin_attack
 
 
 def summarise(sections: Sequence[Section]) -> dict[str, Any]:
@@ -55,8 +56,7 @@ def headline_attack(groups: Sequence[Group]) -> str | None:
 def _judging(groups: Sequence[Group], headline: str | None) -> list[str]:
     """The attacks that claims are held against: the headline's, the CW loss and AutoAttack, as far as they were run."""
     run = {name for g in groups for e in g.evaluated(g.weights) for name in e.attacks}
-    margin = sorted((a for a in run if a.startswith("cw")), key=len)
-    return [a for a in dict.fromkeys((headline, *margin[-1:], "autoattack")) if a in run]
+    return [a for a in dict.fromkeys((headline, margin_attack(run), "autoattack")) if a in run]
 
 
 def _preference(attack: str) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from .evaluations import WEIGHTS
-from .wording import NONE, attack_title, mean_std, mean_std_time
+from .wording import NONE, attack_title, margin_attack, mean_std, mean_std_time
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ def _columns(section: dict, groups: Sequence[dict]) -> list[tuple[str, str, Call
     """(span, name, cell of a group, max or min) of each column that has a value in some group."""
     robust = section["attack"]
     judged_by = {a for g in groups for a in g["accuracy"].get(g["weights"], {})}
-    margin = sorted((a for a in judged_by if a.startswith("cw")), key=len)[-1:]
-    attacks = [a for a in dict.fromkeys(("clean", robust, *margin, "autoattack")) if a in judged_by]
+    attacks = [a for a in dict.fromkeys(("clean", robust, margin_attack(judged_by), "autoattack")) if a in judged_by]
     columns: list[tuple] = []
     for attack in attacks:
         span = "Clean, %" if attack == "clean" else f"{attack_title(attack)}, %"

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 NONE = "–"
 
 
 def attack_title(name: str | None) -> str:
-    """ "pgd20" -> "PGD-20"; a name not known stays as it is."""
+    """ "pgd20" -> "PGD-20", "pgd20-r5" -> "PGD-20, 5 restarts"; a name not known stays as it is."""
     if name is None:
         return "no attack"
+    base, _, restarts = name.partition("-r")
+    if restarts.isdecimal():
+        return f"{attack_title(base)}, {restarts} restarts"
     known = {"fgsm": "FGSM", "autoattack": "AutoAttack"}
     for prefix in ("pgd", "cw"):
         if name.startswith(prefix) and name[len(prefix) :].isdecimal():
             return f"{prefix.upper()}-{name[len(prefix) :]}"
     return known.get(name, name)
+
+
+def margin_attack(attacks: Collection[str]) -> str | None:
+    """The CW attack with the most steps."""
+    steps = [int(a[2:]) for a in attacks if a.startswith("cw") and a[2:].isdecimal()]
+    return f"cw{max(steps)}" if steps else None
 
 
 def shortened(text: str, length: int = 40) -> str:
