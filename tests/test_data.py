@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ham_kernels import data
+from ham_kernels.data.files import open_image
 
 
 # ---------------------------------------------------------------- the table
@@ -238,3 +239,54 @@ def test_wrong_requests(tmp_path):
         data.load("cifar10", root=tmp_path, size=16)
     with pytest.raises(TypeError, match="download: got 1"):
         data.load("digits", download=1)
+
+
+def saved(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def test_images_of_every_mode_look_as_viewers_show_them(tmp_path):
+    """16 bits are scaled and not clipped; what is transparent lies on white."""
+    from PIL import Image
+
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    saved(tmp_path / "16bit.png", Image.fromarray(ramp))
+    grey = open_image(tmp_path / "16bit.png")
+    assert np.array_equal(np.asarray(grey)[..., 0], ramp >> 8)
+    alpha = np.zeros((8, 8, 4), np.uint8)
+    alpha[2:6, 2:6, 3] = 255  # a black square that only its opacity shows
+    saved(tmp_path / "alpha.png", Image.fromarray(alpha))
+    seen = np.asarray(open_image(tmp_path / "alpha.png"))
+    assert (seen[2:6, 2:6] == 0).all()
+    assert (seen[:2] == 255).all()
+    for mode in ("L", "P", "CMYK", "LA", "1"):
+        suffix = "tif" if mode == "CMYK" else "png"
+        saved(tmp_path / f"{mode}.{suffix}", Image.new("RGB", (8, 8), "white").convert(mode))
+        assert (np.asarray(open_image(tmp_path / f"{mode}.{suffix}")) == 255).all(), mode
+    saved(tmp_path / "float.tif", Image.fromarray(np.ones((8, 8), np.float32)))
+    with pytest.raises(ValueError, match=r"float.tif is not a readable image \(32-bit grey values"):
+        open_image(tmp_path / "float.tif")
+
+
+@pytest.mark.parametrize("top", ["", "set/"])
+def test_folders_below_a_class_belong_to_it(tmp_path, top):
+    names = [f"{top}{c}/{when}/{i}.png" for c in ("cat", "dog") for when in ("day", "night") for i in range(5)]
+    images = data.class_folders(pictures.write_folder(tmp_path / "photos", names), cache=False)
+    assert images.classes == ("cat", "dog")
+    assert images.counts == {"train": 16, "test": 4}
+
+
+def test_an_image_beside_the_class_folders_is_named(tmp_path):
+    folder = pictures.write_folder(tmp_path / "photos", ["cat/0.png", "dog/1.png", "stray.png"])
+    with pytest.raises(ValueError, match=r"stray.png outside of any class folder"):
+        data.class_folders(folder, cache=False)
+
+
+def test_hidden_folders_of_a_tar_are_left_out(tmp_path):
+    names = [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(5)] + [".thumbs/1.png", "cat/.t/2.png"]
+    folder = pictures.write_folder(tmp_path / "photos", names)
+    tar = pictures.write_tar(tmp_path / "photos.tar", folder)
+    for source in (folder, tar):
+        assert data.class_folders(source, cache=False).classes == ("cat", "dog")
+        assert sum(data.class_folders(source, cache=False).counts.values()) == 10

@@ -11,7 +11,7 @@ from scipy.stats import binom
 
 import ham_kernels as ham
 from ham_kernels.judging import Interval, intervals
-from ham_kernels.judging.flags import summary
+from ham_kernels.judging.flags import correct_rows, summary
 
 
 def flags(*of_each: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,3 +125,9 @@ def test_same_seed_same_intervals_and_a_wider_level_is_wider():
 def test_bad_flags(change, error, message):
     with pytest.raises(error, match=message):
         intervals(**({"correct": [1, 0, 1], "labels": [0, 1, 1], "classes": 2} | change))
+
+
+def test_a_tie_is_lost_whichever_class_is_first():
+    """argmax would give it to the lower number: in bf16, where ties are common, low classes would look robust."""
+    z = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [0.0, 1.0, 2.0]], dtype=torch.bfloat16)
+    assert correct_rows(z, torch.tensor([0, 1, 0, 2])).tolist() == [False, False, True, True]

@@ -153,7 +153,8 @@ def _runs_in(folder: Path) -> list[Path]:
     """The folder itself, or the run folders directly in it where it is none but holds some."""
     if not folder.is_dir() or any((folder / mark).exists() for mark in _MARKS):
         return [folder]
-    return sorted(p for p in folder.iterdir() if (p / "config.toml").is_file()) or [folder]
+    inside = [p for p in folder.iterdir() if (p / "config.toml").is_file() and not p.name.startswith(".")]
+    return sorted(inside, key=lambda p: (len(p.name), p.name)) or [folder]  # plain methods before their variants
 
 
 def read_run(folder: str | Path) -> Run:
