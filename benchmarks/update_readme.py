@@ -50,7 +50,22 @@ def sweep() -> str:
     )
 
 
-SECTIONS = {"bench_pgd": bench_pgd, "sweep": sweep}
+def costs() -> str:
+    """What a run costs beside its training."""
+    loading = json.loads((RESULTS / "bench_input_cpu.json").read_text())
+    run = json.loads((RESULTS / "bench_run_cpu.json").read_text())
+    m, saved, memory = run["machine"], run["checkpoint"], loading["memory"]
+    share = next(v for v in run["verdicts"] if v["goal"].startswith("checkpoint"))
+    return (
+        f"Beside the training, on {m['cpu']}, cores: {m['cores']}, torch {m['torch']}, {m['date']}: "
+        f"{memory['median']:,.0f} CIFAR-sized images/s cropped and flipped from memory (`bench_input.py`); a "
+        f"checkpoint of PreActResNet-18 with its weight average, {saved['bytes'] / 1e6:.0f} MB and both kinds of best weights, "
+        f"takes {saved['median']:.1f} s, {share['measured']} of an epoch of PGD-AT here; `ham --help` "
+        f"{run['help']['ham --help']['median']:.2f} s (`bench_run.py`)."
+    )
+
+
+SECTIONS = {"bench_pgd": bench_pgd, "sweep": sweep, "costs": costs}
 
 
 def written(text: str) -> str:

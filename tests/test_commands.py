@@ -227,6 +227,7 @@ def test_evaluation_is_written_and_added_to(run, capsys):
     first = json.loads(path.read_text())
     assert set(first["attacks"]) == {"clean", "pgd3"}
     assert first["attacks"]["clean"]["n"] == 60
+    assert first["attacks"]["clean"]["on"]["torch"] == torch.__version__
     assert {"masking", "confidence", "easy"} <= set(first)
     assert first["easy"]["part"] == "train"
     assert [m["m"] for m in first["easy"]["by_m"]] == [1, 2]

@@ -105,6 +105,8 @@ class _Judge:
     def work(self) -> dict[str, Any]:
         s = self.settings
         result = self._begin()
+        facts = environment.machine()
+        on = {"cpu": facts["cpu"], "gpu": facts["gpu"], "torch": torch.__version__, "commit": environment.commit()}
         with _Progress(self.quiet) as progress:
             loader = self._loader(s.part, self.n)
             for attack in s.attacks:
@@ -116,7 +118,7 @@ class _Judge:
                     device=self.device, store=self.run.path / "evaluation" / f".{self.stem}.flags.json",
                     identity=self.identity, progress=progress, **self.how,
                 )  # fmt: skip
-                result["attacks"][name] = found[attack]
+                result["attacks"][name] = {**found[attack], "on": on}
                 self.run.write_json(self.name, result)
             if s.masking:
                 other = None if s.transfer_from is None else RunFolder.open(s.transfer_from).newest_digest()

@@ -89,7 +89,8 @@ class _Worker:
     def _begin(self, path: Path, settings: TrainSettings) -> None:
         """A new run, behind the warm-up where that can be shared."""
         epochs = settings.method.start_epoch - 1
-        shutil.rmtree(path, ignore_errors=True)  # of an attempt that did not get as far as config.toml
+        if path.exists():
+            raise FileExistsError(f"out: {path} is there and holds no run; move it away")
         if not (self.wanted.share_warmup and 0 < epochs < settings.optim.epochs):
             RunFolder.create(path, settings)
             return
