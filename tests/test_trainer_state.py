@@ -1,0 +1,150 @@
+"""What a trainer goes on from, and BatchNorm over all rows of a batch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from nets import Counting, sgd, small_cnn
+from torch.nn import functional as F
+
+import ham_kernels as ham
+from ham_kernels.recipes import ham as ham_recipe
+
+HOW = {"eps": 0.2, "step_size": 0.1, "steps": 3, "screen_steps": 1}
+
+
+def trainer(seed: int = 0, **more) -> ham.HAMTrainer:
+    model = small_cnn(seed)
+    return ham.HAMTrainer(model, sgd(model), **{**HOW, "start_epoch": 2, "ema_decay": 0.9, **more})
+
+
+def batches(n: int = 4) -> list:
+    g = torch.Generator().manual_seed(3)
+    return [(torch.rand(12, 1, 8, 8, generator=g), torch.randint(0, 10, (12,), generator=g)) for _ in range(n)]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 4, 6])
+def test_a_list_of_batches_goes_on_where_it_was(after):
+    """A loader without set_position: what is done is passed over."""
+    reference = trainer()
+    reference.fit(batches(), 2)
+    stopped, done = trainer(), 0
+
+    def stop(_):
+        nonlocal done
+        done += 1
+        if done == after:
+            raise Stop
+
+    with pytest.raises(Stop):
+        stopped.fit(batches(), 2, on_batch_end=stop)
+    assert stopped.position == (1 + (after - 1) // 4, 1 + (after - 1) % 4)
+    state = copy.deepcopy(stopped.state_dict())
+    stopped.fit(batches(), 2)  # the same object goes on
+    resumed = trainer(seed=1)
+    resumed.load_state_dict(state)  # and so does another one
+    resumed.fit(batches(), 2)
+    for other in (stopped, resumed):
+        for name in ("model", "ema_model"):
+            ours, theirs = getattr(other, name).state_dict(), getattr(reference, name).state_dict()
+            assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+        assert [(r.loss, r.n, r.n_hard) for r in other.history] == [(r.loss, r.n, r.n_hard) for r in reference.history]
+
+
+def test_history_comes_back_with_its_accuracies():
+    first = trainer(start_epoch=1)
+    first.fit(batches(1), 1, val_loader=batches(1), val_attacks=("clean", "pgd2"))
+    second = trainer()
+    second.load_state_dict(first.state_dict())
+    assert second.history == first.history
+    assert second.history[0].val["pgd2"].per_class == pytest.approx(first.history[0].val["pgd2"].per_class, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("optimizer"), "state: lacks optimizer"),
+        (lambda s: s.update(ema=None), "ema_decay: this trainer is with a weight average, the state without one"),
+        (lambda s: s["model"].pop("1.weight"), r"state: model has another architecture .*1\.weight: missing"),
+        (lambda s: s["ema"].update({"1.weight": torch.zeros(1)}), r"state: ema has another architecture"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(change, message):
+    source, target = trainer(seed=1), trainer()
+    source.train_step(*batches(1)[0], 1)
+    state = copy.deepcopy(source.state_dict())
+    change(state)
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(ValueError, match=message):
+        target.load_state_dict(state)
+    after = target.state_dict()
+    assert all(torch.equal(before["model"][k], after["model"][k]) for k in before["model"])
+    assert after["steps_done"] == 0
+
+
+# ---------------------------------------------------------------- bn_rows
+SMALL = {"eps": 0.01, "step_size": 0.005, "steps": 3, "screen_steps": 1}
+
+
+def half_hard(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twelve images, six with the class that the model sees in them, six with another one."""
+    x, _ = batches(1)[0]
+    y = copy.deepcopy(model).eval()(x).argmax(1)
+    return x, torch.where(torch.arange(12) % 2 == 0, y, (y + 1) % 10)
+
+
+def test_batchnorm_of_all_rows_is_that_of_one_forward_over_the_batch():
+    model = small_cnn()
+    twin = copy.deepcopy(model)
+    x, y = half_hard(model)
+    t = ham.HAMTrainer(model, sgd(model), **SMALL, start_epoch=1, bn_rows="all")
+    recipe = ham_recipe(ham.PGD(0.01, 0.005, 3), 1, bn_rows="all")
+    examples = recipe.examples(twin, x, y, seed=t.seed, step=0, precision="fp32")
+    assert 6 <= examples.n_hard < 12
+    assert examples.rest.shape[0] == 12 - examples.n_hard
+    twin.train()
+    logits = twin(torch.cat([examples.x_adv, examples.rest]))[: examples.n_hard]
+    loss = (F.cross_entropy(logits, examples.y, reduction="none") * examples.weights).mean()
+    optimizer = sgd(twin)
+    loss.backward()
+    optimizer.step()
+    report = t.train_step(x, y, epoch=1)
+    assert report.loss == pytest.approx(loss.item(), rel=1e-5)
+    for ours, theirs in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("rows", "trained"), [("hard", "n_hard"), ("all", "n")])
+def test_rows_in_the_update(rows, trained):
+    model = Counting(small_cnn())
+    x, y = half_hard(model)
+    t = ham.HAMTrainer(model, sgd(model), **SMALL, start_epoch=1, bn_rows=rows)
+    model.training_rows = 0
+    report = t.train_step(x, y, epoch=1)
+    assert 6 <= report.n_hard < 12
+    assert model.training_rows == getattr(report, trained)
+
+
+def test_random_rows_leave_the_others_as_rest():
+    recipe = ham_recipe(ham.PGD(0.01, 0.005, 3), 1, rows="random", bn_rows="all")
+    model = small_cnn()
+    x, y = half_hard(model)
+    examples = recipe.examples(model, x, y, seed=0, step=0, precision="fp32")
+    assert 6 <= examples.n_hard < 12
+    near = (examples.rest[:, None] - x[None]).abs().flatten(2).amax(2) <= 0.01 + 1e-6
+    assert near.sum(1).tolist() == [1] * (12 - examples.n_hard)  # each is one of the images, slightly moved
+    kept, left = examples.index.tolist(), near.nonzero()[:, 1].tolist()
+    assert sorted(kept + left) == list(range(12))
+
+
+def test_frozen_statistics_come_from_no_rows():
+    with pytest.raises(ValueError, match="bn_rows: got 'all' with freeze_bn"):
+        trainer(freeze_bn=True, bn_rows="all")
+    with pytest.raises(ValueError, match="bn_rows: got 'none'"):
+        trainer(bn_rows="none")
