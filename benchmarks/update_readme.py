@@ -60,8 +60,8 @@ def costs() -> str:
         f"Beside the training, on {m['cpu']}, cores: {m['cores']}, torch {m['torch']}, {m['date']}: "
         f"{memory['median']:,.0f} CIFAR-sized images/s cropped and flipped from memory (`bench_input.py`); a "
         f"checkpoint of PreActResNet-18 with its weight average ({saved['bytes'] / 1e6:.0f} MB), and both "
-        f"kinds of best weights, take {saved['median']:.1f} s, {share['measured']} of an epoch of PGD-AT here; `ham --help` "
-        f"{run['help']['ham --help']['median']:.2f} s (`bench_run.py`)."
+        f"kinds of best weights, take {saved['median']:.1f} s, {share['measured']} of an epoch of PGD-AT here; "
+        f"`ham --help` {run['help']['ham --help']['median']:.2f} s (`bench_run.py`)."
     )
 
 
