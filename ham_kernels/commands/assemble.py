@@ -50,7 +50,9 @@ def facts_of(images: data.ImageSet | data.FileSet) -> dict:
     digest = hashlib.sha256()
     for part in images.counts:
         inputs, y = images.part(part)
-        digest.update(inputs.numpy() if isinstance(inputs, torch.Tensor) else "\n".join(_below(inputs)).encode())
+        digest.update(
+            inputs.contiguous().numpy() if isinstance(inputs, torch.Tensor) else "\n".join(_below(inputs)).encode()
+        )
         digest.update(y.numpy())
     return {
         "classes": list(images.classes), "channels": images.channels, "counts": images.counts,
