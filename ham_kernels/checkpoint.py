@@ -89,6 +89,8 @@ def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
     try:
         _write_atomically(path, parts)
     except OSError as error:
+        if error.errno is None:
+            raise
         raise type(error)(error.errno, f"{error.strerror}, writing", str(path)) from error
 
 

@@ -157,7 +157,7 @@ class _Judge:
 
     def _masking(self) -> dict:
         s = self.settings
-        loader = self._loader(s.part, min(s.masking_images, self.n))
+        loader = self._loader(s.part, s.masking_images)
         return judging.masking(
             self.model, loader, device=self.device, other=self.other, images=s.masking_images, **self.how
         )
