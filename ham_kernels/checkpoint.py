@@ -12,7 +12,7 @@ import io
 import os
 import random
 import re
-import tempfile
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+KEPT = 2  # resume points of a run: the newest, and one to fall back on
 _MARK = b"ham_kernels sha256:"
 _COMMENT_SIZE = len(_MARK) + 64
 _ZIP_END = b"PK\x05\x06"  # starts the last 22 bytes of a zip archive without a comment; the last 2 are its length
@@ -50,21 +51,21 @@ def save(path: str | Path, state: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def load(path: str | Path, map_location="cpu") -> dict[str, Any]:
-    """Reads a checkpoint after checking every byte.
+def load(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint, to the CPU, after checking every byte.
 
     Raises: FileNotFoundError; CheckpointError naming the file if it is truncated or altered; IncompatibleError if it
         is whole, and this version of torch cannot read it.
     """
-    return read(path, map_location)[0]
+    return read(path)[0]
 
 
-def read(path: str | Path, map_location="cpu") -> tuple[dict[str, Any], str]:
+def read(path: str | Path) -> tuple[dict[str, Any], str]:
     """As `load`; the state and its SHA-256."""
     data = Path(path).read_bytes()
     digest = checksum(memoryview(data), path)
     try:
-        return torch.load(io.BytesIO(data), map_location=map_location, weights_only=True), digest
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), digest
     except MemoryError:
         raise
     except Exception as error:  # whatever a pickle of another version raises
@@ -96,26 +97,19 @@ def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
 
 def _write_atomically(path: Path, parts: tuple[bytes | memoryview, ...]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's 0600 would hide a run from its group
+        with aside.open("xb") as file:
             for part in parts:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)
+        with contextlib.suppress(OSError):  # it may never have been there; the error that counts is the first
+            aside.unlink()
         raise
     _sync_folder(path.parent)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _sync_folder(folder: Path) -> None:
@@ -128,15 +122,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 class Checkpoints:
-    """The resume points of one run, `step_XXXXXXXXXX.pt`, of which the newest `keep` stay."""
+    """The resume points of one run, `step_XXXXXXXXXX.pt`, of which the newest KEPT stay."""
 
-    def __init__(self, folder: str | Path, keep: int = 2):
-        self.folder, self.keep = Path(folder), keep
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
 
     def save(self, state: dict[str, Any], step: int) -> Path:
         path = self.folder / f"step_{step:010d}.pt"
         save(path, state)
-        for old in self.newest_first()[self.keep :]:
+        for old in self.newest_first()[KEPT:]:
             old.unlink(missing_ok=True)
         for torn in self.folder.glob(".*.partial"):  # of a killed process
             torn.unlink(missing_ok=True)

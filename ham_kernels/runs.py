@@ -234,7 +234,7 @@ def metrics_of(report: EpochReport, settings: TrainSettings) -> dict[str, Any]:
         **values,
         "hard_fraction": report.hard_fraction,
         "images_per_s": report.n / report.seconds if report.seconds else None,
-        "lr": settings.optim.lr * settings.lr_factor(report.epoch),
+        "lr": settings.optim.lr * settings_.lr_factor(settings.optim, report.epoch),
         **val,
     }
 

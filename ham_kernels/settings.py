@@ -189,10 +189,6 @@ class TrainSettings:
             "precision": self.run.precision, "seed": self.run.seed,
         }  # fmt: skip
 
-    def lr_factor(self, epoch: int) -> float:
-        """Learning rate of an epoch (1-based) over the one set."""
-        return lr_factor(self.optim, epoch)
-
 
 @dataclass(frozen=True)
 class EvaluateSettings:
@@ -257,7 +253,10 @@ _AT_LEAST = {
 
 
 def lr_factor(optim: OptimSettings, epoch: int) -> float:
-    """step: the decays reached so far. cosine: to 0 after the last epoch. one_cycle: up for 2/5 of them, down to 0."""
+    """Learning rate of an epoch (1-based) over the one set.
+
+    step: the decays reached so far. cosine: to 0 after the last epoch. one_cycle: up for 2/5 of them, down to 0.
+    """
     if optim.schedule == "step":
         return math.prod(d for m, d in zip(optim.milestones, optim.lr_decay, strict=True) if epoch >= m)
     done = (epoch - 0.5) / optim.epochs

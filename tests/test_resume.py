@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 
+import pictures
 import pytest
 import torch
 from runs_helper import TINY, assert_same_weights, finish, ham, wait_for
@@ -315,3 +316,17 @@ def test_changed_settings_need_a_new_run(stopped, tmp_path):
     config.write_text(text.replace("milestones = [\n    4,\n]", "milestones = [2, 4]"))
     with pytest.raises(ValueError, match="lr_decay: got 1 factors for 2 milestones"):
         train_command.resume(tmp_path / "run", quiet=True)
+
+
+def test_the_images_may_move(tmp_path, one_thread):
+    """Their path is no setting of the training: data.json tells whether they are the same."""
+    names = [f"{part}/{c}/{i}.png" for part, n in (("train", 60), ("test", 4)) for c in "ab" for i in range(n)]
+    before, after = tmp_path / "before", tmp_path / "after"
+    pictures.write_folder(before, names)
+    moved = settings("--path", str(before), "--root", str(tmp_path / "data"))
+    RunFolder.create(tmp_path / "run", moved)
+    train_command.resume(tmp_path / "run", until_epoch=1, quiet=True)
+    before.rename(after)
+    config = tmp_path / "run/config.toml"
+    config.write_text(config.read_text().replace(str(before), str(after)))
+    assert train_command.resume(tmp_path / "run", quiet=True).epoch == 4

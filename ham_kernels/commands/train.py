@@ -245,7 +245,7 @@ class _Job:
 
 
 _FREE = {
-    "data": ("root", "download", "workers"),
+    "data": ("path", "root", "download", "workers"),  # data.json tells whether the images are the same
     "optim": ("epochs",),
     "run": ("device", "label", "checkpoint_minutes"),
 }

@@ -15,7 +15,6 @@ from pathlib import Path
 from torch import Tensor
 
 from .. import checkpoint
-from ..checkpoint import CheckpointError
 from .sets import ImageSet
 
 VERSION = 3  # of what a file holds, and of how class folders are read and resized
@@ -53,7 +52,7 @@ def _read(file: Path) -> ImageSet | None:
         held = checkpoint.load(file)
         fields = {name: t for name, t in held.items() if isinstance(t, Tensor)}
         return ImageSet(held["name"], tuple(held["classes"]), **fields)
-    except (CheckpointError, OSError, KeyError, TypeError, ValueError) as error:  # the source is there all the same
+    except (OSError, KeyError, TypeError, ValueError) as error:  # the source is there all the same
         reason = str(error).split("\n")[0]
         warnings.warn(f"cache: {file} is damaged ({type(error).__name__}: {reason}); writing it anew", stacklevel=2)
         return None

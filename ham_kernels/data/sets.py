@@ -40,15 +40,11 @@ class _Parts:
 
     def subset(self, train: int | None, test: int | None, seed: int = 0):
         """At most so many images of the training and test part, drawn at random by seed, class shares kept."""
-        changed = {}
-        for part, count in (("train", train), ("test", test)):
-            if count is not None and _check.integer(part, count, 1) < len(self.labels(part)):
-                changed |= self._rows(part, stratified(self.labels(part), count, seed))
-        return replace(self, **changed)
+        return self.limit("train", train, seed).limit("test", test, seed)
 
     def limit(self, part: str, count: int | None, seed: int = 0):
         """At most `count` images of one part ("train", "val" or "test"), drawn at random by seed, class shares kept."""
-        if count is None or count >= len(self.labels(part)):
+        if count is None or _check.integer(part, count, 1) >= len(self.labels(part)):
             return self
         return replace(self, **self._rows(part, stratified(self.labels(part), count, seed)))
 
