@@ -43,8 +43,7 @@ def sweep() -> str:
             f"A real report of this tool, made by `ham sweep ablations --seeds {' '.join(map(str, seeds))} --attacks "
             "clean pgd20 cw20` on the digits (and `ham evaluate RUN --attacks autoattack --images 100` for PGD-AT and "
             f"HAM, then `ham report runs/sweep-digits`); {'; '.join(machines)}; torch {', '.join(versions)}; "
-            f"{data['made'][:10]}. "
-            + (f"Did not finish: {', '.join(failed)}." if failed else "All runs finished."),
+            f"{data['made'][:10]}. " + (f"Did not finish: {', '.join(failed)}." if failed else "All runs finished."),
             f"![Worst-class accuracy against training time]({folder.relative_to(ROOT)}/worst_class_time.png)",
             (folder / "table.md").read_text().strip(),
         ]
