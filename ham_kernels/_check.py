@@ -42,8 +42,8 @@ def flag(name: str, value) -> bool:
     return value
 
 
-def choice(name: str, value, allowed: tuple[str, ...]) -> str:
-    """One of a few words."""
+def choice(name: str, value, allowed: tuple) -> str:
+    """One of a few words (or of True and False)."""
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}; allowed are {', '.join(map(repr, allowed))}")
     return value

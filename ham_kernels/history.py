@@ -15,8 +15,14 @@ class StepReport:
 
     loss: float  # weighted mean CE over the hard rows
     n: int  # rows of the batch
-    n_hard: int  # rows trained on; n before start_epoch
+    n_hard: int  # hard rows; n before start_epoch
     stopwatch: Stopwatch = field(repr=False)
+    n_kept: int | None = None  # rows trained on: n_hard, and those that round_to adds
+    batches: int = 1  # of the loader in this step; more where a group takes one update
+
+    def __post_init__(self):
+        if self.n_kept is None:
+            self.n_kept = self.n_hard
 
     @property
     def hard_fraction(self) -> float:
@@ -33,7 +39,7 @@ class EpochReport:
     """One epoch. Accuracies are of the validation set: `val` with raw weights, `val_ema` with averaged ones."""
 
     epoch: int  # 1-based
-    phase: str  # "pgd_at" before start_epoch, then "ham"
+    phase: str  # "natural", "n_fgsm", "fgsm_rs" or "pgd_at" before start_epoch, then "ham"
     loss: float  # mean over the rows trained on
     n: int
     n_hard: int
@@ -41,6 +47,8 @@ class EpochReport:
     seconds: float  # training only: no validation, no checkpoints
     val: dict[str, ClassAccuracy] | None = None
     val_ema: dict[str, ClassAccuracy] | None = None
+    n_kept: int = 0  # rows trained on
+    watch: dict[str, int] | None = None  # after a one-step epoch: of `rows` training images, how many resist what
 
     @property
     def hard_fraction(self) -> float:
@@ -72,11 +80,12 @@ class RunningEpoch:
 
     def add(self, step: StepReport, seconds: float) -> None:
         report = self.report
-        self.batches += 1
-        report.loss += step.loss * step.n_hard
+        self.batches += step.batches
+        report.loss += step.loss * step.n_kept
         report.n += step.n
         report.n_hard += step.n_hard
-        report.skipped += step.n_hard == 0
+        report.n_kept += step.n_kept
+        report.skipped += step.batches * (step.n_kept == 0)
         report.seconds += seconds
 
     def to_dict(self) -> dict[str, Any]:

@@ -74,5 +74,6 @@ def rescaled(settings: TrainSettings, epochs: int) -> TrainSettings:
     return replace(
         settings,
         method=replace(settings.method, start_epoch=min(moved(settings.method.start_epoch), epochs)),
+        warm_up=replace(settings.warm_up, natural_epochs=round(settings.warm_up.natural_epochs * factor)),
         optim=replace(settings.optim, epochs=epochs, milestones=tuple(moved(m) for m in settings.optim.milestones)),
     )

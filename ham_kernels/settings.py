@@ -99,6 +99,24 @@ class MethodSettings:
     """BatchNorm keeps its warm-up statistics while mining."""
     bn_rows: Literal["hard", "all"] = "hard"
     """While mining, BatchNorm's statistics are of the hard rows, or of the whole batch."""
+    screen: Literal["steps", "one_step"] = "steps"
+    """Screen by M steps, or by one of M times the size."""
+    group: int = 1
+    """Screen so many batches together, and attack their hard rows together."""
+    group_updates: Literal["each", "one"] = "each"
+    """A group then makes one update for each of its batches, or one in all."""
+    round_to: int = 1
+    """Keep a multiple of so many rows; the easy ones of the least margin fill up."""
+
+
+@dataclass(frozen=True)
+class WarmUpSettings:
+    """Epochs before start_epoch."""
+
+    name: Annotated[Literal["pgd_at", "n_fgsm", "fgsm_rs"], tyro.conf.arg(name="warm-up")] = "pgd_at"
+    """PGD-AT as in the paper; or a one-step attack, watched for catastrophic overfitting."""
+    natural_epochs: int = 0
+    """So many of them, the first, train on clean images."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +137,28 @@ class OptimSettings:
 
 
 @dataclass(frozen=True)
+class EngineSettings:
+    """How steps run on the hardware. "on" goes on without what cannot be served, with a warning; "require" does not."""
+
+    channels_last: Literal["off", "on", "require"] = "off"
+    """Weights and images in NHWC order."""
+    compile: Literal["off", "on", "require"] = "off"
+    """torch.compile of the model as the attack sees it."""
+    cuda_graphs: Literal["off", "on", "require"] = "off"
+    """Replay attack steps and updates as CUDA graphs."""
+    keep_memory: bool = True
+    """On the CPU, keep the memory that torch frees in the process."""
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """Run."""
 
     seed: int = 0
     device: str = "auto"
     """auto: the GPU if there is one, else the CPU."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "require-bf16", "require-fp16"] = "fp32"
+    """Of forward and backward (autocast)."""
     ema_decay: float | None = 0.99
     """Of the weight average, which is judged beside the last weights; None (TOML: false) for none."""
     val_attack: str = "pgd10"
@@ -147,6 +180,8 @@ class TrainSettings:
     attack: AttackSettings = field(default_factory=AttackSettings)
     method: MethodSettings = field(default_factory=MethodSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    warm_up: WarmUpSettings = field(default_factory=WarmUpSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
     def check(self) -> None:
@@ -176,17 +211,30 @@ class TrainSettings:
             raise ValueError(f"val_attack: got {self.run.val_attack!r}; allowed are fgsm, pgdK, cwK such as pgd10")
         if method.freeze_bn and method.bn_rows == "all":
             raise ValueError("bn_rows: got 'all' with freeze_bn; frozen statistics come from no rows of the batch")
+        if method.round_to > 1 and method.group > 1 and method.group_updates == "each":
+            raise ValueError(
+                f"round_to: got {method.round_to} with group={method.group}; rows are rounded for one update of a group"
+            )
+        last = min(method.start_epoch - 1, optim.epochs)
+        if self.warm_up.natural_epochs > last:
+            raise ValueError(
+                f"natural_epochs: got {self.warm_up.natural_epochs}, but there are {last} epochs before start_epoch"
+            )
 
     def trainer_options(self) -> dict[str, Any]:
         """The keyword arguments of HAMTrainer, device aside."""
-        m = self.method
+        m, choice = self.method, {"off": False, "on": True, "require": "require"}
         plain = m.name == "pgd_at"
         return {
             "eps": self.attack.eps, "step_size": self.attack.step_size, "steps": self.attack.steps,
             "norm": self.attack.norm, "screen_steps": m.screen_steps, "start_epoch": m.start_epoch, "lam": m.lam,
             "reweight": m.reweight and not plain, "early_drop": m.early_drop and not plain, "rows": m.rows,
             "freeze_bn": m.freeze_bn, "bn_rows": m.bn_rows, "ema_decay": self.run.ema_decay,
-            "precision": self.run.precision, "seed": self.run.seed,
+            "precision": self.run.precision, "seed": self.run.seed, "screen": m.screen, "group": m.group,
+            "group_updates": m.group_updates, "round_to": m.round_to, "warm_up": self.warm_up.name,
+            "natural_epochs": self.warm_up.natural_epochs, "channels_last": choice[self.engine.channels_last],
+            "compile": choice[self.engine.compile], "cuda_graphs": choice[self.engine.cuda_graphs],
+            "keep_memory": self.engine.keep_memory,
         }  # fmt: skip
 
 
@@ -246,7 +294,8 @@ def _at_least(name: str, value: float | None, low: float) -> None:
 _AT_LEAST = {
     "data": {"train_images": 1, "test_images": 1, "val_images": 0, "batch_size": 1, "workers": 0, "size": 1},
     "attack": {"eps": 0.0, "step_size": 0.0, "steps": 1},
-    "method": {"start_epoch": 1, "screen_steps": 1, "lam": 0.0},
+    "method": {"start_epoch": 1, "screen_steps": 1, "lam": 0.0, "group": 1, "round_to": 1},
+    "warm_up": {"natural_epochs": 0},
     "optim": {"epochs": 1, "lr": 0.0, "momentum": 0.0, "weight_decay": 0.0},
     "run": {"seed": 0, "checkpoint_minutes": 0.0},
 }

@@ -1,27 +1,30 @@
-"""HAMTrainer: plain PGD-AT until start_epoch, hard adversarial example mining from then on."""
+"""HAMTrainer: a warm-up (PGD-AT, or cheaper) until start_epoch, hard adversarial example mining from then on."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _check, engine
-from .attack import PGD
+from . import _check
+from .active import PGD
 from .ema import WeightAverage
-from .engine import NonFiniteError
+from .engine import Engine, EngineOptions, NonFiniteError, Stopwatch, model_device
+from .feeding import in_groups, rest_of_epoch, unpack
 from .history import EpochReport, RunningEpoch, StepReport
 from .judging import ClassAccuracy, evaluate
-from .mining import Examples
-from .recipes import Recipe, ham, pgd_at
+from .phases import Phases
+from .recipes import Recipe, ham
+from .update import Updater
 
 VAL_ATTACKS = ("clean", "pgd20")
+GROUP_UPDATES = ("each", "one")
 
 
 class HAMTrainer:
@@ -32,7 +35,7 @@ class HAMTrainer:
         optimizer: over the model's parameters.
         eps, step_size: >= 0, in units of the images.
         steps, screen_steps: K and M of the paper, 1 <= M < K.
-        start_epoch: first epoch (1-based) with mining; the epochs before are plain PGD-AT.
+        start_epoch: first epoch (1-based) with mining; the epochs before are the warm-up.
         lam: >= 0, weights are sigmoid(lam * maximum step size), mean 1; a higher lam makes them more uniform.
         reweight, early_drop: the two mechanisms. Both off is PGD-AT throughout.
         norm: "linf" or "l2".
@@ -40,7 +43,20 @@ class HAMTrainer:
             to those of hard examples.
         ema_decay: in (0, 1), e.g. 0.99: `ema_model` follows the weights, averaged after every update. None: off.
         device: moves the model there; None leaves it where it is.
-        precision: "fp32", or "bf16" (autocast).
+        precision: "fp32", or "bf16" or "fp16" (autocast; fp16 scales the loss and waits once more per step).
+        channels_last: weights and images in NHWC order.
+        compile: torch.compile of the model as the attack sees it (eval mode, no weight gradients).
+        cuda_graphs: attack steps replayed per number of rows, updates where their number of rows repeats.
+            These three and a half precision may be True (or named), which warns and goes on without where model or
+            device cannot serve them; or "require" ("require-bf16"), which raises EngineError then.
+        keep_memory: on the CPU, the process keeps the memory that torch frees (see engine/memory.py).
+        group: while mining, so many batches are screened together and their hard rows attacked together.
+        group_updates: then as many updates, "each" from the hard rows of a batch; or "one" from all of them.
+        round_to: keep a multiple of so many rows: the easy ones of the least margin fill up.
+        screen: "steps", or "one_step" of screen_steps * step_size in their place.
+        warm_up: before start_epoch: "pgd_at" (the paper); or "n_fgsm" or "fgsm_rs", one-step attacks that are watched
+            for catastrophic overfitting (where it is found, the rest of the warm-up is PGD-AT, after a warning).
+        natural_epochs: so many epochs of the warm-up, the first, train on clean images.
         seed: of the random starts. Step s of a run draws the same noise whatever the device.
         rows: "hard", or "random" to keep as many random rows instead (the paper's control).
         bn_rows: while mining, BatchNorm normalises the update by the "hard" rows or by "all" rows of the batch.
@@ -56,29 +72,39 @@ class HAMTrainer:
         steps: int = 10, screen_steps: int = 3, start_epoch: int = 50, lam: float = 1.0, reweight: bool = True,
         early_drop: bool = True, norm: str = "linf", freeze_bn: bool = False, ema_decay: float | None = None,
         device: torch.device | str | None = None, precision: str = "fp32", seed: int = 0, rows: str = "hard",
-        bn_rows: str = "hard",
+        bn_rows: str = "hard", channels_last: bool | str = False, compile: bool | str = False,
+        cuda_graphs: bool | str = False, keep_memory: bool = True, group: int = 1, group_updates: str = "each",
+        round_to: int = 1, screen: str = "steps", warm_up: str = "pgd_at", natural_epochs: int = 0,
     ):  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}; it must be a torch.nn.Module")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: got {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
         pgd = PGD(_check.real("eps", eps), _check.real("step_size", step_size), steps, norm)
-        self._warm_up: Recipe = pgd_at(pgd)
-        self._ham: Recipe = ham(
-            pgd, screen_steps, lam, early_drop=early_drop, reweight=reweight, rows=rows, bn_rows=bn_rows
-        )
+        mining: Recipe = ham(
+            pgd, screen_steps, lam, early_drop=early_drop, reweight=reweight, rows=rows, bn_rows=bn_rows,
+            screen=screen, round_to=round_to,
+        )  # fmt: skip
         self._mines = early_drop or reweight
         self.start_epoch = _check.integer("start_epoch", start_epoch, 1)
+        self._pgd = pgd
+        self._phases = Phases(pgd, mining if self._mines else None, start_epoch, warm_up, natural_epochs, seed)
         self.freeze_bn = _check.flag("freeze_bn", freeze_bn)
         if freeze_bn and bn_rows == "all":
             raise ValueError("bn_rows: got 'all' with freeze_bn; frozen statistics come from no rows of the batch")
-        self.precision = _check.choice("precision", precision, engine.PRECISIONS)
+        options = EngineOptions(precision, channels_last, compile, cuda_graphs, keep_memory)
+        self.group = _check.integer("group", group, 1)
+        self.group_updates = _check.choice("group_updates", group_updates, GROUP_UPDATES)
+        if round_to > 1 and group > 1 and group_updates == "each":
+            raise ValueError(f"round_to: got {round_to} with group={group}; rows are rounded for one update of a group")
         self.seed = _check.integer("seed", seed, 0, 2**63 - 1)
         if ema_decay is not None:
             _check.real("ema_decay", ema_decay, 0.0, 1.0)
         self.model = model if device is None else model.to(device)
         self.optimizer = optimizer
-        self.device = torch.device(device) if device is not None else engine.model_device(model) or torch.device("cpu")
+        self.device = torch.device(device) if device is not None else model_device(model) or torch.device("cpu")
+        self.engine = Engine(options, self.device)
+        self._update = Updater(optimizer, self.engine, self.device)
         self._ema = None if ema_decay is None else WeightAverage(model, ema_decay)
         self.epoch = 0  # epochs completed by fit
         self.steps_done = 0  # names the noise of the next step
@@ -90,44 +116,49 @@ class HAMTrainer:
         """The weight average as a model in eval mode; None without ema_decay."""
         return None if self._ema is None else self._ema.model
 
-    # ------------------------------------------------------------ one step
+    @property
+    def precision(self) -> str:
+        """The precision that is served: the one asked for, or "fp32" where the device has no other."""
+        return self.engine.precision
+
+    # ------------------------------------------------------------ steps
     def train_step(self, x: Tensor, y: Tensor, epoch: int) -> StepReport:
         """One update from a batch on the model's device: x (n, C, H, W) in [0, 1], y (n,) int64; epoch is 1-based."""
-        _check.integer("epoch", epoch, 1)
-        _check.batch(x, y)
-        home = engine.model_device(self.model)
-        if home is not None and x.device != home:
-            raise ValueError(f"x: is on device {x.device}; it must be on the model's, {home}")
-        mining = self._mines and epoch >= self.start_epoch
-        recipe = self._ham if mining else self._warm_up
-        stopwatch = engine.Stopwatch(x.device)
-        examples = recipe.examples(self.model, x, y, seed=self.seed, step=self.steps_done, precision=self.precision)
-        loss = 0.0
-        if examples.n_hard:
-            loss = self._update(recipe, examples, self.freeze_bn and mining)
-        self.steps_done += 1
-        return StepReport(loss, examples.n, examples.n_hard, stopwatch.stop())
+        return self.train_group([(x, y)], epoch)[0]
 
-    def _update(self, recipe: Recipe, examples: Examples, freeze_bn: bool) -> float:
-        buffers = list(self.model.buffers())
-        before = [b.clone() for b in buffers]  # BatchNorm's statistics move in the forward, before the loss is judged
-        with engine.update_mode(self.model, freeze_bn or examples.n_forward == 1):
-            with engine.autocast(self.precision, examples.x_adv.device):
-                loss = recipe.loss(self.model, examples)
-            self.optimizer.zero_grad(set_to_none=True)
-            read_loss = engine.start_read(loss.detach().reshape(1))
-            loss.backward()
-        (value,) = read_loss()  # arrives while the device is still busy with the backward
-        if not math.isfinite(value):
-            self.optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for buffer, old in zip(buffers, before, strict=True):
-                    buffer.copy_(old)
-            raise NonFiniteError(f"model: the training loss is {value}; nothing was updated")
-        self.optimizer.step()
-        if self._ema is not None:
-            self._ema.update(self.model)
-        return value
+    def train_group(self, batches: Sequence[tuple[Tensor, Tensor]], epoch: int) -> list[StepReport]:
+        """Updates from several batches whose examples are made together, all by the weights before the first update.
+
+        Returns one report per update: one for each batch, or one in all with group_updates="one".
+        """
+        _check.integer("epoch", epoch, 1)
+        home = model_device(self.model)
+        for x, y in batches:
+            _check.batch(x, y)
+            if home is not None and x.device != home:
+                raise ValueError(f"x: is on device {x.device}; it must be on the model's, {home}")
+        recipe = self._phases.recipe(epoch)
+        frozen = self.freeze_bn and self._phases.name(epoch) == "ham"
+        stopwatch = Stopwatch(batches[0][0].device)
+        x, y = batches[0] if len(batches) == 1 else (torch.cat(parts) for parts in zip(*batches, strict=True))
+        x = self.engine.place(self.model, x)
+        sizes = [len(y)] if self.group_updates == "one" else [len(labels) for _, labels in batches]
+        examples = recipe.group_examples(
+            self.model, x, y, sizes, seed=self.seed, step=self.steps_done, engine=self.engine
+        )
+        reports = []
+        for part in examples:
+            loss = 0.0
+            if part.n_kept:
+                loss = self._update(self.model, recipe.loss, part, frozen)
+                if self._ema is not None:
+                    self._ema.update(self.model)
+            reports.append(
+                StepReport(loss, part.n, part.n_hard, stopwatch.stop(), part.n_kept, len(batches) // len(examples))
+            )
+            stopwatch = Stopwatch(x.device)
+        self.steps_done += len(batches)
+        return reports
 
     # ------------------------------------------------------------ epochs
     def fit(
@@ -163,11 +194,15 @@ class HAMTrainer:
             if val_loader is not None:
                 report.val = self._evaluate(self.model, val_loader, val_attacks)
                 report.val_ema = None if self._ema is None else self._evaluate(self.ema_model, val_loader, val_attacks)
+            if self._phases.watched(report.epoch):
+                start = time.perf_counter()
+                report.watch = asdict(self._phases.end_epoch(self.model, report.epoch, self.precision))
+                report.seconds += time.perf_counter() - start
             self._running = None
             self.epoch += 1
             if scheduler is not None:
                 _step(scheduler)
-            report.loss /= max(report.n_hard, 1)
+            report.loss /= max(report.n_kept, 1)
             self.history.append(report)
             if on_epoch_end is not None:
                 on_epoch_end(report)
@@ -181,20 +216,32 @@ class HAMTrainer:
     def _train_epoch(self, loader: Iterable, epoch: int, on_batch_end) -> EpochReport:
         """Trains the rest of the epoch. The loss in the report is still a sum."""
         if self._running is None:
-            phase = "ham" if self._mines and epoch >= self.start_epoch else "pgd_at"
-            self._running = RunningEpoch(EpochReport(epoch, phase, 0.0, 0, 0, 0, 0.0))
+            self._running = RunningEpoch(EpochReport(epoch, self._phases.name(epoch), 0.0, 0, 0, 0, 0.0))
         running = self._running
+        group = self.group if running.report.phase == "ham" else 1
+        watched = self._phases.watched(epoch)
+        known = min(running.batches, 2) if watched else 0  # after a stop, the watch still judges by the same batch
+        drawn = rest_of_epoch(loader, epoch, running.batches - known)
+        for batch in itertools.islice(drawn, known):
+            self._phases.remember(*self._unpacked(batch))
         start = time.perf_counter()
-        for batch in _rest_of_epoch(loader, epoch, running.batches):
+        for batches in in_groups(drawn, group):
             try:
-                x, y = _unpack(batch)
-                step = self.train_step(x.to(self.device), y.to(self.device), epoch)
+                here = [self._unpacked(batch) for batch in batches]
+                steps = self.train_group(here, epoch)
             except (TypeError, ValueError) as error:
                 kind = type(error) if type(error) in (TypeError, NonFiniteError) else ValueError
-                raise kind(f"epoch {epoch}, batch {running.batches + 1}: {error}") from error
-            running.add(step, time.perf_counter() - start)
+                first, last = running.batches + 1, running.batches + len(batches)
+                where = f"batch {first}" if first == last else f"batches {first} to {last}"
+                raise kind(f"epoch {epoch}, {where}: {error}") from error
+            if watched:
+                self._phases.remember(*here[-1])
+            seconds = time.perf_counter() - start
+            for step in steps:  # all of a group before anybody hears of it: a stop falls between groups
+                running.add(step, seconds / len(steps))
             if on_batch_end is not None:
-                on_batch_end(step)
+                for step in steps:
+                    on_batch_end(step)
             start = time.perf_counter()
         if running.batches == 0:
             self._running = None
@@ -207,8 +254,12 @@ class HAMTrainer:
             running.report.seconds += time.perf_counter() - start
         return running.report
 
+    def _unpacked(self, batch) -> tuple[Tensor, Tensor]:
+        x, y = unpack(batch)
+        return x.to(self.device), y.to(self.device)
+
     def _evaluate(self, model: nn.Module, loader: Iterable, attacks: Sequence[str]) -> dict[str, ClassAccuracy]:
-        pgd = self._warm_up.pgd
+        pgd = self._pgd
         return evaluate(
             model, loader, attacks, eps=pgd.eps, step_size=pgd.step_size, norm=pgd.norm, device=self.device,
             precision=self.precision, seed=self.seed,
@@ -225,6 +276,8 @@ class HAMTrainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self._ema is None else self.ema_model.state_dict(),
+            "loss_scale": self._update.state_dict(),
+            "overfitting": self._phases.state_dict(),
             "epoch": self.epoch,
             "steps_done": self.steps_done,
             "running": None if self._running is None else self._running.to_dict(),
@@ -248,6 +301,8 @@ class HAMTrainer:
         self.model.load_state_dict(state["model"])
         if self._ema is not None:
             self.ema_model.load_state_dict(state["ema"])
+        self._update.load_state_dict(state.get("loss_scale"))
+        self._phases.load_state_dict(state.get("overfitting"))
         self.epoch, self.steps_done = state["epoch"], state["steps_done"]
         self._running, self.history = running, history
 
@@ -269,20 +324,3 @@ def _check_fits(name: str, model: nn.Module, state: dict[str, Tensor]) -> None:
             f"state: {name} has another architecture than this trainer's ({len(wrong)} entries differ, the first is "
             f"{k}: {other.get(k, 'missing')} for {own.get(k, 'none')})"
         )
-
-
-def _rest_of_epoch(loader: Iterable, epoch: int, done: int) -> Iterator:
-    if hasattr(loader, "set_epoch"):
-        loader.set_epoch(epoch)
-    if hasattr(loader, "set_position"):
-        loader.set_position(done)
-        return iter(loader)
-    return itertools.islice(loader, done, None)
-
-
-def _unpack(batch) -> tuple[Tensor, Tensor]:
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-        raise TypeError(f"train_loader: gave {type(batch).__name__}; each batch must be a pair (x, y)")
-    x, y = batch
-    _check.batch(x, y)
-    return x, y

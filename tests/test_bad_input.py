@@ -133,7 +133,7 @@ def test_bad_ham_loss_settings(choices, error, message):
         ({"steps": -1}, ValueError, r"steps: got -1; it must be >= 0"),
         ({"norm": "linfty"}, ValueError, r"norm: got 'linfty'"),
         ({"random_start": 1}, TypeError, r"random_start: got 1"),
-        ({"precision": "fp16"}, ValueError, r"precision: got 'fp16'"),
+        ({"precision": "fp64"}, ValueError, r"precision: got 'fp64'"),
     ],
     ids=lambda v: str(v)[:30],
 )

@@ -95,7 +95,8 @@ def test_walk_shows_every_point_of_the_attack(batch):
         ({"restarts": 0}, ValueError, "restarts: got 0"),
         ({"eps": -1.0}, ValueError, "eps: got -1"),
         ({"norm": "l1"}, ValueError, "norm: got 'l1'"),
-        ({"precision": "fp16"}, ValueError, "precision: got 'fp16'"),
+        ({"precision": "fp64"}, ValueError, "precision: got 'fp64'"),
+        ({"precision": "fp16", "attacks": ("autoattack",)}, ValueError, "precision: got 'fp16'"),
     ],
 )
 def test_bad_input_before_work_starts(change, error, message):

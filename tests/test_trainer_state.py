@@ -105,7 +105,7 @@ def test_batchnorm_of_all_rows_is_that_of_one_forward_over_the_batch():
     x, y = half_hard(model)
     t = ham.HAMTrainer(model, sgd(model), **SMALL, start_epoch=1, bn_rows="all")
     recipe = ham_recipe(ham.PGD(0.01, 0.005, 3), 1, bn_rows="all")
-    examples = recipe.examples(twin, x, y, seed=t.seed, step=0, precision="fp32")
+    examples = recipe.examples(twin, x, y, seed=t.seed, step=0)
     assert 6 <= examples.n_hard < 12
     assert examples.rest.shape[0] == 12 - examples.n_hard
     twin.train()
@@ -135,7 +135,7 @@ def test_random_rows_leave_the_others_as_rest():
     recipe = ham_recipe(ham.PGD(0.01, 0.005, 3), 1, rows="random", bn_rows="all")
     model = small_cnn()
     x, y = half_hard(model)
-    examples = recipe.examples(model, x, y, seed=0, step=0, precision="fp32")
+    examples = recipe.examples(model, x, y, seed=0, step=0)
     assert 6 <= examples.n_hard < 12
     near = (examples.rest[:, None] - x[None]).abs().flatten(2).amax(2) <= 0.01 + 1e-6
     assert near.sum(1).tolist() == [1] * (12 - examples.n_hard)  # each is one of the images, slightly moved

@@ -73,10 +73,32 @@ def _ablations(base: TrainSettings) -> Iterator[tuple[str, TrainSettings]]:
     yield f"{name}-bn_of_all_rows", _method(ham, bn_rows="all")
 
 
+def _cheaper(base: TrainSettings) -> Iterator[tuple[str, TrainSettings]]:
+    """What can bring the time of a whole run down: cheaper warm-ups, cheaper screening, fuller launches."""
+    yield from _baseline(base)
+    name, ham = _ham(base)
+    yield name, ham
+    half = (ham.method.start_epoch - 1) // 2
+    for warm_up in ("n_fgsm", "fgsm_rs"):
+        yield f"{name}-{warm_up}", _warm_up(ham, name=warm_up)
+    yield f"{name}-natural{half}", _warm_up(ham, natural_epochs=half)
+    yield f"{name}-one_step", _method(ham, screen="one_step")
+    yield f"{name}-n_fgsm-one_step", _method(_warm_up(ham, name="n_fgsm"), screen="one_step")
+    for group in (2, 4):
+        yield f"{name}-group{group}", _method(ham, group=group)
+    yield f"{name}-group2-one", _method(ham, group=2, group_updates="one")
+    yield f"{name}-round32", _method(ham, round_to=32)
+
+
+def _warm_up(base: TrainSettings, **changes) -> TrainSettings:
+    return replace(base, warm_up=replace(base.warm_up, **changes))
+
+
 _EXPERIMENTS = {
     "baseline": _baseline,
     "ham": _paper_ham,
     "grid": _grid,
     "paper": _paper,
     "ablations": _ablations,
+    "cheaper": _cheaper,
 }

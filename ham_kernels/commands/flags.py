@@ -58,10 +58,10 @@ class Sweep:
 
     baseline: PGD-AT. ham: HAM with M and lambda of the preset. grid: M from 1 to 5 x lambda from 0.5 to 2.0.
     ablations: early dropping alone, reweighting alone, random rows, and three kinds of BatchNorm while mining.
-    paper: the first three.
+    cheaper: cheaper warm-ups, screening by one step, and batches screened together. paper: the first three.
     """
 
-    experiment: Annotated[Literal["baseline", "ham", "grid", "ablations", "paper"], tyro.conf.Positional]
+    experiment: Annotated[Literal["baseline", "ham", "grid", "ablations", "cheaper", "paper"], tyro.conf.Positional]
     out: Path | None = None
     """Sweep folder (default: runs/sweep-DATASET, the same for all experiments)."""
     config: Path | None = None
@@ -70,7 +70,7 @@ class Sweep:
     attacks: tuple[str, ...] = ("clean", "pgd20")
     """How each run is judged on the test set in the end."""
     share_warmup: bool = True
-    """Train the epochs before start_epoch once per seed: they are the same PGD-AT in every run."""
+    """Train the epochs before start_epoch once per seed and kind: they are the same in every run."""
     settings: TrainSettings = field(default_factory=TrainSettings)
     """Of every run; the experiment's own come on top."""
 

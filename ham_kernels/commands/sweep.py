@@ -24,8 +24,8 @@ WARM_UPS = "warm-ups"  # one level deeper than the runs, so that reports of the 
 def sweep(wanted: Sweep) -> int:
     """Trains and judges what is missing of an experiment, then writes its report.
 
-    Finished runs are kept, stopped ones go on, failed ones are tried again. Runs of one seed share their warm-up,
-    which is the same PGD-AT in all of them: it is trained once, and its time counts in each.
+    Finished runs are kept, stopped ones go on, failed ones are tried again. Runs of one seed with the same warm-up
+    share it: it is trained once, and its time counts in each.
     Returns: 0, or 1 where a run failed. Raises: Stopped after a signal; ValueError naming the setting.
     """
     wanted.settings.check()
@@ -105,7 +105,7 @@ class _Worker:
         aside.replace(path)
 
     def _warm_up(self, settings: TrainSettings, epochs: int) -> Path:
-        """The run that the others of this seed start from: PGD-AT up to start_epoch."""
+        """The run that the others of this seed start from: the warm-up alone."""
         path = _warm_up_folder(self.folder, settings)
         self._wait_until_free(path)
         if not (path / "config.toml").exists():
@@ -149,7 +149,11 @@ class _Worker:
 
 
 def _warm_up_folder(folder: Path, settings: TrainSettings) -> Path:
-    return folder / WARM_UPS / f"seed{settings.run.seed}"
+    kind = settings.warm_up
+    words = [] if kind.name == "pgd_at" else [kind.name]
+    if kind.natural_epochs:
+        words.append(f"natural{kind.natural_epochs}")
+    return folder / WARM_UPS / "-".join([*words, f"seed{settings.run.seed}"])
 
 
 def _warm_up_settings(settings: TrainSettings) -> TrainSettings:

@@ -209,10 +209,11 @@ class _Job:
     def _take_over(self, state: dict) -> None:
         for section, values in _fixed(self.settings).items():
             for name, value in values.items():
-                if state["settings"][section].get(name) != value:
+                then = state["settings"].get(section, {}).get(name)
+                if then != value:
                     raise ValueError(
-                        f"{section}.{name}: the checkpoint is of a run with {state['settings'][section].get(name)}, "
-                        f"config.toml says {value}; such a change needs a new run"
+                        f"{section}.{name}: the checkpoint is of a run with {then}, config.toml says {value}; "
+                        "such a change needs a new run"
                     )
         self.trainer.load_state_dict(state["trainer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -248,11 +249,12 @@ _FREE = {
     "data": ("path", "root", "download", "workers"),  # data.json tells whether the images are the same
     "optim": ("epochs",),
     "run": ("device", "label", "checkpoint_minutes"),
+    "engine": ("channels_last", "compile", "cuda_graphs", "keep_memory"),  # how, not what
 }
 
 
 def _fixed(settings: TrainSettings) -> dict[str, dict]:
-    """What a checkpoint belongs to. The method may differ: until start_epoch all methods are the same training."""
+    """What a checkpoint belongs to. The method may differ: until start_epoch all methods train alike."""
     sections = to_dict(settings)
     return {
         section: {k: v for k, v in values.items() if k not in _FREE.get(section, ())}

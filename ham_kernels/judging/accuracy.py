@@ -30,14 +30,15 @@ def evaluate(
             last point.
         eps, step_size, norm: of the attacks, in units of the images. AutoAttack chooses its own steps.
         device: where to run; None takes the model's.
-        precision: "fp32" or "bf16" (autocast).
+        precision: "fp32", or "bf16" or "fp16" (autocast); AutoAttack takes no fp16.
         seed: of the random starts; batch b draws the same noise in every call.
         restarts: random starts of "pgdK" and "cwK"; an image is lost when any of them turns it.
     Returns: {attack: ClassAccuracy}.
     Raises: TypeError, ValueError naming the argument; ImportError for "autoattack" without torchattacks.
     """
     wanted = plans(attacks, eps=eps, step_size=step_size, norm=norm, restarts=restarts)
-    _check.choice("precision", precision, engine.PRECISIONS)
+    autoattack = any(plan.is_autoattack for plan in wanted.values())  # whose losses would vanish in fp16
+    _check.choice("precision", precision, engine.JUDGING_PRECISIONS if autoattack else engine.PRECISIONS)
     device = resolve_device(model, device)
     flags: dict[str, list[Tensor]] = {name: [] for name in wanted}
     labels, classes = [], 0

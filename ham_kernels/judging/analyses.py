@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check, engine
-from ..attack import PGD
+from ..active import PGD
 from .attacks import batches, resolve_device, walk
 
 _ops = torch.ops.ham_kernels
@@ -39,7 +39,7 @@ def confidence(
     if _check.real("threshold", threshold, 0.5, 1.0) == 0.5:
         raise ValueError("threshold: got 0.5; it must be more, so that only one class can reach it")
     _check.integer("bins", bins, 1)
-    _check.choice("precision", precision, engine.PRECISIONS)
+    _check.choice("precision", precision, engine.JUDGING_PRECISIONS)
     own, highest, wrong, labels = [], [], [], []
     with engine.attack_mode(model):
         for y, at in _walks(model, loader, pgd, (), device, precision, seed):
@@ -83,7 +83,7 @@ def easy_stays_easy(
     Raises: TypeError, ValueError naming the argument.
     """
     pgd = PGD(eps, step_size, _check.integer("steps", steps, 2), norm)
-    _check.choice("precision", precision, engine.PRECISIONS)
+    _check.choice("precision", precision, engine.JUDGING_PRECISIONS)
     flags, labels = [], []
     with engine.attack_mode(model):
         for y, at in _walks(model, loader, pgd, range(steps), device, precision, seed):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check, engine
-from ..attack import PGD, ActiveSet, advance, begin
+from ..active import PGD, ActiveSet, begin
+from ..attack import advance
 from . import autoattack
 from .flags import correct_rows
 
@@ -136,7 +137,7 @@ def walk(
         if k in look_at:
             seen[k] = z
 
-    advance(model, active, pgd.steps, pgd, guard, precision=precision, on_logits=observe)
+    advance(model, active, pgd.steps, pgd, guard, engine=engine.plain(precision), on_logits=observe)
     seen[pgd.steps] = final = logits_at(model, active.x_adv, precision)
     guard.logits(final)
     guard.read()

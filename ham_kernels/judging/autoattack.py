@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check, engine
-from ..attack import PGD
+from ..active import PGD
 from .flags import correct_rows
 
 STEPS = 100

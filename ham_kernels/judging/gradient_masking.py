@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _check, engine
-from ..attack import PGD
+from ..active import PGD
 from ..ops import random_start
 from .attacks import batches, logits_at, resolve_device, walk
 from .flags import correct_rows
@@ -51,7 +51,7 @@ def masking(
     for name, value in (("eps", eps), ("step_size", step_size)):
         if _check.real(name, value) == 0:
             raise ValueError(f"{name}: got 0; there is no gradient to examine")
-    _check.choice("precision", precision, engine.PRECISIONS)
+    _check.choice("precision", precision, engine.JUDGING_PRECISIONS)
     _check.integer("images", images, 2)
     pgd = PGD(eps, step_size, STEPS, norm)
     device = resolve_device(model, device)

@@ -51,7 +51,7 @@ def judge(
     wanted = plans(attacks, eps=eps, step_size=step_size, norm=norm, restarts=restarts)
     _check.integer("classes", classes, 2)
     _check.integer("seed", seed, 0)
-    _check.choice("precision", precision, engine.PRECISIONS)
+    _check.choice("precision", precision, engine.JUDGING_PRECISIONS)
     if len(wanted) > 1 and isinstance(loader, Iterator):
         raise TypeError("loader: is an iterator, which can be read once; each attack reads the data anew")
     device = resolve_device(model, device)

@@ -2,6 +2,8 @@
 
 from .base import Recipe, weighted_ce
 from .ham import ham, ham_loss
+from .natural import natural
+from .one_step import fgsm_rs, n_fgsm
 from .pgd_at import pgd_at
 
-__all__ = ["Recipe", "ham", "ham_loss", "pgd_at", "weighted_ce"]
+__all__ = ["Recipe", "fgsm_rs", "ham", "ham_loss", "n_fgsm", "natural", "pgd_at", "weighted_ce"]

@@ -6,29 +6,34 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
-from ..attack import PGD, draw_seed
-from ..mining import Keep, StepSizeWeights
+from ..active import PGD
+from ..attack import draw_seed
+from ..mining import SCREENS, Keep, StepSizeWeights
 from .base import Recipe
 
 
 def ham(
     pgd: PGD, screen_steps: int = 3, lam: float = 1.0, *, early_drop: bool = True, reweight: bool = True,
-    rows: str = "hard", bn_rows: str = "hard",
+    rows: str = "hard", bn_rows: str = "hard", screen: str = "steps", round_to: int = 1,
 ) -> Recipe:  # fmt: skip
     """HAM; without early_drop and reweight it is PGD-AT.
 
     Ablations: rows="random" keeps as many random rows; bn_rows="all" passes the rows that left through the update's
     forward too, as they left, so that BatchNorm normalises by the whole batch (3h of the cost model becomes 3).
+    Cheaper: screen="one_step" screens by one step of screen_steps * step_size (2M of the cost model becomes 2);
+    round_to=R fills up to a multiple of R rows with the easy ones of the least margin.
     """
     _check.flag("early_drop", early_drop)
     _check.flag("reweight", reweight)
     _check.choice("rows", rows, ("hard", "random"))
     _check.choice("bn_rows", bn_rows, ("hard", "all"))
+    _check.choice("screen", screen, SCREENS)
+    _check.integer("round_to", round_to, 1)
     if not (early_drop or reweight):
         return Recipe(pgd)  # nothing is screened, so any number of steps will do
     _check.screening(pgd.steps, screen_steps)
     weigh = StepSizeWeights(lam)
-    keep = Keep(rows, screen_steps, rest=bn_rows == "all") if early_drop else Keep("all")
+    keep = Keep(rows, screen_steps, bn_rows == "all", screen, round_to) if early_drop else Keep("all")
     return Recipe(pgd, keep, weigh if reweight else None)
 
 
@@ -54,7 +59,7 @@ def ham_loss(
     """
     _check.batch(x, y)
     recipe = ham(PGD(eps, step_size, steps, norm), screen_steps, lam, early_drop=early_drop, reweight=reweight)
-    examples = recipe.examples(model, x, y, seed=draw_seed(generator), step=0, precision="fp32")
+    examples = recipe.examples(model, x, y, seed=draw_seed(generator), step=0)
     if examples.n_hard == 0:
         return torch.zeros((), device=x.device, requires_grad=True)
     return recipe.loss(model, examples)

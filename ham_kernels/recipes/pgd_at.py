@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..attack import PGD
+from ..active import PGD
 from .base import Recipe
 
 

@@ -14,15 +14,25 @@ from .wording import attack_title
 NOT_SETTINGS = {
     "run.seed", "run.label", "run.checkpoint_minutes", "data.path", "data.dataset", "data.root", "data.download",
 }  # fmt: skip
-_MINING = ("screen_steps", "start_epoch", "lam", "reweight", "early_drop", "rows", "freeze_bn", "bn_rows")
+_MINING = (
+    "screen_steps", "start_epoch", "lam", "reweight", "early_drop", "rows", "freeze_bn", "bn_rows", "screen", "group",
+    "group_updates", "round_to",
+)  # fmt: skip
 _SWITCHES = {
     "method.reweight": {False: "no reweighting"},
     "method.early_drop": {False: "no early drop"},
     "method.freeze_bn": {True: "frozen BN"},
     "method.bn_rows": {"all": "BN of all rows"},
     "method.rows": {},  # random rows are the group's first word
+    "method.screen": {"one_step": "screened by one step"},
+    "method.group_updates": {"one": "one update a group"},
+    "warm_up.name": {"n_fgsm": "after N-FGSM", "fgsm_rs": "after FGSM-RS"},
+    "engine.channels_last": {"on": "channels_last", "require": "channels_last"},
+    "engine.compile": {"on": "compiled", "require": "compiled"},
+    "engine.cuda_graphs": {"on": "CUDA graphs", "require": "CUDA graphs"},
 }
 _NUMBERS = {
+    "warm_up.natural_epochs": "{} natural epochs", "method.group": "groups of {}", "method.round_to": "rounded to {}",
     "method.screen_steps": "M={}", "method.lam": "λ={}", "method.start_epoch": "from epoch {}", "attack.eps": "ε={}",
     "attack.step_size": "step={}", "attack.steps": "K={}", "attack.norm": "{}", "model.name": "{}",
     "optim.epochs": "{} epochs", "optim.lr": "lr={}", "optim.schedule": "{} schedule", "data.batch_size": "batch={}",
@@ -144,8 +154,15 @@ def settings_of(run: Run) -> dict[str, Any]:
         for key, value in (values.items() if isinstance(values, dict) else [("", values)])
     }
     flat = {key: value for key, value in flat.items() if key not in NOT_SETTINGS}
+    if flat.get("method.group") == 1:
+        flat.pop("method.group_updates", None)
     if run.method == "pgd_at":
-        flat = {key: value for key, value in flat.items() if key.removeprefix("method.") not in _MINING}
+        cheap = flat.get("warm_up.name", "pgd_at") != "pgd_at" or flat.get("warm_up.natural_epochs")
+        flat = {
+            key: value
+            for key, value in flat.items()
+            if key.removeprefix("method.") not in _MINING or (cheap and key == "method.start_epoch")
+        }
     elif flat.get("method.reweight") is False:
         flat.pop("method.lam", None)
     return flat

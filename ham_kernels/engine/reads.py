@@ -1,71 +1,20 @@
-"""How a step runs on the hardware: model modes, precision, and what the host reads from the device and when."""
+"""What the host reads from the device and when: the facts of a batch, the loss, clocks."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor
 
-from . import _check
-from .batchnorm import fast_eval_batchnorm
-
-PRECISIONS = ("fp32", "bf16")
+from .. import _check
 
 
 class NonFiniteError(ValueError):
     """The model produced NaN or infinity; nothing was updated."""
 
 
-# ---------------------------------------------------------------- model modes
-@contextmanager
-def attack_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no weight gradients inside; afterwards every flag is as it was, also after an error."""
-    modes = [(m, m.training) for m in model.modules()]
-    learned = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for m, _ in modes:
-            m.training = False
-        for p in learned:
-            p.requires_grad_(False)
-        with torch.enable_grad(), fast_eval_batchnorm(model):
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
-        for p in learned:
-            p.requires_grad_(True)
-
-
-@contextmanager
-def update_mode(model: nn.Module, freeze_bn: bool) -> Iterator[None]:
-    """Train mode inside, BatchNorm on its running statistics if frozen; afterwards every flag is as it was."""
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        for m, _ in modes:
-            m.training = not (freeze_bn and isinstance(m, _NormBase))
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
-
-
-def autocast(precision: str, device: torch.device):
-    """fp32: as it is. bf16: autocast; weights, images and losses stay fp32."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
-
-
-def model_device(model: nn.Module) -> torch.device | None:
-    """Where the model's parameters live; None for a model without any."""
-    return next((p.device for p in model.parameters()), None)
-
-
-# ---------------------------------------------------------------- what the host reads
 def start_read(values: Tensor) -> Callable[[], list[float]]:
     """Starts to copy a small tensor to the host; the returned function waits for it and gives the numbers.
 
@@ -112,18 +61,18 @@ class BatchGuard:
             if not self._finite:
                 _raise_not_finite()
 
-    def read(self, count: Tensor | None = None) -> int | None:
-        """Waits for the facts (and the count of active rows, which it returns) and judges them."""
+    def read(self, counts: Tensor | None = None) -> list[int]:
+        """Waits for the facts (and the counts of active rows, which it returns) and judges them."""
         if self._immediate:
-            return None if count is None else int(count)
-        facts = [*self._facts, self._finite]
-        if count is not None:
-            facts.append(count[0])
-        x_min, x_max, y_min, y_max, finite, *rest = start_read(torch.stack([f.double() for f in facts]))()
+            return [] if counts is None else counts.tolist()
+        facts = torch.stack([f.double() for f in (*self._facts, self._finite)])
+        if counts is not None:
+            facts = torch.cat([facts, counts.double()])
+        x_min, x_max, y_min, y_max, finite, *rest = start_read(facts)()
         _check.data_facts(x_min, x_max, y_min, y_max, self._classes)
         if not finite:
             _raise_not_finite()
-        return int(rest[0]) if rest else None
+        return [int(n) for n in rest]
 
 
 def _raise_not_finite() -> None:
