@@ -78,6 +78,7 @@ class Phases:
         return None if self._check is None else self._check.state_dict()
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Raises: ValueError naming what is missing; then nothing has changed."""
         self._batch = None
         if self._check is not None and state is not None:
             self._check.load_state_dict(state)

@@ -123,7 +123,10 @@ class HAMTrainer:
 
     # ------------------------------------------------------------ steps
     def train_step(self, x: Tensor, y: Tensor, epoch: int) -> StepReport:
-        """One update from a batch on the model's device: x (n, C, H, W) in [0, 1], y (n,) int64; epoch is 1-based."""
+        """One update from a batch on the model's device: x (n, C, H, W) in [0, 1], y (n,) int64; epoch is 1-based.
+
+        Only `fit` watches one-step warm-ups for overfitting.
+        """
         return self.train_group([(x, y)], epoch)[0]
 
     def train_group(self, batches: Sequence[tuple[Tensor, Tensor]], epoch: int) -> list[StepReport]:
@@ -297,12 +300,12 @@ class HAMTrainer:
             _check_fits("ema", self.ema_model, state["ema"])
         running = None if state["running"] is None else RunningEpoch.from_dict(state["running"])
         history = [EpochReport.from_dict(report) for report in state["history"]]
-        self.optimizer.load_state_dict(state["optimizer"])  # checks its groups before it changes anything
+        self._phases.load_state_dict(state.get("overfitting"))  # this and the next check before they change anything
+        self.optimizer.load_state_dict(state["optimizer"])
         self.model.load_state_dict(state["model"])
         if self._ema is not None:
             self.ema_model.load_state_dict(state["ema"])
         self._update.load_state_dict(state.get("loss_scale"))
-        self._phases.load_state_dict(state.get("overfitting"))
         self.epoch, self.steps_done = state["epoch"], state["steps_done"]
         self._running, self.history = running, history
 

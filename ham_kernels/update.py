@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .engine import Engine, NonFiniteError, start_read, update_mode
+from . import _check
+from .engine import Engine, NonFiniteError, attack_mode, start_read, update_mode
 from .mining import Examples
 
 GRAPH_FROM = 2  # a number of rows is captured when it comes for the second time
@@ -30,13 +31,16 @@ class Updater:
         buffers = list(model.buffers())
         before = [torch.empty_like(b) for b in buffers]
         _copy(before, buffers)  # BatchNorm's statistics move in the forward, before the loss is judged
-        replayed = self._replayed(model, loss_of, examples, freeze_bn)
-        read = replayed or self._eager(model, loss_of, examples, freeze_bn)
-        (value,) = read()
-        if not math.isfinite(value):
+        try:
+            replayed = self._replayed(model, loss_of, examples, freeze_bn)
+            (value,) = (replayed or self._eager(model, loss_of, examples, freeze_bn))()
+            if not math.isfinite(value):
+                _judge_labels(model, examples)
+                raise NonFiniteError(f"model: the training loss is {value}; nothing was updated")
+        except BaseException:
             self.optimizer.zero_grad(set_to_none=True)
             _copy(buffers, before)
-            raise NonFiniteError(f"model: the training loss is {value}; nothing was updated")
+            raise
         if self._scaler is None:
             self.optimizer.step()
         else:
@@ -128,6 +132,13 @@ class _Graphed:
             p.grad = gradient
         self._replay()
         return start_read(self._loss)
+
+
+def _judge_labels(model: nn.Module, examples: Examples) -> None:
+    """Natural training has no forward before the update's that could tell how many classes there are."""
+    with attack_mode(model), torch.no_grad():
+        classes = model(examples.x_adv[:1]).shape[1]
+    _check.data_facts(0.0, 1.0, *map(float, examples.y.aminmax()), classes)
 
 
 @torch.no_grad()

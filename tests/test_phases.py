@@ -1,0 +1,120 @@
+"""The course of a training: natural, warm-up, mining; the watch over one-step warm-ups, also across a stop."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from nets import Counting, sgd, small_cnn
+
+import ham_kernels as ham
+from ham_kernels import data
+from ham_kernels.overfitting import OverfittingWarning
+
+SMALL = {"eps": 0.1, "step_size": 0.03, "steps": 4, "screen_steps": 2}
+COLLAPSE = {"eps": 0.5, "step_size": 0.1, "steps": 4, "screen_steps": 2, "start_epoch": 13, "warm_up": "fgsm_rs"}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images = data.digits()
+    return images.x_train[:1280].float() / 255, images.y_train[:1280]
+
+
+def batches_of(digits, rows: int = 128) -> list:
+    return list(zip(*(part.split(rows) for part in digits), strict=True))
+
+
+@pytest.mark.parametrize(("warm_up", "cost"), [("pgd_at", 11), ("n_fgsm", 5), ("fgsm_rs", 5)])
+def test_each_phase_trains_by_its_recipe(digits, warm_up, cost):
+    """In full-batch forwards: natural 3, one step 5, PGD-AT 2K + 3."""
+    counting = Counting(small_cnn())
+    trainer = ham.HAMTrainer(counting, sgd(counting), **SMALL, start_epoch=3, warm_up=warm_up, natural_epochs=1)
+    x, y = digits[0][:64], digits[1][:64]
+    for epoch, expected in ((1, 3), (2, cost)):
+        counting.__init__(counting.inner)
+        trainer.train_step(x, y, epoch)
+        assert counting.full_batch_forwards(64) == expected
+    history = ham.HAMTrainer(m := small_cnn(), sgd(m), **SMALL, start_epoch=3, warm_up=warm_up, natural_epochs=1).fit(
+        batches_of((x, y), 32), epochs=3
+    )
+    assert [r.phase for r in history] == ["natural", warm_up, "ham"]
+
+
+def collapsing():
+    """FGSM-RS at this eps learns to resist its own attack on the digits, and nothing else, within ten epochs."""
+    model = small_cnn(seed=0, width=32)
+    return ham.HAMTrainer(model, sgd(model), **COLLAPSE, seed=0)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.slow
+def test_a_collapse_is_found_and_a_stop_changes_nothing(digits, one_thread):
+    loader = batches_of(digits)
+    whole = collapsing()
+    with pytest.warns(OverfittingWarning, match="warm_up: epoch .* of fgsm_rs has overfitted") as caught:
+        whole.fit(loader, epochs=13)
+    assert len([w for w in caught if w.category is OverfittingWarning]) == 1
+    phases = [r.phase for r in whole.history]
+    found = phases.index("pgd_at")  # the first epoch behind the one that was found out
+    assert phases == ["fgsm_rs"] * found + ["pgd_at"] * (12 - found) + ["ham"]
+    last = whole.history[found - 1].watch
+    assert last["multi_step"] < last["one_step"] / 2
+
+    stop_after, stopped = 10 * found - 1, collapsing()  # within the epoch that is found out
+
+    def stop(_):
+        if stopped.steps_done == stop_after:
+            raise Stop
+
+    with pytest.raises(Stop):
+        stopped.fit(loader, epochs=13, on_batch_end=stop)
+    resumed = collapsing()
+    resumed.load_state_dict(stopped.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OverfittingWarning)
+        resumed.fit(loader, epochs=13)
+    assert [r.phase for r in resumed.history] == phases
+    assert [r.watch for r in resumed.history] == [r.watch for r in whole.history]
+    for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_bad_label_in_natural_training_changes_nothing(digits):
+    model = small_cnn()
+    trainer = ham.HAMTrainer(model, sgd(model), **SMALL, start_epoch=3, natural_epochs=2)
+    x, y = digits[0][:32], digits[1][:32]
+    trainer.train_step(x, y, 1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^y: "):
+        trainer.train_step(x, y + 10, 1)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"warm_up": "fgsm"}, "warm_up: got 'fgsm'"),
+        ({"natural_epochs": 3}, "natural_epochs: got 3; it must be in"),
+        ({"natural_epochs": -1}, "natural_epochs: got -1"),
+        ({"warm_up": "n_fgsm", "norm": "l2"}, "norm: got 'l2'"),
+    ],
+)
+def test_bad_choices(choice, message):
+    model = small_cnn()
+    with pytest.raises(ValueError, match=message):
+        ham.HAMTrainer(model, sgd(model), **SMALL | choice, start_epoch=3)
+
+
+def test_a_state_that_lacks_something_changes_nothing():
+    trainer = collapsing()
+    state = trainer.state_dict()
+    del state["overfitting"]["best"]
+    state["model"] = {k: torch.zeros_like(v) for k, v in state["model"].items()}
+    with pytest.raises(ValueError, match="state: lacks best"):
+        trainer.load_state_dict(state)
+    assert any(p.abs().sum() > 0 for p in trainer.model.parameters())
