@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from .attack import PGD, pgd_attack
     from .commands.assemble import load_model
     from .commands.train import resume, train
-    from .engine import NonFiniteError
+    from .engine import EngineError, EngineWarning, NonFiniteError
     from .history import EpochReport, StepReport
     from .judging import ClassAccuracy, evaluate
+    from .overfitting import OverfittingWarning
     from .presets import preset
     from .recipes import ham_loss
     from .settings import TrainSettings
@@ -28,11 +29,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "PGD": "attack",
     "pgd_attack": "attack",
+    "EngineError": "engine",
+    "EngineWarning": "engine",
     "NonFiniteError": "engine",
     "ClassAccuracy": "judging",
     "evaluate": "judging",
     "ham_loss": "recipes",
     "EpochReport": "history",
+    "OverfittingWarning": "overfitting",
     "HAMTrainer": "trainer",
     "StepReport": "history",
     "TrainSettings": "settings",
@@ -46,9 +50,12 @@ _MODULES = ("data", "models", "ops", "recipes")
 __all__ = [
     "PGD",
     "ClassAccuracy",
+    "EngineError",
+    "EngineWarning",
     "EpochReport",
     "HAMTrainer",
     "NonFiniteError",
+    "OverfittingWarning",
     "StepReport",
     "TrainSettings",
     "data",

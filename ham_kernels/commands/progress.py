@@ -30,7 +30,7 @@ class TrainProgress:
         )  # fmt: skip
 
     def batch(self, step: StepReport, epoch: int) -> None:
-        self._new += 1
+        self._new += step.batches
         self._images += step.n
         if self._bar.disable:
             return
@@ -39,7 +39,7 @@ class TrainProgress:
         self._bar.set_postfix_str(
             f"loss {step.loss:.3f}, hard {step.hard_fraction:.0%}, {rate:.0f} images/s", refresh=False
         )
-        self._bar.update()
+        self._bar.update(step.batches)
 
     def epoch(self, report: EpochReport, best: bool) -> None:
         if self._quiet:
@@ -61,7 +61,7 @@ class TrainProgress:
 def epoch_line(report: EpochReport) -> str:
     """One epoch in one line."""
     parts = [
-        f"{report.phase:6}",
+        f"{report.phase:7}",
         f"loss {report.loss:.3f}",
         f"hard {report.hard_fraction:4.0%}",
         f"{report.n / report.seconds:.0f} images/s" if report.seconds else "",
