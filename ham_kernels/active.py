@@ -14,7 +14,6 @@ from .ops import random_start as random_start_op
 _ops = torch.ops.ham_kernels
 
 LOSSES = ("ce", "cw")
-FP16_GRADIENT = 256.0
 
 
 @dataclass(frozen=True)
@@ -119,11 +118,12 @@ def take_step(model: nn.Module, active: ActiveSet, pgd: PGD, track: bool, engine
 
 
 def _lifted(z_grad: Tensor) -> Tensor:
-    """Each row scaled to a largest entry of 256, so that a gradient in fp16 does not vanish on its way to the input.
+    """Each row scaled to a largest entry of 1, so that the gradient of a row that is right by far does not vanish.
 
-    Neither sign nor direction of a row's gradient depends on its scale.
+    It is then as large as that of a row that is wrong by far, and overflows only where that would. Neither sign nor
+    direction of a row's gradient depends on its scale.
     """
-    return z_grad * (FP16_GRADIENT / z_grad.abs().amax(1, keepdim=True).clamp_min(1e-30))
+    return z_grad / z_grad.abs().amax(1, keepdim=True).clamp_min(1e-30)
 
 
 def cw_gradient(z: Tensor, y: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .active import PGD, ActiveSet, take_look, take_step
 from .engine import BatchGuard, Engine
-from .engine.graphs import bucket_of
+from .engine.graphs import CaptureError, ambient
 
 
 def bucket_for(model: nn.Module, active: ActiveSet, pgd: PGD, track: bool, engine: Engine, what: str) -> Bucket | None:
@@ -20,17 +20,17 @@ def bucket_for(model: nn.Module, active: ActiveSet, pgd: PGD, track: bool, engin
     n = len(active.y)
     full = max(active.batch, n)
     x = active.x_adv
-    rows = bucket_of(n, full)
+    rows = engine.graphs.rows_for(n, full)
     key = (
         "attack", rows, x.shape[1:], x.stride()[1:], x.dtype, active.eps, active.step_size, active.eps_rows is None,
-        active.step_rows is None, pgd.norm, pgd.loss, track,
+        active.step_rows is None, pgd.norm, pgd.loss, track, ambient(x.device),
     )  # fmt: skip
     graphs = engine.graphs
     try:
         bucket = graphs.kept(key, lambda: Bucket(model, active, rows, pgd, track, engine))
         bucket.capture(what, graphs.capture)
-    except RuntimeError as error:
-        engine.graph_failure(error)
+    except CaptureError as error:
+        engine.give_up("cuda_graphs", str(error))
         return None
     return bucket
 

@@ -101,7 +101,6 @@ class HAMTrainer:
         if ema_decay is not None:
             _check.real("ema_decay", ema_decay, 0.0, 1.0)
         self.model = model if device is None else model.to(device)
-        self.optimizer = optimizer
         self.device = torch.device(device) if device is not None else model_device(model) or torch.device("cpu")
         self.engine = Engine(options, self.device)
         self._update = Updater(optimizer, self.engine, self.device)
@@ -115,6 +114,14 @@ class HAMTrainer:
     def ema_model(self) -> nn.Module | None:
         """The weight average as a model in eval mode; None without ema_decay."""
         return None if self._ema is None else self._ema.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._update.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self._update.optimizer = optimizer
 
     @property
     def precision(self) -> str:
@@ -135,16 +142,23 @@ class HAMTrainer:
         Returns one report per update: one for each batch, or one in all with group_updates="one".
         """
         _check.integer("epoch", epoch, 1)
-        home = model_device(self.model)
+        if not batches:
+            raise ValueError("batches: got none; give at least one")
+        home, first = model_device(self.model), batches[0][0]
         for x, y in batches:
             _check.batch(x, y)
+            if x.shape[1:] != first.shape[1:] or x.dtype != first.dtype:
+                raise ValueError(
+                    f"x: got {tuple(x.shape)}, {x.dtype} in a group with {tuple(first.shape)}, {first.dtype}; "
+                    "the images of a group are of one size and type"
+                )
             if home is not None and x.device != home:
                 raise ValueError(f"x: is on device {x.device}; it must be on the model's, {home}")
         recipe = self._phases.recipe(epoch)
         frozen = self.freeze_bn and self._phases.name(epoch) == "ham"
         stopwatch = Stopwatch(batches[0][0].device)
         x, y = batches[0] if len(batches) == 1 else (torch.cat(parts) for parts in zip(*batches, strict=True))
-        x = self.engine.place(self.model, x)
+        x = self.engine.place(self.model, x, self.ema_model)
         sizes = [len(y)] if self.group_updates == "one" else [len(labels) for _, labels in batches]
         examples = recipe.group_examples(
             self.model, x, y, sizes, seed=self.seed, step=self.steps_done, engine=self.engine

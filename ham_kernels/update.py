@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from . import _check
 from .engine import Engine, NonFiniteError, attack_mode, start_read, update_mode
+from .engine.graphs import CaptureError, ambient
 from .mining import Examples
 
 GRAPH_FROM = 2  # a number of rows is captured when it comes for the second time
@@ -24,6 +26,9 @@ class Updater:
         self.optimizer, self._engine = optimizer, engine
         # gradients in fp16 vanish below 6e-8; the scaler lifts them, and skips an update where they overflow
         self._scaler = torch.amp.GradScaler(device.type) if engine.precision == "fp16" else None
+        self._reached: dict[tuple, list[bool]] = {}
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._gradients_of: nn.Module | None = None
 
     def __call__(self, model: nn.Module, loss_of: Loss, examples: Examples, freeze_bn: bool) -> float:
         """Returns the loss. Raises: NonFiniteError; parameters, buffers and optimiser are then as before."""
@@ -32,8 +37,8 @@ class Updater:
         before = [torch.empty_like(b) for b in buffers]
         _copy(before, buffers)  # BatchNorm's statistics move in the forward, before the loss is judged
         try:
-            replayed = self._replayed(model, loss_of, examples, freeze_bn)
-            (value,) = (replayed or self._eager(model, loss_of, examples, freeze_bn))()
+            read = self._replayed(model, loss_of, examples, freeze_bn)
+            (value,) = (read or self._eager(model, loss_of, examples, freeze_bn))()
             if not math.isfinite(value):
                 _judge_labels(model, examples)
                 raise NonFiniteError(f"model: the training loss is {value}; nothing was updated")
@@ -58,25 +63,42 @@ class Updater:
         return read
 
     def _replayed(self, model: nn.Module, loss_of: Loss, examples: Examples, freeze_bn: bool):
-        """As _eager where there is a graph for so many rows, else None. Padding never comes in: rows are exact."""
+        """Loss of a replay where there is a graph for so many rows, else None. There is no padding: rows are exact."""
         graphs = self._engine.graphs
         if graphs is None or self._scaler is not None or examples.rest is not None:
             return None
         graphs.follow(model)
-        x = examples.x_adv
-        key = ("update", x.shape, x.stride(), x.dtype, examples.weights is None, freeze_bn, loss_of)
-        if graphs.sighting(key) < GRAPH_FROM or all(p.grad is None for p in model.parameters()):
-            return None  # the gradients of an update before say which parameters have one
+        x, parameters = examples.x_adv, list(model.parameters())
+        learned = tuple(p.requires_grad for p in parameters)
+        key = (
+            "update", x.shape, x.stride(), x.dtype, examples.n, examples.weights is None, freeze_bn, loss_of, learned,
+            ambient(x.device),
+        )  # fmt: skip
+        if graphs.sighting(key) < GRAPH_FROM or not graphs.has_room_for(key):
+            read = self._eager(model, loss_of, examples, freeze_bn)
+            # a parameter that the loss does not reach has no gradient, and none is invented for it
+            self._reached[key] = [p.grad is not None for p in parameters]
+            return read
 
         def make() -> _Graphed:
-            return _Graphed(model, loss_of, examples, freeze_bn, self._engine, graphs.capture)
+            reached = zip(parameters, self._reached[key], strict=True)
+            gradients = [self._gradient_of(p) if has else None for p, has in reached]
+            return _Graphed(model, parameters, gradients, loss_of, examples, freeze_bn, self._engine)
 
         try:
             return graphs.kept(key, make).replay(examples)
-        except RuntimeError as error:
+        except CaptureError as error:
             self.optimizer.zero_grad(set_to_none=True)
-            self._engine.graph_failure(error)
+            self._engine.give_up("cuda_graphs", str(error))
             return None
+
+    def _gradient_of(self, p: nn.Parameter) -> Tensor:
+        """One gradient per parameter, which all graphs write to."""
+        if self._gradients_of is not self._engine.graphs.model:
+            self._gradients_of, self._gradients = self._engine.graphs.model, {}
+        if p not in self._gradients:
+            self._gradients[p] = torch.zeros_like(p)
+        return self._gradients[p]
 
     # ------------------------------------------------------------ state
     def state_dict(self) -> dict | None:
@@ -92,23 +114,18 @@ class _Graphed:
     """Forward and backward over examples, gradients and a loss that stay in place."""
 
     def __init__(
-        self, model: nn.Module, loss_of: Loss, examples: Examples, freeze_bn: bool, engine: Engine, capture: Callable
-    ):
-        def twin(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.clone()
-
-        self._examples = Examples(
-            twin(examples.x_adv), examples.x, twin(examples.y), twin(examples.weights), examples.n, examples.n_hard,
-            index=None,
-        )  # fmt: skip
-        # a parameter that the loss does not reach has no gradient, and none is invented for it
-        learned = [p for p in model.parameters() if p.grad is not None]
-        self._gradients = [(p, p.grad) for p in learned]
+        self, model: nn.Module, parameters: list[nn.Parameter], gradients: list[Tensor | None], loss_of: Loss,
+        examples: Examples, freeze_bn: bool, engine: Engine,
+    ):  # fmt: skip
+        self._examples = replace(
+            examples, **{n: None if (t := getattr(examples, n)) is None else t.clone() for n in _LOOKED_AT}, index=None
+        )
+        self._gradients = list(zip(parameters, gradients, strict=True))
         self._loss = torch.zeros(1, device=examples.x_adv.device)
-        grads = [g for _, g in self._gradients]
+        written = [g for g in gradients if g is not None]
 
         def run() -> None:
-            torch._foreach_zero_(grads)
+            torch._foreach_zero_(written)
             with update_mode(model, freeze_bn):
                 with engine.autocast(examples.x_adv.device):
                     loss = loss_of(model, self._examples)
@@ -117,21 +134,27 @@ class _Graphed:
 
         buffers = list(model.buffers())
         before = [b.clone() for b in buffers]
-        self._replay = capture(run)
-        _copy(buffers, before)  # the runs before the capture moved BatchNorm's statistics
+        self._set_gradients()
+        try:
+            self._replay = engine.graphs.capture(run)
+        finally:
+            _copy(buffers, before)  # the runs before the capture moved BatchNorm's statistics
 
     def replay(self, examples: Examples) -> Callable[[], list[float]]:
-        for own, theirs in (
-            (self._examples.x_adv, examples.x_adv),
-            (self._examples.y, examples.y),
-            (self._examples.weights, examples.weights),
-        ):
+        for name in _LOOKED_AT:
+            own = getattr(self._examples, name)
             if own is not None:
-                own.copy_(theirs)
-        for p, gradient in self._gradients:
-            p.grad = gradient
+                own.copy_(getattr(examples, name))
+        self._set_gradients()
         self._replay()
         return start_read(self._loss)
+
+    def _set_gradients(self) -> None:
+        for p, gradient in self._gradients:
+            p.grad = gradient
+
+
+_LOOKED_AT = ("x_adv", "x", "y", "weights")  # what a loss may read of its examples
 
 
 def _judge_labels(model: nn.Module, examples: Examples) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .graphs import Graphs, cuda_capture
-from .halves import HalfWeights
+from .halves import HalfWeights, addresses
 from .memory import keep_freed_memory
 from .modes import DTYPES, attack_mode, autocast
-from .options import REQUIRE, EngineOptions, half_problem, refuse
+from .options import REQUIRE, EngineOptions, half_problem, reason, refuse
 
 COMPILED_ROWS = 16  # fewer run eagerly: one row would be compiled anew, and a few do not fill compiled loops
 
@@ -69,13 +68,9 @@ class Engine:
         if option == "cuda_graphs":
             self.graphs = None
 
-    def graph_failure(self, error: RuntimeError) -> None:
-        """Gives up CUDA graphs; what the model raises by itself is raised by the next, eager, call."""
-        self.give_up("cuda_graphs", _reason("the capture failed", error))
-
     # ------------------------------------------------------------ before a step
-    def place(self, model: nn.Module, x: Tensor) -> Tensor:
-        """The images in the memory format that the model is to see; the model's weights follow, once."""
+    def place(self, model: nn.Module, x: Tensor, average: nn.Module | None = None) -> Tensor:
+        """The images in the memory format that the model is to see; its weights, and those of their average, follow."""
         if "channels_last" not in self._on:
             return x
         if x.dim() != 4:
@@ -87,6 +82,8 @@ class Engine:
                 self.give_up("channels_last", problem)
                 return x
             self._placed = model
+            if average is not None:
+                average.to(memory_format=torch.channels_last)
         return x.contiguous(memory_format=torch.channels_last)
 
     # ------------------------------------------------------------ in an attack
@@ -101,52 +98,46 @@ class Engine:
 
     def forward(self, model: nn.Module, x: Tensor) -> Tensor:
         """Logits of a model in attack mode."""
-        run = model
-        if "compile" in self._on and len(x) >= COMPILED_ROWS:
-            run = self._compiled_form_of(model, x)
         with autocast(self.precision, x.device):
-            return run(x)
+            if "compile" in self._on and len(x) >= COMPILED_ROWS:
+                return self._compiled_forward(model, x)
+            return model(x)
 
     def autocast(self, device: torch.device):
         return autocast(self.precision, device)
 
     def _halves_of(self, model: nn.Module) -> HalfWeights:
-        if model is not self._half_model:
-            self._half_model, self._halves = model, HalfWeights(model, DTYPES[self.precision])
+        where = addresses(model)
+        if model is not self._half_model or where != self._half_addresses:
+            self._half_model, self._half_addresses = model, where
+            self._halves = HalfWeights(model, DTYPES[self.precision])
         return self._halves
 
-    def _compiled_form_of(self, model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
-        if model is not self._compiled_model:
-            compiled = torch.compile(_function_of(model))
-            problem = self._compile_problem(compiled, model, x)
-            if problem is not None:
-                self.give_up("compile", problem)
-                return model
-            self._compiled_model, self._compiled = model, compiled
-        _any_number_of_rows(x)
-        return self._compiled
-
-    def _compile_problem(self, compiled: Callable, model: nn.Module, x: Tensor) -> str | None:
-        """Compiles forward and backward. Raises what the model raises by itself."""
-        point = x.detach().requires_grad_()
-        _any_number_of_rows(point)
-        with torch.enable_grad(), autocast(self.precision, x.device):
-            try:
-                z = compiled(point)
+    def _compiled_forward(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Compiles where that has not been done: for a step, forward and backward; for a look, the forward alone."""
+        try:
+            if model is not self._compiled_model:
+                self._compiled_model, self._compiled = model, torch.compile(_function_of(model))
+                self._compiled_step = False
+            if torch.is_grad_enabled() and not self._compiled_step:
+                point = _any_number_of_rows(x.detach().requires_grad_())
+                z = self._compiled(point)
                 torch.autograd.grad(z, point, torch.ones_like(z))
-            except Exception as error:  # whatever a compiler raises
-                model(point)
-                return _reason("torch.compile failed", error)
-        return None
+                self._compiled_step = True
+            return self._compiled(_any_number_of_rows(x))
+        except Exception as error:  # whatever a compiler raises
+            z = model(x)  # raises what the model raises by itself
+            self._compiled_model = self._compiled = None
+            self.give_up("compile", reason("torch.compile failed", error))
+            return z
 
 
-@functools.cache
+PLAIN = Engine(EngineOptions(keep_memory=False))
+
+
 def plain(precision: str) -> Engine:
-    """An engine of no options but the precision."""
-    return Engine(EngineOptions(precision, keep_memory=False))
-
-
-PLAIN = plain("fp32")
+    """An engine of no options but the precision. One that rounds weights holds the model, so it is not kept."""
+    return PLAIN if precision == "fp32" else Engine(EngineOptions(precision, keep_memory=False))
 
 
 def _function_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -158,8 +149,9 @@ def _function_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return types.FunctionType(forward.__code__.replace(), forward.__globals__, "forward", None, forward.__closure__)
 
 
-def _any_number_of_rows(x: Tensor) -> None:
+def _any_number_of_rows(x: Tensor) -> Tensor:
     torch._dynamo.maybe_mark_dynamic(x, 0)
+    return x
 
 
 def _channels_last_problem(model: nn.Module, x: Tensor, precision: str) -> str | None:
@@ -169,13 +161,8 @@ def _channels_last_problem(model: nn.Module, x: Tensor, precision: str) -> str |
         try:
             model.to(memory_format=torch.channels_last)
             model(x.contiguous(memory_format=torch.channels_last))
-        except RuntimeError as error:
+        except Exception as error:
             model.to(memory_format=torch.contiguous_format)
             model(x.contiguous())
-            return _reason("the model cannot run with it", error)
+            return reason("the model cannot run with it", error)
     return None
-
-
-def _reason(what: str, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{what} ({type(error).__name__}: {lines[0][:200] if lines else 'no message'})"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .halves import addresses
+from .options import reason
 
 # Shares of the full batch that an attack is captured for. Rows are padded up to the next one.
 BUCKETS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 7 / 16, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0)
@@ -34,6 +37,10 @@ def cuda_capture(fn: Callable[[], None], device: torch.device, pool) -> Replay:
     return graph.replay
 
 
+class CaptureError(Exception):
+    """A function that runs by itself could not be captured."""
+
+
 def bucket_of(rows: int, full: int) -> int:
     """The least captured number of rows that holds `rows` of a batch of `full`."""
     return next(b for share in BUCKETS if (b := math.ceil(full * share)) >= rows)
@@ -49,6 +56,7 @@ class Graphs:
         self._model: nn.Module | None = None
         self._addresses: tuple[int, ...] = ()
         self._pool = None
+        self._rows_meet = False
 
     def follow(self, model: nn.Module) -> None:
         """Forgets everything where this is another model, or its tensors have moved."""
@@ -59,11 +67,24 @@ class Graphs:
         self._seen.clear()
         self._pool = None
         self._model, self._addresses = model, where
+        # such a layer normalises an attack by the batch, where padding would be seen
+        self._rows_meet = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
+
+    @property
+    def model(self) -> nn.Module | None:
+        return self._model
+
+    def rows_for(self, rows: int, full: int) -> int:
+        """How many rows to capture for `rows` of a batch of `full`."""
+        return rows if self._rows_meet else bucket_of(rows, full)
 
     def sighting(self, key: Hashable) -> int:
         """How often this has been asked for, this time included."""
         self._seen[key] = self._seen.get(key, 0) + 1
         return self._seen[key]
+
+    def has_room_for(self, key: Hashable) -> bool:
+        return key in self._kept or len(self._kept) < LIMIT
 
     def kept(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What is kept under this key, made where there is none. Of more than LIMIT the one least used leaves."""
@@ -78,10 +99,36 @@ class Graphs:
         """fn, which must only read and write tensors that stay where they are, as a replay. fn runs a few times.
 
         All captures share one pool of memory: what fn leaves in tensors of its own is lost with the next replay.
+        Random generators stay where they were. Raises: CaptureError; what fn raises by itself is raised as it is.
         """
-        if self._pool is None and self._device.type == "cuda":
+        on_gpu = self._device.type == "cuda"
+        if self._pool is None and on_gpu:
             self._pool = torch.cuda.graph_pool_handle()
-        return self._capture(fn, self._device, self._pool)
+        devices = [self._device] if on_gpu else []
+        with torch.random.fork_rng(devices=devices, device_type="cuda"), _no_autocast_cache():
+            try:
+                return self._capture(fn, self._device, self._pool)
+            except Exception as error:
+                fn()
+                raise CaptureError(reason("the capture failed", error)) from error
 
     def __len__(self) -> int:
         return len(self._kept)
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Within a caller's autocast, weights may have been cast before: a capture must not take those over."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+def ambient(device: torch.device) -> tuple:
+    """What a caller's own autocast does to what is captured."""
+    kind = device.type
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)

@@ -70,3 +70,9 @@ def half_problem(precision: str, device: torch.device) -> str | None:
 def _older_capabilities() -> dict[str, bool]:
     """torch 2.10 tells of bf16 by these two only."""
     return {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported()}
+
+
+def reason(what: str, error: Exception) -> str:
+    """A failure in one line."""
+    words = " ".join(str(error).split()) or "no message"
+    return f"{what} ({type(error).__name__}: {words if len(words) <= 300 else words[:297] + '...'})"
