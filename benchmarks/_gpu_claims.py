@@ -1,0 +1,249 @@
+"""From the files that the stages of gpu_suite.py leave to one summary: goal, measured, held or not. Nothing is guessed.
+
+`summarise` reads files only; `markdown` needs the summary only, so that the same page can be made of it later.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from _gpu_runs import ARMS, BASE, WEIGHTS
+from _gpu_stages import Options, Stage
+
+ATTACKS = {"clean": "clean", "pgd20": "PGD-20", "cw20": "CW-20", "autoattack": "AutoAttack"}
+TITLES = {"pgd_at": "PGD-AT", "ham": "HAM", "ham_frozen_bn": "HAM, frozen BN"}
+AVERAGES = {"ema": "weight average", "last": "last weights"}
+HOLDS = {True: "holds", False: "does not hold", None: "not measured"}
+TIME, EASY_M, EASY_STAY = -0.45, 3, 0.75  # the paper's, as in ham_kernels/report/claims.py
+PAPER = "Claims of the paper"
+
+
+def summarise(o: Options, plan: Sequence[Stage], command: str) -> dict[str, Any]:
+    results = {stage.name: read(o.out / "stages" / f"{stage.name}.json") for stage in plan}
+    about = results.get("environment") or {}
+    runs = [run for seed in o.seeds for arm in ARMS if (run := _run(o.out / "cifar", arm, seed))]
+    table = o.out / "report" / "table.md"
+    return {
+        "format": 1,
+        "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "smoke": o.smoke,
+        "environment": {key: about.get(key) for key in ("facts", "driver", "backends")},
+        "commits": sorted({r["commit"] for r in results.values() if r and r.get("commit")}),
+        "settings": read(o.out / "cifar" / "options.json"),
+        "table": [*_goals(plan, results), *_claims(o.out, runs)],
+        "stages": [_stage(stage, results[stage.name]) for stage in plan],
+        "failures": [f | {"stage": name} for name, r in results.items() for f in (r or {}).get("failures", [])],
+        "runs": runs,
+        "report_table": table.read_text().strip() if table.exists() else None,
+    }
+
+
+def read(path: Path) -> dict | None:
+    """JSON, or None where there is none, or no whole one."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+# ---------------------------------------------------------------- goals and claims
+def _row(section: str, goal: str, measured: str, verdict: str) -> dict[str, str]:
+    return {"section": section, "goal": goal, "measured": measured, "verdict": verdict}
+
+
+def _stage(stage: Stage, result: dict | None) -> dict[str, Any]:
+    result = result or {"state": "not run"}
+    return {"stage": stage.name, **{key: result.get(key) for key in ("state", "seconds", "started", "line", "reason")}}
+
+
+def _goals(plan: Sequence[Stage], results: dict[str, dict | None]) -> Iterator[dict]:
+    for stage in plan:
+        result = results[stage.name]
+        if result is None or result["state"] != "done":
+            why = "not run yet" if result is None else f"failed: {result['reason']}"
+            yield _row("Stages without a result", stage.name, why, HOLDS[None])
+        for goal in (result or {}).get("goals", []):
+            yield _row(stage.name, goal["goal"], goal["measured"], goal["state"])
+
+
+def _claims(out: Path, runs: list[dict]) -> Iterator[dict]:
+    """Those that `ham report` judges, the time of a usual epoch, and easy examples; then what could not be judged."""
+    sections = (read(out / "report" / "data.json") or {}).get("sections", [])
+    judged = [claim for section in sections for claim in section["claims"]]
+    for c in judged:
+        seeds = f" ({c['seeds']} seed{'s' * (c['seeds'] != 1)})"
+        yield _row(PAPER, f"{c['group']}: {c['claim']}", c["measured"] + seeds, HOLDS[c["holds"]])
+    for arm in ARMS:
+        if arm != BASE:
+            yield _usual_epoch(arm, runs)
+    for arm in ARMS:
+        yield from _easy(arm, runs)
+    for what in ("training time", *(title for attack, title in ATTACKS.items() if attack != "clean")):
+        if not any(what in c["claim"] for c in judged):
+            claim = "−45 %" if what == "training time" else "worst class +3.2 points, std over classes −22 %"
+            yield _row(PAPER, f"{what}: {claim}", "no judged runs of both HAM and PGD-AT", HOLDS[None])
+
+
+def _usual_epoch(arm: str, runs: list[dict]) -> dict:
+    """Medians, since the first epoch of each process also compiles, and short runs are mostly first epochs."""
+    goal = f"{TITLES[arm]}: training time −45 %, median epoch of the HAM phase"
+    times = {(run["arm"], run["seed"]): _mining(run, runs) for run in runs if run["finished"]}
+    pairs = [(times[arm, s], times[BASE, s]) for a, s in times if a == arm and (BASE, s) in times]
+    pairs = [(statistics.median(ours), statistics.median(base)) for ours, base in pairs if ours and base]
+    if not pairs:
+        return _row(PAPER, goal, "no finished runs of both", HOLDS[None])
+    ours, base = (statistics.mean(side) for side in zip(*pairs, strict=True))
+    seeds = f"{len(pairs)} seed{'s' * (len(pairs) != 1)}"
+    words = f"{100 * (ours / base - 1):+.0f} % ({ours:.2f} s against {base:.2f} s, {seeds})"
+    return _row(PAPER, goal, words.replace("-", "−"), HOLDS[ours / base - 1 <= TIME + 1e-9])
+
+
+def _mining(run: dict, runs: list[dict]) -> list[float]:
+    """Seconds of the epochs in which the HAM runs of this seed mine."""
+    epochs = {e["epoch"] for r in runs if r["seed"] == run["seed"] for e in r["epochs"] if e["phase"] == "ham"}
+    return [e["seconds"] for e in run["epochs"] if e["epoch"] in epochs]
+
+
+def _easy(arm: str, runs: list[dict]) -> Iterator[dict]:
+    found = [run["judged"]["ema"]["easy"] for run in runs if run["arm"] == arm and "ema" in run["judged"]]
+    found = [entry for entry in found if entry]
+    goal = f"{TITLES[arm]}: {EASY_STAY:.0%} of the examples easy at M = {EASY_M} stay easy (weight average)"
+    if not found:
+        yield _row(PAPER, goal, "not judged", HOLDS[None])
+        return
+    easy, stay = (sum(entry[key] for entry in found) for key in ("easy", "stay"))
+    words = f"{stay} of {easy} training images stay, {easy - stay} succeed by K = {found[0]['steps']}"
+    if not easy:
+        yield _row(PAPER, goal, "no example was easy", HOLDS[None])
+        return
+    yield _row(PAPER, goal, f"{stay / easy:.1%} ({words})", HOLDS[stay / easy >= EASY_STAY])
+
+
+# ---------------------------------------------------------------- runs
+def _run(folder: Path, arm: str, seed: int) -> dict[str, Any] | None:
+    path = folder / f"{arm}-seed{seed}"
+    status = read(path / "status.json")
+    if status is None:
+        return None
+    lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
+    epochs = [json.loads(line) for line in lines]
+    judged = {w: read(path / "evaluation" / f"{w}.json") for w in WEIGHTS}
+    return {
+        "arm": arm, "seed": seed, "finished": status["state"] == "finished",
+        "epochs": [{key: e[key] for key in ("epoch", "phase", "seconds", "hard_fraction")} for e in epochs],
+        "classes": (read(path / "data.json") or {}).get("classes", []),
+        "counts": (read(path / "data.json") or {}).get("counts", {}),
+        "judged": {w: _judged(found) for w, found in judged.items() if found},
+    }  # fmt: skip
+
+
+def _judged(found: dict) -> dict[str, Any]:
+    def value(interval):
+        return interval["value"] if isinstance(interval, dict) else interval
+
+    attacks = {
+        name: {
+            "n": a["n"], **{key: value(a[key]) for key in ("accuracy", "worst_class", "std")},
+            "per_class": [value(v) for v in a["per_class"]],
+        }
+        for name, a in found["attacks"].items()
+    }  # fmt: skip
+    easy = found.get("easy") or {}
+    at = next(({**e, "steps": easy["steps"]} for e in easy.get("by_m", []) if e["m"] == EASY_M), None)
+    return {"attacks": attacks, "easy": at}
+
+
+# ---------------------------------------------------------------- the page
+def markdown(s: dict[str, Any]) -> str:
+    """summary.md, and docs/gpu-results.md."""
+    parts = ["# Results on a GPU" if not s["smoke"] else "# Smoke run: tiny sizes on a CPU, no result", _about(s)]
+    rows = [[r["goal"] if r["section"] == PAPER else f"{r['section']}: {r['goal']}", r["measured"],
+             f"**{r['verdict']}**"] for r in s["table"]]  # fmt: skip
+    parts += ["## Goals and claims", _table(["goal", "measured", "held or not"], rows)]
+    if s["runs"]:
+        parts += ["## CIFAR-10 (JPEG copy)", _setup(s)]
+        parts += [s["report_table"]] if s["report_table"] else []
+        parts += ["### Time and hard fraction", _times(s["runs"]), _hard(s["runs"])]
+        parts += ["### Accuracy, %", _accuracies(s["runs"])]
+    parts += ["## Stages", _table(
+        ["stage", "state", "s", "in short"],
+        [[t["stage"], t["state"], "" if t["seconds"] is None else f"{t['seconds']:.0f}", t["reason"] or t["line"] or ""]
+         for t in s["stages"]],
+    )]  # fmt: skip
+    if s["failures"]:
+        failures = "\n\n".join(f"`{f['test']}`\n\n```\n{f['text']}\n```" for f in s["failures"])
+        parts += ["## Failed tests", failures]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def _about(s: dict) -> str:
+    facts = s["environment"]["facts"] or {"machine": {}, "versions": {}, "cuda": None}
+    m, v = facts["machine"], facts["versions"]
+    versions = ", ".join(f"{name} {number}" for name, number in v.items())
+    return (
+        f"{m.get('gpu', 'machine unknown')}, {m.get('cpu', '')}, cores: {m.get('cores', '')}; {versions}, CUDA "
+        f"{facts['cuda']}, driver {s['environment']['driver'] or 'none'}; commit "
+        f"{', '.join(s['commits']) or 'unknown'}; {s['made'][:10]}. Made by `{s['command']}`."
+    )
+
+
+def _setup(s: dict) -> str:
+    o, first = s["settings"] or {}, s["runs"][0]
+    counts = ", ".join(f"{n:,} {part}" for part, n in first["counts"].items())
+    judged = [w["attacks"].get("autoattack") for run in s["runs"] for w in run["judged"].values()]
+    images = sorted({a["n"] for a in judged if a})
+    auto = f"AutoAttack: {' or '.join(f'{n:,}' for n in images)} test images, class shares kept. " if images else ""
+    return (
+        f"The paper's settings in {o.get('epochs')} epochs, learning rate one_cycle, engine {o.get('engine')}; images: "
+        f"{counts}, slightly lossy copies of the published ones. The weight average and the last weights are judged "
+        f"in fp32. {auto}The arms of a seed share their warm-up, whose time counts in each."
+    )
+
+
+def _title(run: dict) -> str:
+    return f"{TITLES[run['arm']]}, seed {run['seed']}"
+
+
+def _times(runs: list[dict]) -> str:
+    rows = []
+    for run in runs:
+        seconds, mining = [e["seconds"] for e in run["epochs"]], _mining(run, runs)
+        median = f"{statistics.median(mining):.2f}" if mining else "–"
+        state = "" if run["finished"] else " (not finished)"
+        rows.append([_title(run) + state, len(seconds), f"{sum(seconds):.1f}", f"{sum(mining):.1f}", median])
+    return _table(["run", "epochs", "whole run, s", "HAM phase, s", "its median epoch, s"], rows)
+
+
+def _hard(runs: list[dict]) -> str:
+    """h of each epoch that mines."""
+    mined = [run for run in runs if any(e["phase"] == "ham" for e in run["epochs"])]
+    if not mined:
+        return "No run has mined yet."
+    hard = [{e["epoch"]: e["hard_fraction"] for e in run["epochs"] if e["phase"] == "ham"} for run in mined]
+    epochs = sorted(set().union(*hard))
+    rows = [[epoch, *(f"{h[epoch]:.3f}" if epoch in h else "–" for h in hard)] for epoch in epochs]
+    return _table(["epoch: h", *map(_title, mined)], rows)
+
+
+def _accuracies(runs: list[dict]) -> str:
+    classes = next((run["classes"] for run in runs if run["judged"]), [])
+    rows = []
+    for run in runs:
+        for weights, judged in run["judged"].items():
+            for attack, a in judged["attacks"].items():
+                numbers = [a["accuracy"], a["worst_class"], a["std"], *a["per_class"]]
+                cells = ["–" if v is None else f"{100 * v:.1f}" for v in numbers]
+                rows.append([_title(run), AVERAGES[weights], ATTACKS.get(attack, attack), f"{a['n']:,}", *cells])
+    head = ["run", "weights", "attack", "images", "average", "worst class", "std", *classes]
+    return _table(head, rows) if rows else "No run has been judged yet."

@@ -1,0 +1,194 @@
+"""The CIFAR-10 runs of gpu_suite.py: PGD-AT, HAM, and HAM with frozen BatchNorm, behind one warm-up per seed.
+
+    python benchmarks/_gpu_runs.py warm-up FOLDER SEED FLAGS...    what all arms share; then one run folder per arm
+
+Until HAM starts all arms train alike, so the warm-up is trained once, as the beginning of PGD-AT, and copied. Its
+time counts in each run. Every other step is a command of `ham`, so that a run goes on wherever a call ended.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+from _gpu_process import Failed, Shell
+from _gpu_stages import Options, Stage
+
+BASE = "pgd_at"
+ARMS = {
+    BASE: ("--method", "pgd_at"),
+    "ham": ("--method", "ham"),
+    "ham_frozen_bn": ("--method", "ham", "--freeze-bn"),
+}
+ENGINES = {
+    "bf16": ("--precision", "bf16", "--channels-last", "on", "--compile", "on", "--cuda-graphs", "on"),
+    "fp32": ("--channels-last", "on", "--compile", "on", "--cuda-graphs", "on"),
+    "plain": (),
+}
+WEIGHTS = ("ema", "last")
+# sizes of --smoke; eps so large that AutoAttack has nothing left to do after its first attack
+TINY = (
+    "--model", "small_cnn", "--batch-size", "16", "--val-images", "4", "--start-epoch", "2", "--eps", "0.5",
+    "--step-size", "0.1", "--steps", "4", "--val-attack", "pgd2",
+)  # fmt: skip
+
+
+def name_of(arm: str, seed: int) -> str:
+    return f"{arm}-seed{seed}"
+
+
+def flags(o: Options, seed: int) -> list[str]:
+    """Of `ham train`, for all arms of a seed."""
+    course = ["--epochs", o.epochs, "--schedule", "one_cycle", "--seed", seed, *ENGINES[o.engine]]
+    where = ["--dataset", "cifar10", "--path", o.data, "--root", o.out / "data", "--no-download"]
+    return [str(flag) for flag in (*where, *course, *(TINY if o.smoke else ()))]
+
+
+# ---------------------------------------------------------------- stages
+def warm_up(o: Options, seed: int, shell: Shell) -> dict:
+    if o.data is None:
+        raise Failed("no --data")
+    _check_options(o)
+    folder = o.out / "cifar"
+    (status,) = shell.run([sys.executable, __file__, "warm-up", str(folder), str(seed), *flags(o, seed)])
+    if status:
+        raise Failed(shell.last_line())
+    return {"line": f"{len(_epochs(folder / name_of(BASE, seed)))} epochs, shared by {len(ARMS)} arms"}
+
+
+def train(o: Options, arm: str, seed: int, shell: Shell) -> dict:
+    folder = o.out / "cifar" / name_of(arm, seed)
+    (status,) = shell.run([sys.executable, "-m", "ham_kernels", "train", "--resume", str(folder)])
+    state = json.loads((folder / "status.json").read_text())
+    if status or state["state"] != "finished":
+        raise Failed(f"ham train ended with {status}, {state['state']}: {state['message'] or shell.last_line()}")
+    epochs = _epochs(folder)
+    own = [e for e in epochs if e["phase"] == "ham"]
+    hard = f", h {own[0]['hard_fraction']:.2f} to {own[-1]['hard_fraction']:.2f}" if own else ""
+    return {"line": f"{len(epochs)} epochs, {sum(e['seconds'] for e in epochs):.0f} s of training{hard}"}
+
+
+def judge(o: Options, seed: int, choice: list[str], shell: Shell) -> dict:
+    """All arms side by side: times do not matter here, and one alone does not fill the GPU."""
+    if "autoattack" in choice and importlib.util.find_spec("torchattacks") is None:
+        raise Failed("torchattacks is not installed")
+    folders = [o.out / "cifar" / name for name in _finished(o, seed)]
+    if not folders:
+        raise Failed("no run is finished")
+    command = [sys.executable, "-m", "ham_kernels", "evaluate"]
+    statuses = shell.run(*([*command, str(folder), "--quiet", "--no-masking", *choice] for folder in folders))
+    wrong = [folder.name for folder, status in zip(folders, statuses, strict=True) if status]
+    if wrong:
+        raise Failed(f"ham evaluate ended with {max(statuses)} for {', '.join(wrong)}: {shell.last_line()}")
+    weights, attack = ("last" if "ema" not in choice else "ema"), "autoattack" if "autoattack" in choice else "cw20"
+    words = []
+    for folder in folders:
+        found = json.loads((folder / "evaluation" / f"{weights}.json").read_text())["attacks"][attack]
+        share = [100 * found[key]["value"] for key in ("accuracy", "worst_class")]
+        words.append(f"{folder.name} {share[0]:.1f} %, worst {share[1]:.1f} %")
+    return {"line": f"{attack}, {weights}: {'; '.join(words)}"}
+
+
+def _finished(o: Options, seed: int) -> list[str]:
+    """Names of this seed's runs that are; one that failed must not keep the others from being judged."""
+    found = []
+    for name in (name_of(arm, seed) for arm in ARMS):
+        path = o.out / "cifar" / name / "status.json"
+        if path.exists() and json.loads(path.read_text())["state"] == "finished":
+            found.append(name)
+    return found
+
+
+def report(o: Options, shell: Shell) -> dict:
+    runs = [str(path.parent) for path in sorted(o.out.glob("cifar/*/evaluation")) if any(path.glob("[!.]*.json"))]
+    if not runs:
+        raise Failed("no run has been judged")
+    out = ["--out", str(o.out / "report"), "--title", "CIFAR-10 (JPEG copy), PreActResNet-18"]
+    (status,) = shell.run([sys.executable, "-m", "ham_kernels", "report", *runs, *out])
+    if status:
+        raise Failed(f"ham report ended with {status}: {shell.last_line()}")
+    return {"line": f"{len(runs)} runs"}
+
+
+def _judged(o: Options) -> list:
+    """Changes with every judgement."""
+    return [[str(p), p.stat().st_mtime_ns] for p in sorted(o.out.glob("cifar/*/evaluation/[!.]*.json"))]
+
+
+def _epochs(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _check_options(o: Options) -> None:
+    """All runs of a folder are of one kind."""
+    path, now = o.out / "cifar" / "options.json", {"engine": o.engine, "epochs": o.epochs, "data": o.data.name}
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        path.write_text(json.dumps(now))
+    if (before := json.loads(path.read_text())) != now:
+        raise Failed(f"the runs in {path.parent} were begun with {before}, not {now}; give another --out")
+
+
+def stages(o: Options) -> list[Stage]:
+    """Whole comparisons first: all arms of a seed are trained and judged before the next seed begins."""
+    short = 0.0 if o.smoke else 1.0
+    images = ["--images", str(o.autoattack_images)] if o.autoattack_images else []
+    auto = ["--attacks", "autoattack", "--no-analyses", "--batch-size", "500", *images]
+    usual = ["--attacks", "clean", "pgd20", "cw20", "--batch-size", "1000", "--weights", *WEIGHTS]
+    usual += ["--analysis-images", "24"] if o.smoke else []
+    found, late = [], []
+    for seed in o.seeds:
+        trained = tuple(f"train-{name_of(arm, seed)}" for arm in ARMS)
+        found.append(Stage(f"warm-up-seed{seed}", 60 * short, partial(warm_up, o, seed)))
+        found += [
+            Stage(name, 75 * short, partial(train, o, arm, seed), (f"warm-up-seed{seed}",))
+            for name, arm in zip(trained, ARMS, strict=True)
+        ]
+        done = partial(_finished, o, seed)
+        found.append(Stage(f"judge-seed{seed}", 30 * short, partial(judge, o, seed, usual), behind=trained, stamp=done))
+        for weights, where in [("ema", found), ("last", late)][: 1 if o.smoke else 2]:
+            work = partial(judge, o, seed, [*auto, "--weights", weights])
+            stamp = partial(lambda done: [images, *done()], done)
+            where.append(Stage(f"autoattack-{weights}-seed{seed}", 60 * short, work, behind=trained, stamp=stamp))
+    judged = (f"judge-seed{o.seeds[0]}",)
+    last = Stage("report", 5 * short, partial(report, o), behind=judged, stamp=partial(_judged, o), final=True)
+    return [*found, *late, last]
+
+
+# ---------------------------------------------------------------- the command
+def share_warm_up(folder: Path, seed: int, flags: list[str]) -> None:
+    """Trains PGD-AT until HAM would start, and gives each other arm a folder that goes on from there."""
+    from ham_kernels.cli import main
+    from ham_kernels.commands.flags import parse_train
+    from ham_kernels.runs import RunFolder
+
+    told = {arm: parse_train([*flags, *choice]).settings for arm, choice in ARMS.items()}
+    for settings in told.values():
+        settings.check()
+    source = folder / name_of(BASE, seed)
+    if not (source / "config.toml").exists():
+        RunFolder.create(source, told[BASE])
+    epochs = told["ham"].method.start_epoch - 1
+    if status := main(["train", "--resume", str(source), "--until-epoch", str(epochs)]):
+        sys.exit(status)
+    for arm, settings in told.items():
+        path = folder / name_of(arm, seed)
+        if path.exists():
+            continue
+        if (done := RunFolder.open(source).status()["epoch"]) != epochs:
+            raise RuntimeError(f"{source} is at epoch {done}, {arm} needs it at {epochs}; remove both")
+        aside = folder / f".{path.name}.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        RunFolder.create(aside, settings)
+        shutil.copytree(source / "checkpoints", aside / "checkpoints")
+        shutil.copy(source / "environment.json", aside)
+        aside.replace(path)
+
+
+if __name__ == "__main__":
+    _, where, number, *rest = sys.argv[1:]
+    share_warm_up(Path(where), int(number), rest)

@@ -1,0 +1,269 @@
+"""Stages of gpu_suite.py: what each runs, and what of it goes into its JSON. Those of the CIFAR runs: _gpu_runs.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import _gpu_pytest
+from _gpu_process import Failed, Shell
+
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
+HELD = {True: "held", False: "missed", None: "not measured"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller chose."""
+
+    out: Path
+    data: Path | None = None
+    smoke: bool = False
+    seeds: tuple[int, ...] = (0, 1)
+    epochs: int = 30
+    engine: str = "bf16"
+    autoattack_images: int = 2000  # 0: all
+    commit: str | None = None  # where there is no git to ask
+
+    def partial(self, stage: str) -> Path:
+        """Where a stage keeps what it has before it is done."""
+        return self.out / "stages" / f"{stage}.partial.jsonl"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`work` returns the result: "line" in words, "goals", and whatever else is worth keeping."""
+
+    name: str
+    least: float  # seconds without which it does not start
+    work: Callable[[Shell], dict[str, Any]]
+    after: tuple[str, ...] = ()  # stages that must be done
+    behind: tuple[str, ...] = ()  # stages that must have ended, well or badly
+    limit: float = 3600.0  # seconds after which it has failed
+    stamp: Callable[[], Any] | None = None  # what its result belongs to; another one makes it anew
+    always: bool = False  # in every call
+    gate: bool = False  # where it fails, no other runs
+    final: bool = False  # may use the time kept for the end
+
+
+def goal(what: str, held: bool | None, measured: str) -> dict[str, str]:
+    return {"goal": what, "measured": measured, "state": HELD[held]}
+
+
+# ---------------------------------------------------------------- the machine
+FACTS = """
+import json, torch
+from ham_kernels import doctor, environment
+print(json.dumps({"machine": environment.machine(), "versions": environment.versions("triton", "torchattacks"),
+                  "commit": environment.commit(), "cuda": torch.version.cuda, "gpu": torch.cuda.is_available(),
+                  "doctor": doctor.collect()}))
+"""
+
+
+def build(o: Options, shell: Shell) -> dict:
+    """In place, where csrc has changed since the last build or there is none. Never imports the package."""
+    spec = importlib.util.spec_from_file_location("_ham_build", ROOT / "ham_kernels" / "_build.py")
+    builder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    package = ROOT / "ham_kernels"
+
+    def problem() -> str | None:
+        if found := builder.library_problem(package):
+            return found
+        info = json.loads((package / builder.BUILD_INFO).read_text())
+        return None if info.get("csrc_sha256") == builder.csrc_hash(ROOT) else "csrc has changed since the build"
+
+    before = problem()
+    if before is None or o.smoke:
+        return {"line": "the extension is there and current" if before is None else f"left alone: {before}"}
+    commands = {
+        "pip install": [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", str(ROOT)],
+        "ham build": [sys.executable, "-m", "ham_kernels", "build"],  # where pip or setuptools are too old
+    }
+    for name, command in commands.items():
+        (status,) = shell.run(command)
+        if status == 0 and problem() is None:
+            return {"line": f"built by {name}"}
+    raise Failed(f"no extension: {problem()}; {shell.last_line()}")
+
+
+def environment(o: Options, shell: Shell) -> dict:
+    status, text = shell.output([sys.executable, "-c", FACTS])
+    if status:
+        raise Failed(f"the package cannot be imported: {shell.last_line()}")
+    facts = json.loads(text)
+    if not facts["gpu"] and not o.smoke:
+        raise Failed("torch sees no GPU here; --smoke is for machines without one")
+    facts["commit"] = o.commit or facts["commit"]
+    doctor = facts.pop("doctor")
+    loaded, reason = doctor["extension"]["loaded"], doctor["extension"]["reason"]
+    held = loaded and doctor["ok"] if facts["gpu"] else None
+    backends = {op: row["cuda"]["backend"] for op, row in doctor["backends"].items()}
+    return {
+        "line": f"{facts['machine']['gpu']}; torch {facts['versions']['torch']}; extension: {reason}",
+        "facts": facts, "gpus": doctor["gpus"], "driver": doctor["versions"]["driver"], "backends": backends,
+        "goals": [goal("doctor: the CUDA extension is loaded", held, reason)],
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- tests
+ROUNDS = 30  # processes: one more after each that a test took along
+
+
+def tests(o: Options, name: str, what: str, choice: list[str], workers: int, shell: Shell) -> dict:
+    """Runs what has no outcome yet; a test that ends its process has failed, and the others go on."""
+    outcomes, done = o.partial(name), shell.log.with_suffix(".done")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "_gpu_pytest", "-p", "no:cacheprovider", "-o", "addopts="]
+    command += ["--continue-on-collection-errors", *choice]
+    if workers > 1 and importlib.util.find_spec("xdist"):
+        command += ["-n", str(workers)]
+    for _ in range(ROUNDS):
+        before = _finished(outcomes)
+        done.write_text("\n".join(before))
+        told = {"HAM_SUITE_OUTCOMES": str(outcomes), "HAM_SUITE_DONE": str(done), "OMP_NUM_THREADS": "2"}
+        (status,) = shell.run(command, ask=signal.SIGINT, env=told, cwd=ROOT)
+        if status < 0:
+            _blame(outcomes, -status)
+        if status in (0, 1, 5) or len(_finished(outcomes)) == len(before):
+            break
+    found = _gpu_pytest.read(outcomes)
+    if not found and status not in (0, 5):
+        raise Failed(f"pytest ended with {status}: {shell.last_line()}")
+    count = Counter(entry["outcome"] for entry in found.values())
+    line = ", ".join(f"{count[word]} {word}" for word in ("passed", "failed", "skipped"))
+    failures = [{"test": test, "text": e["text"]} for test, e in found.items() if e["outcome"] == "failed"]
+    complete = status in (0, 1, 5)
+    reasons = Counter(str(e.get("text"))[:120] for e in found.values() if e["outcome"] == "skipped")
+    slowest = sorted(((e.get("seconds", 0.0), test) for test, e in found.items()), reverse=True)[:5]
+    held = False if failures else True if complete and count["passed"] else None
+    return {
+        "line": line + ("" if complete else f"; pytest ended with {status}: {shell.last_line()}"),
+        "counts": dict(count), "failures": failures[:60], "skipped": reasons.most_common(12),
+        "slowest": [{"test": test, "seconds": round(s, 1)} for s, test in slowest], "goals": [goal(what, held, line)],
+    }  # fmt: skip
+
+
+def _finished(outcomes: Path) -> list[str]:
+    return [test for test, entry in _gpu_pytest.read(outcomes).items() if entry["outcome"] != "started"]
+
+
+def _blame(outcomes: Path, number: int) -> None:
+    """The test that was under way when its process died."""
+    for test, entry in _gpu_pytest.read(outcomes).items():
+        if entry["outcome"] == "started":
+            text = f"the process died of {signal.Signals(number).name}"
+            _gpu_pytest.write(outcomes, test=test, outcome="failed", text=text)
+
+
+# ---------------------------------------------------------------- compute-sanitizer
+def sanitizer(o: Options, tool: str, shell: Shell) -> dict:
+    what = f"compute-sanitizer {tool}: no error in the CUDA extension"
+    program, why = _sanitizer(), None
+    if o.smoke:
+        why = "no GPU"
+    elif program is None:
+        why = "compute-sanitizer is not installed"
+    if why:
+        return {"line": f"not measured: {why}", "goals": [goal(what, None, why)]}
+    command = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+    command += ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch asks what may be refused
+    shell.log.unlink(missing_ok=True)
+    # without torch's cache each tensor is an allocation of its own, so that its end is seen
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    (status,) = shell.run([*command, sys.executable, str(BENCHMARKS / "_gpu_sanitize.py")], env=alone)
+    lines = shell.log.read_text(errors="replace").splitlines()
+    summary = next((line for line in reversed(lines) if "SUMMARY" in line), "").strip("= ")
+    if refused := next((line.strip("= ") for line in lines if "not supported" in line), None):
+        return {"line": f"not measured: {refused}", "goals": [goal(what, None, refused)]}
+    if status == 9:
+        errors = [line for line in lines if line.startswith("=========")][:40]
+        return {"line": summary, "errors": errors, "goals": [goal(what, False, summary)]}
+    if status or not summary:
+        raise Failed(f"{tool} ended with {status}: {shell.last_line()}")
+    calls = next((line for line in lines if line.startswith("compact:")), "")
+    return {"line": summary, "goals": [goal(what, True, f"{summary}; {calls}")]}
+
+
+def _sanitizer() -> str | None:
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{place}/bin" for place in places if place)])
+    return shutil.which("compute-sanitizer", path=path)
+
+
+# ---------------------------------------------------------------- benchmarks
+def benchmark(o: Options, script: str, flags: list[str], shell: Shell) -> dict:
+    """A script of this folder that writes a JSON with its goals; its status may only say that one is missed."""
+    if not (BENCHMARKS / script).exists():
+        raise Failed(f"{script} is not in this checkout")
+    folder = o.out / "bench" / script.removesuffix(".py")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (status,) = shell.run([sys.executable, str(BENCHMARKS / script), "--out", str(folder), *flags])
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise Failed(f"{script} ended with {status}: {shell.last_line()}")
+    goals = [g for file in files for g in goals_of(json.loads(file.read_text()))]
+    count = Counter(g["state"] for g in goals)
+    line = ", ".join(f"{count[word]} {word}" for word in HELD.values() if count[word]) or "no goals"
+    return {
+        "line": line + (f"; ended with {status}: {shell.last_line()}" if status else ""),
+        "status": status, "files": [str(file.relative_to(o.out)) for file in files], "goals": goals,
+    }  # fmt: skip
+
+
+def goals_of(result: dict) -> Iterator[dict]:
+    """The goals of a benchmark's JSON, however it spells them."""
+    for entry in result.get("goals", []):
+        known = entry["state"] in ("held", "missed")
+        measured = entry.get("measured") if known else entry.get("why") or entry.get("measured")
+        yield {
+            "goal": entry["goal"], "measured": str(measured or ""), "state": entry["state"] if known else HELD[None],
+        }  # fmt: skip
+    verdicts = result.get("verdicts", [])
+    if "verdict" in result:  # of bench_input: two numbers
+        v = result["verdict"]
+        rates = {"goal": f"{v['goal']:,} images/s from memory", "measured": f"{v['measured']:,.0f} images/s"}
+        verdicts = [*verdicts, {**v, **rates}]
+    for entry in verdicts:
+        yield goal(entry["goal"], entry["held"], str(entry["measured"]))
+
+
+# ---------------------------------------------------------------- all but the CIFAR runs
+def stages(o: Options) -> list[Stage]:
+    gpu = ["-m", "gpu and not thorough"]
+    rest = ["-m", "not gpu and not thorough"]
+    few = ["tests/test_ops_library.py", "-k", "sampled or (opcheck and cuda)"] if o.smoke else ["tests"]
+    kernels = ["--minutes", "3"]
+    training = ["--minutes", "4"]
+    images = ["--check", "--files", "200", "--workers", "0", "8"]
+    run = ["--check", "--steps", "10"]
+    if o.smoke:
+        tiny = ["--device", "cpu"]
+        kernels = [*tiny, "--quick", "--rounds", "1", "--no-compile", "--ops", "step_size_weights", "--minutes", "0.1"]
+        training = [*tiny, "--quick", "--rounds", "1", "--batch-sizes", "8", "--arms", "reference", "--minutes", "0.2"]
+        images = [*tiny, "--images", "256", "--files", "0", "--repetitions", "2"]
+        run = [*tiny, "--model", "small_cnn", "--batch-size", "4", "--repetitions", "1"]
+    short = 0.0 if o.smoke else 1.0  # nothing is too short for tiny sizes
+    return [
+        Stage("build", 5 * short, partial(build, o), always=True, limit=240),
+        Stage("environment", 5 * short, partial(environment, o), always=True, gate=True, limit=120),
+        Stage("tests-gpu", 30 * short, partial(tests, o, "tests-gpu", "the GPU tests pass", [*few, *gpu], 1)),
+        Stage("tests-rest", 30 * short, partial(tests, o, "tests-rest", "the other tests pass", [*few, *rest], 8)),
+        Stage("memcheck", 40 * short, partial(sanitizer, o, "memcheck"), limit=180),
+        Stage("racecheck", 40 * short, partial(sanitizer, o, "racecheck"), limit=180),
+        Stage("bench-kernels", 200 * short, partial(benchmark, o, "bench_kernels.py", kernels), limit=330),
+        Stage("bench-training", 250 * short, partial(benchmark, o, "bench_training.py", training), limit=420),
+        Stage("bench-input", 20 * short, partial(benchmark, o, "bench_input.py", images), limit=120),
+        Stage("bench-run", 30 * short, partial(benchmark, o, "bench_run.py", run), limit=120),
+    ]

@@ -1,0 +1,243 @@
+"""Stages of the GPU suite one by one: tests, sanitizer, build, benchmarks, runs; and the table made of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import _gpu_claims  # noqa: E402
+import _gpu_runs  # noqa: E402
+import _gpu_stages  # noqa: E402
+import gpu_suite  # noqa: E402
+from _gpu_process import Failed, Shell, Slot  # noqa: E402
+from _gpu_stages import Options, Stage  # noqa: E402
+
+
+def fails(shell: Shell) -> dict:
+    raise Failed("as it must")
+
+
+# ---------------------------------------------------------------- tests, sanitizer, build, benchmarks
+CASES = """
+import os, signal, pytest
+def test_good(): pass
+def test_bad(): assert 1 == 2
+def test_skipped(): pytest.skip("no reason")
+def test_dies(): os.kill(os.getpid(), signal.SIGSEGV)
+def test_after(): pass
+def test_spoils(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_last(): pass
+"""
+
+
+def shell_for(tmp_path: Path, **env: str) -> Shell:
+    (tmp_path / "stages").mkdir(exist_ok=True)
+    found = gpu_suite._environment(Options(tmp_path)) | env
+    return Shell(Slot(120, 0.0), tmp_path / "stage.log", found, tmp_path, 120, False)
+
+
+def test_a_test_that_ends_or_spoils_its_process_costs_no_other(tmp_path):
+    (tmp_path / "test_cases.py").write_text(CASES)
+    o = Options(tmp_path)
+    run = partial(_gpu_stages.tests, o, "tests-gpu", "they pass", [str(tmp_path / "test_cases.py")], 1)
+    result = run(shell_for(tmp_path))
+    assert result["line"] == "3 passed, 3 failed, 1 skipped"
+    texts = {f["test"].rpartition("::")[2]: f["text"] for f in result["failures"]}
+    assert set(texts) == {"test_bad", "test_dies", "test_spoils"}
+    assert "assert 1 == 2" in texts["test_bad"]
+    assert texts["test_dies"] == "the process died of SIGSEGV"
+    assert result["goals"][0]["state"] == "missed"
+    assert result["skipped"] == [("no reason", 1)]
+    log = (tmp_path / "stage.log").read_text()
+    assert run(shell_for(tmp_path))["line"] == result["line"]
+    added = (tmp_path / "stage.log").read_text().removeprefix(log)
+    assert "7 deselected" in added, "tests that have an outcome were run again"
+
+
+def test_a_suite_of_tests_that_cannot_start_has_failed(tmp_path):
+    with pytest.raises(Failed, match="pytest ended with 4"):
+        _gpu_stages.tests(Options(tmp_path), "tests", "", [str(tmp_path / "none.py")], 1, shell_for(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "verdict"),
+    [
+        ("ERROR SUMMARY: 0 errors", 0, "held"),
+        ("ERROR SUMMARY: 2 errors", 9, "missed"),
+        ("Device not supported", 9, "not measured"),
+        ("no such file", 1, None),
+    ],
+)
+def test_the_sanitizer_is_taken_at_its_word(tmp_path, monkeypatch, said, status, verdict):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '========= {said}'\nexit {status}\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(_gpu_stages, "_sanitizer", lambda: str(tool))
+    work = partial(_gpu_stages.sanitizer, Options(tmp_path), "memcheck", shell_for(tmp_path))
+    if verdict is None:
+        with pytest.raises(Failed, match="memcheck ended with 1"):
+            work()
+    else:
+        assert work()["goals"][0]["state"] == verdict
+    monkeypatch.setattr(_gpu_stages, "_sanitizer", lambda: None)
+    assert work()["goals"][0] | {"goal": ""} == {
+        "goal": "", "measured": "compute-sanitizer is not installed", "state": "not measured",
+    }  # fmt: skip
+
+
+def test_the_extension_is_built_without_a_network_where_it_is_not_current(tmp_path, monkeypatch):
+    (tmp_path / "ham_kernels").mkdir()
+    shutil.copy(ROOT / "ham_kernels" / "_build.py", tmp_path / "ham_kernels")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    monkeypatch.setattr(_gpu_stages, "ROOT", tmp_path)
+    commands = []
+
+    class Deaf(Shell):
+        def run(self, *given, **_):
+            commands.extend(given)
+            return [1]
+
+    shell = Deaf(Slot(60, 0.0), tmp_path / "log", {}, tmp_path, 60, False)
+    shell.log.write_text("nvcc: no\n")
+    with pytest.raises(Failed, match=r"no extension: .*nvcc: no"):
+        _gpu_stages.build(Options(tmp_path), shell)
+    assert [c[2:4] for c in commands] == [["pip", "install"], ["ham_kernels", "build"]]
+    assert {"--no-build-isolation", "--no-deps"} <= set(commands[0])
+
+
+def test_goals_of_every_benchmark_are_read():
+    found = list(_gpu_stages.goals_of({
+        "goals": [
+            {"goal": "a", "measured": "1", "state": "held"},
+            {"goal": "b", "measured": None, "state": "not measured here", "why": "no GPU"},
+        ],
+        "verdicts": [{"goal": "c", "measured": "3 %", "held": False}],
+        "verdict": {"goal": 200_000, "measured": 123_456.7, "held": False},
+    }))  # fmt: skip
+    assert [(g["goal"], g["measured"], g["state"]) for g in found] == [
+        ("a", "1", "held"), ("b", "no GPU", "not measured"), ("c", "3 %", "missed"),
+        ("200,000 images/s from memory", "123,457 images/s", "missed"),
+    ]  # fmt: skip
+
+
+def test_a_benchmark_that_is_not_there_or_writes_nothing_has_failed(tmp_path, monkeypatch):
+    with pytest.raises(Failed, match=r"bench_none\.py is not in this checkout"):
+        _gpu_stages.benchmark(Options(tmp_path), "bench_none.py", [], shell_for(tmp_path))
+    (tmp_path / "bench_bad.py").write_text("raise SystemExit('it broke')")
+    monkeypatch.setattr(_gpu_stages, "BENCHMARKS", tmp_path)
+    with pytest.raises(Failed, match=r"bench_bad\.py ended with 1: it broke"):
+        _gpu_stages.benchmark(Options(tmp_path), "bench_bad.py", [], shell_for(tmp_path))
+
+
+# ---------------------------------------------------------------- runs
+@pytest.mark.parametrize("engine", _gpu_runs.ENGINES)
+def test_the_flags_of_a_run_are_the_papers(tmp_path, engine):
+    from ham_kernels.commands.flags import parse_train
+
+    o = Options(tmp_path, data=tmp_path / "cifar.tar.xz", engine=engine)
+    told = {
+        arm: parse_train([*_gpu_runs.flags(o, 1), *choice]).settings for arm, choice in _gpu_runs.ARMS.items()
+    }  # fmt: skip
+    for settings in told.values():
+        settings.check()
+        assert (settings.attack.eps, settings.attack.step_size, settings.attack.steps) == (0.031, 0.007, 10)
+        assert (settings.optim.epochs, settings.method.start_epoch, settings.method.screen_steps) == (30, 13, 3)
+        assert settings.model.name == "preact_resnet18"
+        assert settings.run.seed == 1
+    assert [s.method.name for s in told.values()] == ["pgd_at", "ham", "ham"]
+    assert [s.method.freeze_bn for s in told.values()] == [False, False, True]
+    assert (told["ham"].run.precision, told["ham"].engine.cuda_graphs) == {
+        "bf16": ("bf16", "on"), "fp32": ("fp32", "on"), "plain": ("fp32", "off"),
+    }[engine]  # fmt: skip
+
+
+def test_runs_of_other_settings_do_not_mix(tmp_path):
+    _gpu_runs._check_options(Options(tmp_path, data=tmp_path / "a.tar"))
+    with pytest.raises(Failed, match="give another --out"):
+        _gpu_runs._check_options(Options(tmp_path, data=tmp_path / "a.tar", engine="plain"))
+
+
+# ---------------------------------------------------------------- the table
+def write(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+def fabricated_run(out: Path, arm: str, seconds: list[float], hard: float, easy: tuple[int, int]) -> None:
+    folder = out / "cifar" / f"{arm}-seed0"
+    write(folder / "status.json", {"state": "finished", "epoch": 3, "epochs": 3})
+    write(folder / "data.json", {"classes": ["a", "b"], "counts": {"test": 10}})
+    phases = ["pgd_at", *(["pgd_at"] * 3 if arm == "pgd_at" else ["ham"] * 3)]
+    lines = [
+        {"epoch": i, "phase": phase, "seconds": s, "hard_fraction": 1.0 if phase == "pgd_at" else hard}
+        for i, (phase, s) in enumerate(zip(phases, seconds, strict=True), 1)
+    ]
+    write(folder / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+    value = {"value": 0.5, "low": 0.4, "high": 0.6}
+    attack = {"n": 10, "accuracy": value, "worst_class": value, "std": None, "per_class": [value, {"value": None}]}
+    by_m = [{"m": 3, "easy": easy[1], "stay": easy[0]}]
+    write(folder / "evaluation" / "ema.json", {"attacks": {"pgd20": attack}, "easy": {"steps": 10, "by_m": by_m}})
+
+
+def rows_of(out: Path, plan: list[Stage]) -> dict[str, tuple[str, str]]:
+    summary = _gpu_claims.summarise(Options(out, seeds=(0,)), plan, "command")
+    assert _gpu_claims.markdown(summary)
+    return {row["goal"]: (row["measured"], row["verdict"]) for row in summary["table"]}
+
+
+def test_the_table_says_what_was_measured_and_nothing_else(tmp_path):
+    plan = [Stage(name, 0, fails) for name in ("bench-run", "bench-input", "memcheck")]
+    write(tmp_path / "stages/bench-run.json",
+          {"state": "done", "goals": [{"goal": "quick", "measured": "3 s", "state": "held"}]})  # fmt: skip
+    write(tmp_path / "stages/bench-input.json", {"state": "failed", "reason": "it broke", "line": ""})
+    rows = rows_of(tmp_path, plan)
+    assert rows["quick"] == ("3 s", "held")
+    assert rows["bench-input"] == ("failed: it broke", "not measured")
+    assert rows["memcheck"] == ("not run yet", "not measured")
+    paper = {goal: row for goal, row in rows.items() if "−" in goal or "+" in goal or "%" in goal}
+    assert len(paper) == 9
+    assert {verdict for _, verdict in paper.values()} == {"not measured"}
+    assert {goal.partition(":")[0] for goal in paper} >= {"PGD-20", "CW-20", "AutoAttack", "training time"}
+
+
+def test_claims_come_from_the_runs_and_their_report(tmp_path):
+    fabricated_run(tmp_path, "pgd_at", [20, 30.0, 10.0, 10.0], 1.0, (80, 100))
+    fabricated_run(tmp_path, "ham", [20, 40.0, 5.0, 5.0], 0.25, (70, 100))
+    claim = {"group": "HAM", "claim": "worst class +3.2 points (weight average, PGD-20)", "value": 0.05, "seeds": 1}
+    claims = [claim | {"measured": "+5.0 points", "holds": True}]
+    write(tmp_path / "report/data.json", {"sections": [{"claims": claims}]})
+    rows = rows_of(tmp_path, [])
+    assert rows["HAM: worst class +3.2 points (weight average, PGD-20)"] == ("+5.0 points (1 seed)", "holds")
+    median = "HAM: training time −45 %, median epoch of the HAM phase"
+    assert rows[median] == ("−50 % (5.00 s against 10.00 s, 1 seed)", "holds")  # the first epoch compiles
+    easy = "{}: 75% of the examples easy at M = 3 stay easy (weight average)"
+    assert rows[easy.format("PGD-AT")][1] == "holds"
+    assert rows[easy.format("HAM")] == (
+        "70.0% (70 of 100 training images stay, 30 succeed by K = 10)", "does not hold",
+    )  # fmt: skip
+    assert rows[easy.format("HAM, frozen BN")] == ("not judged", "not measured")
+    assert rows["AutoAttack: worst class +3.2 points, std over classes −22 %"][1] == "not measured"
+    page = _gpu_claims.markdown(_gpu_claims.summarise(Options(tmp_path, seeds=(0,)), [], "command"))
+    assert "| HAM, seed 0 | 4 | 70.0 | 50.0 | 5.00 |" in page
+    assert "| PGD-AT, seed 0 | 4 | 70.0 | 50.0 | 10.00 |" in page
+    assert "| HAM, seed 0 | weight average | PGD-20 | 10 | 50.0 | 50.0 | – | 50.0 | – |" in page
+
+
+def test_the_page_is_made_of_a_kept_summary(tmp_path, monkeypatch):
+    summary = _gpu_claims.summarise(Options(tmp_path, seeds=(0,)), [], "the command")
+    write(tmp_path / "gpu/summary.json", summary)
+    (tmp_path / "gpu" / "figure.png").touch()
+    for name, path in {"ROOT": tmp_path, "RESULTS": tmp_path / "gpu", "PAGE": tmp_path / "page.md"}.items():
+        monkeypatch.setattr(gpu_suite, name, path)
+    gpu_suite.write_docs()
+    page = (tmp_path / "page.md").read_text()
+    assert "Made by `the command`" in page
+    assert "![figure](../gpu/figure.png)" in page
