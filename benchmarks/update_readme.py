@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+import _kernel_report
+import bench_training
 from _results import cells, markdown, verdict_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,24 +32,60 @@ def bench_pgd() -> str:
     return "\n\n".join([setup, markdown(cells(result["table"])), "\n".join(lines)])
 
 
+def machines_of(data: dict) -> str:
+    """Where and when the runs of a report were made."""
+    machines = sorted({run["machine"] for run in data["runs"]})
+    versions = sorted({run["versions"].get("torch", "unknown") for run in data["runs"]})
+    return f"{'; '.join(machines)}; torch {', '.join(versions)}; {data['made'][:10]}"
+
+
 def sweep() -> str:
     """The report's own figure and table, with the machine of its runs."""
     folder = RESULTS / "sweep_digits"
     data = json.loads((folder / "data.json").read_text())
-    machines = sorted({run["machine"] for run in data["runs"]})
-    versions = sorted({run["versions"].get("torch", "unknown") for run in data["runs"]})
     seeds = sorted({run["seed"] for run in data["runs"]})
     failed = [run["name"] for run in data["runs"] if run["state"] != "finished"]
     return "\n\n".join(
         [
             f"A real report of this tool, made by `ham sweep ablations --seeds {' '.join(map(str, seeds))} --attacks "
             "clean pgd20 cw20` on the digits (and `ham evaluate RUN --attacks autoattack --images 100` for PGD-AT and "
-            f"HAM, then `ham report runs/sweep-digits`); {'; '.join(machines)}; torch {', '.join(versions)}; "
-            f"{data['made'][:10]}. " + (f"Did not finish: {', '.join(failed)}." if failed else "All runs finished."),
+            f"HAM, then `ham report runs/sweep-digits`); {machines_of(data)}. "
+            + (f"Did not finish: {', '.join(failed)}." if failed else "All runs finished."),
             f"![Worst-class accuracy against training time]({folder.relative_to(ROOT)}/worst_class_time.png)",
             (folder / "table.md").read_text().strip(),
         ]
     )
+
+
+def cheaper() -> str:
+    """Cheaper courses of a whole run, as the report compares them."""
+    folder = RESULTS / "sweep_cheaper"
+    data = json.loads((folder / "data.json").read_text())
+    seeds = " ".join(str(seed) for seed in sorted({run["seed"] for run in data["runs"]}))
+    return "\n\n".join(
+        [
+            f"Cheaper courses of a whole run, `ham sweep cheaper --seeds {seeds} --attacks clean pgd20 cw20` on the "
+            f"digits; {machines_of(data)}.",
+            f"![Worst-class accuracy against training time]({folder.relative_to(ROOT)}/worst_class_time.png)",
+            (folder / "table.md").read_text().strip(),
+        ]
+    )
+
+
+def newest(pattern: str) -> dict | None:
+    """The result of a GPU where there is one, else that of a CPU."""
+    found = sorted(RESULTS.glob(pattern), key=lambda p: (p.stem.endswith("_cpu"), p.name))
+    return json.loads(found[0].read_text()) if found else None
+
+
+def training() -> str:
+    result = newest("bench_training_*.json")
+    return "" if result is None else bench_training.readme_section(result)
+
+
+def kernels() -> str:
+    result = newest("kernels_*.json")
+    return "" if result is None else _kernel_report.readme_section(result)
 
 
 def costs() -> str:
@@ -65,7 +103,14 @@ def costs() -> str:
     )
 
 
-SECTIONS = {"bench_pgd": bench_pgd, "sweep": sweep, "costs": costs}
+SECTIONS = {
+    "bench_pgd": bench_pgd,
+    "sweep": sweep,
+    "costs": costs,
+    "training": training,
+    "cheaper": cheaper,
+    "kernels": kernels,
+}
 
 
 def written(text: str) -> str:

@@ -26,9 +26,6 @@ class Updater:
         self.optimizer, self._engine = optimizer, engine
         # gradients in fp16 vanish below 6e-8; the scaler lifts them, and skips an update where they overflow
         self._scaler = torch.amp.GradScaler(device.type) if engine.precision == "fp16" else None
-        self._reached: dict[tuple, list[bool]] = {}
-        self._gradients: dict[nn.Parameter, Tensor] = {}
-        self._gradients_of: nn.Module | None = None
 
     def __call__(self, model: nn.Module, loss_of: Loss, examples: Examples, freeze_bn: bool) -> float:
         """Returns the loss. Raises: NonFiniteError; parameters, buffers and optimiser are then as before."""
@@ -74,16 +71,16 @@ class Updater:
             "update", x.shape, x.stride(), x.dtype, examples.n, examples.weights is None, freeze_bn, loss_of, learned,
             ambient(x.device),
         )  # fmt: skip
-        if graphs.sighting(key) < GRAPH_FROM or not graphs.has_room_for(key):
+        reached = graphs.shared.setdefault("reached", {})
+        if graphs.sighting(key) < GRAPH_FROM or key not in reached or not graphs.has_room_for(key):
             read = self._eager(model, loss_of, examples, freeze_bn)
             # a parameter that the loss does not reach has no gradient, and none is invented for it
-            self._reached[key] = [p.grad is not None for p in parameters]
+            reached[key] = [p.grad is not None for p in parameters]
             return read
 
         def make() -> _Graphed:
-            reached = zip(parameters, self._reached[key], strict=True)
-            gradients = [self._gradient_of(p) if has else None for p, has in reached]
-            return _Graphed(model, parameters, gradients, loss_of, examples, freeze_bn, self._engine)
+            has_gradient = [p for p, has in zip(parameters, reached[key], strict=True) if has]
+            return _Graphed(model, has_gradient, loss_of, examples, freeze_bn, self._engine)
 
         try:
             return graphs.kept(key, make).replay(examples)
@@ -91,14 +88,6 @@ class Updater:
             self.optimizer.zero_grad(set_to_none=True)
             self._engine.give_up("cuda_graphs", str(error))
             return None
-
-    def _gradient_of(self, p: nn.Parameter) -> Tensor:
-        """One gradient per parameter, which all graphs write to."""
-        if self._gradients_of is not self._engine.graphs.model:
-            self._gradients_of, self._gradients = self._engine.graphs.model, {}
-        if p not in self._gradients:
-            self._gradients[p] = torch.zeros_like(p)
-        return self._gradients[p]
 
     # ------------------------------------------------------------ state
     def state_dict(self) -> dict | None:
@@ -111,18 +100,27 @@ class Updater:
 
 
 class _Graphed:
-    """Forward and backward over examples, gradients and a loss that stay in place."""
+    """Forward and backward over examples, gradients and a loss that stay in place.
+
+    All graphs of a model share these, so that a number of rows costs no more than its launches.
+    """
 
     def __init__(
-        self, model: nn.Module, parameters: list[nn.Parameter], gradients: list[Tensor | None], loss_of: Loss,
-        examples: Examples, freeze_bn: bool, engine: Engine,
+        self, model: nn.Module, reached: list[nn.Parameter], loss_of: Loss, examples: Examples, freeze_bn: bool,
+        engine: Engine,
     ):  # fmt: skip
-        self._examples = replace(
-            examples, **{n: None if (t := getattr(examples, n)) is None else t.clone() for n in _LOOKED_AT}, index=None
-        )
-        self._gradients = list(zip(parameters, gradients, strict=True))
+        shared = engine.graphs.shared
+        places = {name: _place(shared, name, getattr(examples, name), examples.n) for name in _LOOKED_AT}
+        self._examples = replace(examples, **places, index=None)
+        self._load(examples)
+        gradients = shared.setdefault("gradients", {})
+        for p in reached:
+            if p not in gradients:
+                gradients[p] = torch.zeros_like(p)
+        has_gradient = set(reached)
+        self._gradients = [(p, gradients[p] if p in has_gradient else None) for p in model.parameters()]
         self._loss = torch.zeros(1, device=examples.x_adv.device)
-        written = [g for g in gradients if g is not None]
+        written = [gradients[p] for p in reached]
 
         def run() -> None:
             torch._foreach_zero_(written)
@@ -141,13 +139,16 @@ class _Graphed:
             _copy(buffers, before)  # the runs before the capture moved BatchNorm's statistics
 
     def replay(self, examples: Examples) -> Callable[[], list[float]]:
+        self._load(examples)
+        self._set_gradients()
+        self._replay()
+        return start_read(self._loss)
+
+    def _load(self, examples: Examples) -> None:
         for name in _LOOKED_AT:
             own = getattr(self._examples, name)
             if own is not None:
                 own.copy_(getattr(examples, name))
-        self._set_gradients()
-        self._replay()
-        return start_read(self._loss)
 
     def _set_gradients(self) -> None:
         for p, gradient in self._gradients:
@@ -155,6 +156,20 @@ class _Graphed:
 
 
 _LOOKED_AT = ("x_adv", "x", "y", "weights")  # what a loss may read of its examples
+
+
+def _place(shared: dict, name: str, like: Tensor | None, rows: int) -> Tensor | None:
+    """The first rows of a tensor that stays, as many as `like` has; made with `rows` rows where there is none."""
+    if like is None:
+        return None
+    n = len(like)
+    key = name, like.shape[1:], like.stride()[1:], like.dtype
+    if key not in shared or len(shared[key]) < n:
+        whole = like.new_zeros((max(rows, n), *like.shape[1:]))
+        if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
+            whole = whole.contiguous(memory_format=torch.channels_last)
+        shared[key] = whole
+    return shared[key][:n]
 
 
 def _judge_labels(model: nn.Module, examples: Examples) -> None:

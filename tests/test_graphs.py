@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -468,6 +470,38 @@ def test_graphs_of_an_update_share_their_gradients():
     assert len(where) == 1
 
 
+def test_graphs_of_an_update_share_their_images():
+    """One batch of images per graph would be up to 256 batches on the device."""
+    model = small_cnn()
+    update = updater_of(model, Recorder())
+    for n in (28, 28, 24, 24, 20, 20):
+        update(model, weighted_ce, examples_of(n, n), False)
+    graphed = list(update._engine.graphs._kept.values())
+    assert len(graphed) == 3
+    assert len({g._examples.x_adv.untyped_storage().data_ptr() for g in graphed}) == 1
+
+
+def test_an_update_that_failed_once_is_captured_later():
+    """What a caller survives, such as a batch that did not fit into memory."""
+    failures = iter([RuntimeError("once")])
+
+    def fail_once(z):
+        for error in failures:
+            raise error
+        return z
+
+    model = Broken(small_cnn(), fail_once, only_train=True)
+    twin = copy.deepcopy(model.inner)
+    ours, theirs = updater_of(model, Recorder()), updater_of(twin)
+    with pytest.raises(RuntimeError, match="once"):
+        ours(model, weighted_ce, examples_of(24, 0), False)
+    for seed in range(4):
+        ours(model, weighted_ce, examples_of(24, seed), False)
+        theirs(twin, weighted_ce, examples_of(24, seed), False)
+    assert len(ours._engine.graphs) == 1
+    assert_same_model(model.inner, twin)
+
+
 def test_more_numbers_of_rows_than_graphs_are_not_captured_over_and_over(monkeypatch):
     """A capture costs as much as many updates."""
     monkeypatch.setattr(graphs_module, "LIMIT", 3)
@@ -514,8 +548,7 @@ def test_graphs_of_another_model_are_not_replayed(batches):
         for t in (ours, theirs):
             t.train_step(*batches[0], epoch=1)
     for t, other in zip((ours, theirs), others, strict=True):
-        t.model = other
-        t._update = Updater(sgd(other), t.engine, CPU)
+        t.model, t.optimizer = other, sgd(other)
     assert_same_steps(ours, theirs, batches, epochs=(1, 1, 2))
 
 
@@ -527,8 +560,21 @@ def test_weights_that_move_end_the_graphs(batches):
             t.train_step(*batches[0], epoch=1)
         state = copy.deepcopy(small_cnn(seed=2).state_dict())
         t.model.load_state_dict(state, assign=True)
-        t._update = Updater(sgd(t.model), t.engine, CPU)
+        t.optimizer = sgd(t.model)
     assert_same_steps(ours, theirs, batches, epochs=(1, 1, 2))
+
+
+def test_weights_that_were_replaced_are_not_kept(batches):
+    trainer = trainer_of(small_cnn(), Recorder())
+    for _ in range(3):
+        trainer.train_step(*batches[0], epoch=1)
+    old = weakref.ref(trainer.model[1].weight)
+    trainer.model.load_state_dict(copy.deepcopy(small_cnn(seed=2).state_dict()), assign=True)
+    trainer.optimizer = sgd(trainer.model)
+    for _ in range(3):
+        trainer.train_step(*batches[0], epoch=1)
+    gc.collect()
+    assert old() is None
 
 
 def test_weights_loaded_in_place_are_seen(batches):
@@ -751,6 +797,8 @@ def test_on_a_gpu_graphs_are_the_eager_run(on_gpu, exact_convolutions, precision
 def test_on_a_gpu_replays_see_new_weights_and_images(on_gpu, exact_convolutions, precision, compiled):
     """Whatever a graph had kept of its capture would give another loss by far."""
     ours, theirs = gpu_pair(precision=precision, compile=compiled)
+    for t in (ours, theirs) if precision == "fp16" else ():  # no update is to be skipped for an overflow
+        t._update.load_state_dict({**t.state_dict()["loss_scale"], "scale": 1024.0})
     for epoch in (1, 1, 1, 2, 2, 2):
         for t in (ours, theirs):
             t.train_step(*on_gpu[0], epoch=epoch)
@@ -832,7 +880,7 @@ def test_on_a_gpu_a_failed_capture_is_given_up_and_leaves_cuda_usable(on_gpu, ex
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # asserts that no capture is under way
     for a, b in zip(ours.model.buffers(), theirs.model.buffers(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0.05, atol=0.01)
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)
     assert int(ours.model.inner[2].num_batches_tracked) == int(theirs.model.inner[2].num_batches_tracked)
     another, eager = gpu_pair()  # and graphs of other models can still be captured
     assert_close_steps(another, eager, on_gpu[:1], (1, 1, 1, 2, 2))
@@ -889,16 +937,19 @@ def test_on_a_gpu_dropout_draws_what_it_draws_without_graphs(on_gpu, exact_convo
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_many_numbers_of_rows_take_little_memory(exact_convolutions):
-    """Twelve graphs of a model of 16 MiB: one set of gradients, one pool of activations."""
+@pytest.mark.parametrize(("width", "size"), [(2048, 8), (16, 512)], ids=["large model", "large images"])
+def test_on_a_gpu_many_numbers_of_rows_take_little_memory(exact_convolutions, width, size):
+    """Twelve graphs, of a model of 16 MiB or of images of 1 MiB: one set of gradients, one batch, one pool."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2048), nn.Linear(2048, 2048), nn.Linear(2048, 10)).cuda()
+    layers = [nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64, width), nn.Linear(width, width)]
+    model = nn.Sequential(*layers, nn.Linear(width, 10)).cuda()
     device = torch.device("cuda", torch.cuda.current_device())
     update = Updater(sgd(model), Engine(EngineOptions(cuda_graphs="require"), device), device)
 
     def visit(n):
         e = examples_of(n, n)
-        on_device = Examples(e.x_adv.cuda(), e.x.cuda(), e.y.cuda(), e.weights.cuda(), n, n, None)
+        x_adv, x = (t.cuda().repeat(1, 1, size // 8, size // 8) for t in (e.x_adv, e.x))
+        on_device = Examples(x_adv, x, e.y.cuda(), e.weights.cuda(), n, n, None)
         for _ in range(3):
             update(model, weighted_ce, on_device, False)
 
@@ -909,19 +960,19 @@ def test_on_a_gpu_many_numbers_of_rows_take_little_memory(exact_convolutions):
         visit(n)
     torch.cuda.synchronize()
     assert len(update._engine.graphs) == 12
-    model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert torch.cuda.memory_allocated() - before < 2 * model_bytes
+    one = max(sum(p.numel() * p.element_size() for p in model.parameters()), 64 * size * size * 4)
+    assert torch.cuda.memory_allocated() - before < 2 * one
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_graphs_end_with_their_trainer(on_gpu):
-    """Nothing but the trainer holds a graph's memory."""
-    trainer, eager = gpu_pair()
+def test_on_a_gpu_graphs_that_are_forgotten_give_their_memory_back(on_gpu):
+    trainer, _ = gpu_pair()
+    before = torch.cuda.memory_allocated()
     for _ in range(3):
         trainer.train_step(*on_gpu[0], epoch=2)
-    del eager
-    torch.cuda.synchronize()
+    other = small_cnn().cuda()
     held = torch.cuda.memory_allocated()
-    trainer.engine.graphs.follow(small_cnn().cuda())
-    torch.cuda.synchronize()
+    assert held > before
+    trainer.engine.graphs.follow(other)
+    gc.collect()
     assert torch.cuda.memory_allocated() < held

@@ -53,6 +53,7 @@ class Graphs:
         self._device, self._capture = device, capture
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._seen: dict[Hashable, int] = {}
+        self.shared: dict[Hashable, Any] = {}  # what several graphs read or write; forgotten with them
         self._model: nn.Module | None = None
         self._addresses: tuple[int, ...] = ()
         self._pool = None
@@ -65,14 +66,11 @@ class Graphs:
             return
         self._kept.clear()
         self._seen.clear()
+        self.shared.clear()
         self._pool = None
         self._model, self._addresses = model, where
         # such a layer normalises an attack by the batch, where padding would be seen
         self._rows_meet = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
-
-    @property
-    def model(self) -> nn.Module | None:
-        return self._model
 
     def rows_for(self, rows: int, full: int) -> int:
         """How many rows to capture for `rows` of a batch of `full`."""

@@ -41,6 +41,9 @@ _NUMBERS = {
 }  # fmt: skip
 
 
+_OFF = {"warm_up.natural_epochs": 0, "method.group": 1, "method.round_to": 1}  # no words for what is not used
+
+
 @dataclass
 class Group:
     """Runs with the same settings. `counted` are those that means are taken over: the finished ones, if any."""
@@ -200,6 +203,8 @@ def _title(group: Group, groups: list[Group]) -> str:
         if key == "method.lam":  # without reweighting there is no λ to differ in
             peers = [g for g in peers if g.settings.get("method.reweight") is not False]
         if group not in peers or len({_canonical(g.settings.get(key)) for g in peers}) < 2:
+            continue
+        if key in _OFF and group.settings.get(key, _OFF[key]) == _OFF[key]:
             continue
         words.append(_setting_text(key, group.settings.get(key)))
     return ", ".join(words)

@@ -1,0 +1,392 @@
+"""Training steps side by side: ours with each engine option, ham_reference, torchattacks in an ordinary loop.
+
+    python benchmarks/bench_training.py            small CNN and PreActResNet-18 on 3x32x32 images, batch 128 (GPU: 512)
+    python benchmarks/bench_training.py --check    exit 1 when a goal that applies to this device is missed
+    python benchmarks/bench_training.py --quick    small CNN, batch 32, no compilation: does it all work?
+
+All arms take steps in turn, in one process and on copies of one model. A chosen share h of the rows is hard: the rows
+that an untrained model is least sure of get another class as their label, the others the one that it sees, and a tiny
+eps changes nothing about that. Learning is frozen (learning rate 0, BatchNorm momentum 0), so that h stays the same for
+every arm; a step does the same work as in training, where h differs from batch to batch.
+
+On a CPU glibc returns freed memory to the system. Our engine changes that for the process (keep_memory), so it is
+undone for every arm whose users do not have it (see FreedMemory), and an untimed pass follows each such change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from _floor import LARGE, SMALL, BarePass, attack_rate, clock, count, derive, fastest, judge, synchronise, times_for
+from _machine import machine
+from _results import aligned, markdown, write_json
+from _steps import (
+    ARMS,
+    BEST,
+    CHECK_ROWS,
+    FOREIGN,
+    HAM,
+    KINDS,
+    PGD_AT,
+    REFERENCE,
+    TORCHATTACKS,
+    TORCHATTACKS_BF16,
+    Arm,
+    Check,
+    FreedMemory,
+    K,
+    M,
+    build,
+    is_arm,
+    labels_of,
+    model_of,
+    setting_of,
+    title,
+)
+from torch import Tensor
+
+from ham_kernels import data
+from ham_kernels.engine import EngineError
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# arms that a goal is about: measured in every round, whatever the budget
+NEEDED = {
+    "cpu": (TORCHATTACKS, "channels_last+compile", BEST),
+    "cuda": (TORCHATTACKS, TORCHATTACKS_BF16, "bf16+channels_last+cuda_graphs", f"{BEST}+cuda_graphs"),
+}
+TOO_SLOW = {("cpu", LARGE): {REFERENCE: "too slow for this model on a CPU, unless --arms names it"}}
+SIZES = {("cuda", LARGE): [128, 512]}
+ROUNDS = {("cpu", SMALL): 5, ("cpu", LARGE): 3, ("cuda", SMALL): 7, ("cuda", LARGE): 9}
+MINUTES = {"cpu": 14.0, "cuda": 4.0}
+COUNTED_ROWS = 16  # passes are counted on so few: how many there are depends on h only
+TO_CHECK = 0.3  # of the minutes, and
+TO_WARM_UP = {"cpu": 0.35, "cuda": 0.75}  # of a model's minutes, for arms without a goal
+WARM_UP = {"cpu": (16, 1), "cuda": (None, 3)}  # rows (None: all) and steps: compilation, graphs, libraries
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ours = "our options joined by +, such as plain, channels_last+compile, bf16+cuda_graphs+group2"
+    left_out = "arms without a goal are left out, the slowest first, where these would be exceeded"
+    p.add_argument("--models", nargs="+", choices=(SMALL, LARGE), default=[SMALL, LARGE])
+    p.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help=f"(default 128; {LARGE} on a GPU 128 512)")
+    p.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(FOREIGN)}; or {ours}")
+    p.add_argument("--rounds", type=int, help="(default: CPU 5 and 3 for the two models, GPU 7 and 9)")
+    p.add_argument("--minutes", type=float, metavar="BUDGET", help=f"{left_out} (default: CPU 14, GPU 4)")
+    p.add_argument("--hard", type=float, default=0.3, metavar="H", help="share of hard rows (default 0.3)")
+    p.add_argument("--data", type=Path, metavar="PATH", help="folder or tar of class folders (default: random images)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--quick", action="store_true", help="small CNN, batch 32, 2 rounds, nothing compiled")
+    p.add_argument("--out", type=Path, help="folder for the JSON (default: results beside this file; --quick: runs)")
+    p.add_argument("--check", action="store_true", help="exit 1 when a goal is missed that applies to this device")
+    args = p.parse_args(arguments)
+    kind = torch.device(args.device).type
+    if kind not in ARMS:
+        p.error(f"--device: got {args.device}; it must be a CPU or a CUDA device")
+    for name in args.arms or ():
+        if not is_arm(name):
+            p.error(f"--arms: got {name}; allowed are {', '.join(FOREIGN)}, and {ours}")
+    if not 0 < args.hard < 1:
+        p.error(f"--hard: got {args.hard}; it must be between 0 and 1")
+    for name, values, low in (("rounds", [args.rounds], 1), ("batch-sizes", args.batch_sizes or [], 4)):
+        for value in values:
+            if value is not None and value < low:
+                p.error(f"--{name}: got {value}; it must be at least {low}")
+    if args.quick:
+        args.models, args.batch_sizes, args.rounds = [SMALL], args.batch_sizes or [32], args.rounds or 2
+        args.arms = args.arms or [name for name in ARMS[kind] if "compile" not in name]
+    if args.minutes is None:
+        args.minutes = MINUTES[kind]
+    args.out = args.out or (Path("runs") if args.quick else RESULTS)
+    return args
+
+
+def images_of(args: argparse.Namespace, count: int) -> tuple[Tensor, str]:
+    """So many images (n, 3, 32, 32) in [0, 1] on the device, and what they are."""
+    generator = torch.Generator().manual_seed(0)
+    if args.data is None:
+        x = torch.rand(count, 3, 32, 32, generator=generator)
+        return x.to(args.device), "random images (time depends on shapes only)"
+    found = data.load("cifar10", args.data, size=32)
+    x = found.x_train[torch.randperm(len(found.x_train), generator=generator)[:count]]
+    if x.shape != (count, 3, 32, 32):
+        raise ValueError(f"--data: got images {tuple(found.x_train.shape)}; it must have {count} of (3, 32, 32)")
+    return (x.float() / 255).to(args.device), f"images of {found.name}"
+
+
+# ------------------------------------------------------------ steps in turn
+def plan(cost: dict[str, float], needed: tuple[str, ...], budget: float) -> list[str]:
+    """The arms of a round of so many seconds: those that are needed, and of the others the quickest that fit in."""
+    chosen = {name for name in cost if name in needed}
+    budget -= sum(cost[name] for name in chosen)
+    for name in sorted(cost.keys() - chosen, key=cost.__getitem__):
+        if cost[name] <= budget:
+            chosen.add(name)
+            budget -= cost[name]
+    return [name for name in cost if name in chosen]
+
+
+class Contest:
+    """The arms of one model, and the steps that they take in turn."""
+
+    def __init__(
+        self, model: str, x: Tensor, sizes: list[int], hard: float, names: list[str], left_out: dict[str, str]
+    ):
+        self.name, self.device = model, x.device
+        self.model = model_of(model, x)
+        self.batches = {n: (x[:n], labels_of(self.model, x[:n], hard)) for n in sizes}
+        self.needed = NEEDED[x.device.type]
+        self.arms: dict[str, Arm] = {}
+        self.names, self.left_out = names, dict(left_out)  # reasons, by name
+        self.warm_up_s: dict[str, float] = {}
+        self._memory = FreedMemory()
+
+    def warm_up(self, end: float) -> None:
+        """Builds the arms, those with a goal first; they compile, capture and allocate."""
+        names = [name for name in self.names if name not in self.left_out]
+        rows, steps = WARM_UP[self.device.type]
+        trainers: dict = {}
+        for name in sorted(names, key=lambda n: n not in self.needed):
+            start = time.perf_counter()
+            if name not in self.needed and start > end:
+                self.left_out[name] = "no time left to warm it up"
+                continue
+            try:
+                arm = build(name, self.model, trainers)
+                for x, y in self.batches.values():
+                    for kind in arm.kinds * steps:
+                        arm.step(kind, x[:rows], y[:rows])
+            except (EngineError, ImportError) as error:
+                self.left_out[name] = str(error)
+                continue
+            synchronise(self.device)
+            self.arms[name], self.warm_up_s[name] = arm, time.perf_counter() - start
+        self.arms = {name: self.arms[name] for name in names if name in self.arms}
+
+    def case(self, n: int, rounds: int, end: float) -> dict:
+        """All arms on one batch, `rounds` times in turn; fewer arms where the time would not do."""
+        x, y = self.batches[n]
+        kinds = [(name, kind) for name, arm in self.arms.items() for kind in arm.kinds]
+        lanes = {key: {"arm": key[0], "kind": key[1], "seconds": [], "h": None, "unit_s": []} for key in kinds}
+        bare: dict[str, BarePass] = {}
+        for name, arm in self.arms.items():
+            if name not in FOREIGN and arm.keeps_memory:
+                bare.setdefault(setting_of(name), BarePass(arm, x))
+        cost = {name: self._estimate(arm, x, y) for name, arm in self.arms.items()}
+        for r in range(rounds):
+            planned = plan(cost, self.needed, (end - time.perf_counter()) / (rounds - r))
+            turn, units = r % max(len(planned), 1), {}
+            for name in planned[turn:] + planned[:turn]:
+                arm, setting = self.arms[name], setting_of(name)
+                self._settle(arm, x, y)
+                start = time.perf_counter()
+                for kind in arm.kinds:
+                    lane = lanes[name, kind]
+                    seconds, lane["h"] = self._timed(arm, kind, x, y, lane["seconds"])
+                    lane["seconds"].append(seconds)
+                cost[name] = time.perf_counter() - start
+                if setting in bare and setting not in units and arm.keeps_memory:
+                    units[setting] = bare[setting].forward_seconds(n)
+            for (name, _), lane in lanes.items():
+                lane["unit_s"].append(units.get(setting_of(name)))
+                lane["seconds"] += [] if name in planned else [None]
+            print(f"{self.name}, batch {n}: round {r + 1} of {rounds}, {len(planned)} arms", flush=True)
+        if self.device.type == "cpu":
+            self._memory.keep()
+        late = {name: "no time left" for (name, _), lane in lanes.items() if lane["h"] is None}
+        return {
+            "model": self.name, "batch_size": n, "lanes": [v for v in lanes.values() if v["h"] is not None],
+            "left_out": self.left_out | late, "warm_up_s": self.warm_up_s,
+            "floor_rows": {setting: b.rows for setting, b in bare.items()},
+        }  # fmt: skip
+
+    def _estimate(self, arm: Arm, x: Tensor, y: Tensor) -> float:
+        """Seconds of all steps of an arm, on a CPU from a few rows."""
+        rows = WARM_UP[self.device.type][0] or len(y)
+        seconds = (clock(lambda k=kind: arm.step(k, x[:rows], y[:rows]), self.device) for kind in arm.kinds)
+        return sum(seconds) * len(y) / rows
+
+    def _settle(self, arm: Arm, x: Tensor, y: Tensor) -> None:
+        """On a CPU, has freed memory kept or returned as this arm's users have it."""
+        if self.device.type == "cpu" and self._memory.kept != arm.keeps_memory:
+            self._memory.keep() if arm.keeps_memory else self._memory.give_back()
+            arm.fill_memory(x, y)
+
+    def _timed(self, arm: Arm, kind: str, x: Tensor, y: Tensor, before: list[float | None]) -> tuple[float, float]:
+        """(seconds per batch, share of hard rows)."""
+        done: list[tuple[int, int]] = []
+        last = next((s for s in reversed(before) if s is not None), float("inf")) * arm.group
+        seconds = clock(lambda: done.append(arm.step(kind, x, y)), self.device, times_for(last, self.device))
+        return seconds / arm.group, sum(hard for hard, _ in done) / sum(n for _, n in done)
+
+
+def check(names: list[str], x: Tensor, end: float) -> tuple[dict[str, str], dict[str, str]]:
+    """By arm of ours what is wrong with its results, and why it was not looked at."""
+    needed = NEEDED[x.device.type]
+    wrong, unchecked, problem_of = {}, {}, Check(x)
+    for name in sorted(names, key=lambda n: n not in needed):
+        if name not in needed and time.perf_counter() > end:
+            unchecked[name] = "no time left to check its results"
+            continue
+        try:
+            problem = problem_of(name)
+        except EngineError as error:
+            unchecked[name] = str(error)
+            continue
+        if problem:
+            wrong[name] = problem
+            print(f"{title(name)}: wrong results: {problem}", flush=True)
+    return wrong, unchecked
+
+
+def run(args: argparse.Namespace) -> dict:
+    """All that is measured, as it is written to the JSON."""
+    device = torch.device(args.device)
+    start, about = time.perf_counter(), machine()
+    end = start + 60 * args.minutes
+    sizes = {m: args.batch_sizes or SIZES.get((device.type, m), [128]) for m in args.models}
+    names = args.arms or list(ARMS[device.type])
+    x, images = images_of(args, max(CHECK_ROWS, *(n for of_model in sizes.values() for n in of_model)))
+    result = {
+        "machine": about,
+        "settings": {"images": images, "hard": args.hard, "minutes": args.minutes, "quick": args.quick},
+        "device": {
+            "type": device.type, "name": about["gpu" if device.type == "cuda" else "cpu"],
+            "threads": torch.get_num_threads(),
+            "capability": torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0,
+        },
+        "cases": [],
+    }  # fmt: skip
+    print("; ".join(f"{key} {value}" for key, value in about.items()))
+    print(setup(result), flush=True)
+    ours, checks_end = [name for name in names if name not in FOREIGN], start + (end - start) * TO_CHECK
+    result["wrong"], unchecked = check(ours, x[: CHECK_ROWS // 2 if args.quick else CHECK_ROWS], checks_end)
+    small, few = model_of(SMALL, x), x[:COUNTED_ROWS]
+    result["counts"] = count(names, small, few, labels_of(small, few, args.hard))
+    print(f"results compared with ham_reference's, forwards counted: {time.perf_counter() - start:.0f} s", flush=True)
+    for i, model in enumerate(args.models):
+        left = sum(len(sizes[m]) for m in args.models[i:])
+        model_end = time.perf_counter() + (end - time.perf_counter()) * len(sizes[model]) / left
+        slow = {} if args.arms else TOO_SLOW.get((device.type, model), {})
+        contest = Contest(model, x, sizes[model], args.hard, names, unchecked | slow)
+        contest.warm_up(time.perf_counter() + (model_end - time.perf_counter()) * TO_WARM_UP[device.type])
+        for j, n in enumerate(sizes[model]):
+            case_end = time.perf_counter() + (model_end - time.perf_counter()) / (len(sizes[model]) - j)
+            case = contest.case(n, args.rounds or ROUNDS[device.type, model], case_end)
+            derive(case, result["wrong"])
+            lane = fastest(case, PGD_AT)
+            if device.type == "cuda" and lane and "bf16" in lane["arm"]:
+                case["attack"] = attack_rate(contest.arms[lane["arm"]], *contest.batches[n])
+            result["cases"].append(case)
+    result["goals"] = judge(result)
+    result["seconds"] = time.perf_counter() - start
+    return result
+
+
+# ------------------------------------------------------------ what is printed, and README's part of it
+def digits(value: float) -> str:
+    """Three digits or more, never an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def cells(case: dict) -> list[list[str]]:
+    """Header and rows of a case's table as text."""
+
+    def figure(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2f}"
+
+    where = f"{case['model']}, batch {case['batch_size']}"
+    head = [
+        where, "ms per step", "lowest to highest", "images/s", "h", "predicted",
+        "measured", "measured / predicted", "× torchattacks", "× its bf16 form", "to the floor",
+    ]  # fmt: skip
+    rows = []
+    for lane in case["lanes"]:
+        ham = lane if lane["kind"] == HAM else {}
+        rows.append([
+            title(lane["arm"]) + KINDS[lane["kind"]] + (" (WRONG RESULTS)" if lane["wrong"] else ""),
+            digits(1e3 * lane["median_s"]),
+            f"{digits(1e3 * lane['lowest_s'])} to {digits(1e3 * lane['highest_s'])}",
+            digits(lane["images_per_s"]),
+            *(figure(ham.get(key)) for key in ("h", "predicted_ratio", "measured_ratio", "over_prediction")),
+            *(figure(lane[f"over_{name}"]) for name in (TORCHATTACKS, TORCHATTACKS_BF16)),
+            figure(lane["over_floor"]),
+        ])  # fmt: skip
+    return [head, *rows]
+
+
+def notes(case: dict) -> list[str]:
+    """What a table does not say: arms left out, and the matrix rate that the attack reaches."""
+    where, attack = f"{case['model']}, batch {case['batch_size']}", case.get("attack")
+    out = [f"{where}, left out: {title(name)}: {why}" for name, why in case["left_out"].items()]
+    if attack:
+        out.append(
+            f"{where}: the attack of PGD-AT runs at {attack['flops_per_s'] / 1e12:.0f} TFLOP/s with "
+            f"{title(attack['arm'])}, {attack['share']:.0%} of a large bf16 matrix product's "
+            f"{attack['matrix_flops_per_s'] / 1e12:.0f} in the same run"
+        )
+    return out
+
+
+def verdict(goal: dict) -> str:
+    measured = f": {goal['measured']}" if goal["measured"] else ""
+    return f"{goal['goal']}{measured}: **{goal['state']}**" + (f" ({goal['why']})" if goal["why"] else "")
+
+
+def setup(result: dict) -> str:
+    """How it was measured, and what the columns mean."""
+    s = result["settings"]
+    text = (
+        f"K {K}, M {M}, {s['images']}. All arms in turn in one process; medians, lowest and highest over the rounds. "
+        f"Labels are chosen so that {s['hard']:.0%} of the rows are hard for every arm; learning is frozen (learning "
+        "rate 0, BatchNorm momentum 0), so that this share stays. Predicted and measured: HAM / PGD-AT with the same "
+        "options, predicted by the cost model from h; × torchattacks: how many times faster than an ordinary PGD-AT "
+        "loop with torchattacks.PGD, in fp32 and under bf16 autocast with channels_last; to the floor: seconds / "
+        "(forwards of the step × seconds of one in the bare model at its best batch size)."
+    )
+    if result["device"]["type"] == "cpu":
+        text += " The process keeps freed memory for our arms and returns it to the system for the others."
+    return text
+
+
+def readme_section(result: dict) -> str:
+    """Markdown, from the JSON."""
+    m = result["machine"]
+    where = (
+        f"Machine: {m['cpu']}, cores: {m['cores']}, GPU: {m['gpu']}; Python {m['python']}, torch {m['torch']}, "
+        f"torchattacks {m['torchattacks']}, ham_kernels {m['ham_kernels']}; {m['date']}."
+    )
+    lines = [verdict(goal) for goal in result["goals"] if goal["device"] == result["device"]["type"]]
+    lines += [line for case in result["cases"] for line in notes(case)]
+    tables = [markdown(cells(case)) for case in result["cases"]]
+    return "\n\n".join([f"{setup(result)} {where}", *tables, "\n".join(f"- {line}" for line in lines)])
+
+
+def main() -> int:
+    args = parse()
+    result = run(args)
+    for case in result["cases"]:
+        print(f"\n{aligned(cells(case))}", *notes(case), sep="\n")
+        seconds = [f"{title(name)} {s:.0f} s" for name, s in case["warm_up_s"].items() if s >= 1]
+        print(f"warm-up, compilation included: {', '.join(seconds) or 'less than a second each'}")
+    counted = [f"{title(c['arm'])}{KINDS[c['kind']]} {c['counted']:g} ({c['model']:g})" for c in result["counts"]]
+    print(f"\nforwards of a full batch, counted (cost model): {'; '.join(counted)}")
+    for goal in result["goals"]:
+        print("goal: " + verdict(goal).replace("**", ""))
+    path = args.out / f"bench_training_{result['device']['type']}.json"
+    write_json(path, result)
+    print(f"written: {path}; {result['seconds']:.0f} s in all")
+    failed = [f"{title(name)}: wrong results: {problem}" for name, problem in result["wrong"].items()]
+    failed += [f"{title(c['arm'])}: {c['counted']} forwards counted" for c in result["counts"] if not c["right"]]
+    if args.check:
+        failed += [f"--check: {goal['goal']}: missed" for goal in result["goals"] if goal["state"] == "missed"]
+    print(*failed, sep="\n", end="\n" if failed else "", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
