@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .active import PGD, ActiveSet, take_look, take_step
 from .engine import BatchGuard, Engine
-from .engine.graphs import CaptureError, ambient
+from .engine.graphs import CaptureError, ambient, place
 
 
 def bucket_for(model: nn.Module, active: ActiveSet, pgd: PGD, track: bool, engine: Engine, what: str) -> Bucket | None:
@@ -43,15 +43,12 @@ class Bucket:
     def __init__(self, model: nn.Module, like: ActiveSet, rows: int, pgd: PGD, track: bool, engine: Engine):
         self._model, self._pgd, self._track, self._engine = model, pgd, track, engine
 
-        def place(t: Tensor | None) -> Tensor | None:
-            if t is None:
-                return None
-            layout = torch.channels_last if _is_channels_last(t) else torch.contiguous_format
-            return torch.zeros((rows, *t.shape[1:]), dtype=t.dtype, device=t.device).contiguous(memory_format=layout)
+        def stays(name: str) -> Tensor | None:  # shared by all buckets: what one holds is loaded anew for each use
+            return place(engine.graphs.shared, name, getattr(like, name), rows, max(rows, like.batch))
 
         self.rows = ActiveSet(
-            place(like.x_adv), place(like.x), place(like.y), like.eps, place(like.eps_rows), like.step_size,
-            place(like.step_rows), batch=rows,
+            stays("x_adv"), stays("x"), stays("y"), like.eps, stays("eps_rows"), like.step_size, stays("step_rows"),
+            batch=rows,
         )  # fmt: skip
         with torch.no_grad():
             _, z = take_look(model, self.rows, False, engine)
@@ -124,7 +121,3 @@ class Bucket:
     def _hand_over(self, active: ActiveSet, n: int) -> None:
         if self._track:
             active.prev, active.max_step = self.logits[:n].clone(), self.max_step[:n].clone()
-
-
-def _is_channels_last(t: Tensor) -> bool:
-    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()

@@ -139,7 +139,8 @@ class HAMTrainer:
     def train_group(self, batches: Sequence[tuple[Tensor, Tensor]], epoch: int) -> list[StepReport]:
         """Updates from several batches whose examples are made together, all by the weights before the first update.
 
-        Returns one report per update: one for each batch, or one in all with group_updates="one".
+        Returns one report per update: one for each batch, or one in all with group_updates="one". Where a later update
+        of a group raises, the earlier ones have been made.
         """
         _check.integer("epoch", epoch, 1)
         if not batches:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import _check
 from .engine import Engine, NonFiniteError, attack_mode, start_read, update_mode
-from .engine.graphs import CaptureError, ambient
+from .engine.graphs import CaptureError, ambient, place
 from .mining import Examples
 
 GRAPH_FROM = 2  # a number of rows is captured when it comes for the second time
@@ -110,7 +110,9 @@ class _Graphed:
         engine: Engine,
     ):  # fmt: skip
         shared = engine.graphs.shared
-        places = {name: _place(shared, name, getattr(examples, name), examples.n) for name in _LOOKED_AT}
+        places = {
+            name: place(shared, name, getattr(examples, name), examples.n_kept, examples.n) for name in _LOOKED_AT
+        }
         self._examples = replace(examples, **places, index=None)
         self._load(examples)
         gradients = shared.setdefault("gradients", {})
@@ -156,20 +158,6 @@ class _Graphed:
 
 
 _LOOKED_AT = ("x_adv", "x", "y", "weights")  # what a loss may read of its examples
-
-
-def _place(shared: dict, name: str, like: Tensor | None, rows: int) -> Tensor | None:
-    """The first rows of a tensor that stays, as many as `like` has; made with `rows` rows where there is none."""
-    if like is None:
-        return None
-    n = len(like)
-    key = name, like.shape[1:], like.stride()[1:], like.dtype
-    if key not in shared or len(shared[key]) < n:
-        whole = like.new_zeros((max(rows, n), *like.shape[1:]))
-        if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last):
-            whole = whole.contiguous(memory_format=torch.channels_last)
-        shared[key] = whole
-    return shared[key][:n]
 
 
 def _judge_labels(model: nn.Module, examples: Examples) -> None:

@@ -61,12 +61,12 @@ class Engine:
 
     def give_up(self, option: str, reason: str) -> None:
         """From now on without this option. Raises: EngineError where it was required."""
-        refuse(option, reason, option in self._required)
         self._on.discard(option)
         if option == "precision":
             self.precision = "fp32"
         if option == "cuda_graphs":
             self.graphs = None
+        refuse(option, reason, option in self._required)  # last: warnings may be errors
 
     # ------------------------------------------------------------ before a step
     def place(self, model: nn.Module, x: Tensor, average: nn.Module | None = None) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .halves import addresses
@@ -24,17 +25,48 @@ Replay = Callable[[], None]
 
 
 def cuda_capture(fn: Callable[[], None], device: torch.device, pool) -> Replay:
-    """Captures fn, which must only read and write tensors that stay where they are. Runs it WARM_UP_RUNS times."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP_RUNS):
-            fn()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        fn()
+    """Captures fn, which must only read and write tensors that stay where they are. Runs it WARM_UP_RUNS times.
+
+    Raises: what fn or the capture raises; stream and allocator are then as before.
+    """
+    with torch.cuda.device(device):
+        index, here = torch.cuda.current_device(), torch.cuda.current_stream()
+        side = _side_stream(index)  # one for all: each stream keeps workspaces of its own
+        side.wait_stream(here)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP_RUNS - 1):
+                    fn()
+                with _waiting_raises():  # before a capture has begun, where it would leave more behind
+                    fn()
+        finally:
+            here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                fn()
+        except BaseException:  # torch before 2.15 leaves its stream and the pool as they were in the capture
+            torch.cuda.set_stream(here)
+            with suppress(AttributeError, RuntimeError):
+                torch._C._cuda_endAllocateToPool(index, pool)
+                torch._C._cuda_releasePool(index, pool)
+            raise
     return graph.replay
+
+
+@functools.cache
+def _side_stream(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
+
+
+@contextmanager
+def _waiting_raises() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class CaptureError(Exception):
@@ -58,6 +90,7 @@ class Graphs:
         self._addresses: tuple[int, ...] = ()
         self._pool = None
         self._rows_meet = False
+        self._full = 0
 
     def follow(self, model: nn.Module) -> None:
         """Forgets everything where this is another model, or its tensors have moved."""
@@ -68,13 +101,15 @@ class Graphs:
         self._seen.clear()
         self.shared.clear()
         self._pool = None
+        self._full = 0
         self._model, self._addresses = model, where
         # such a layer normalises an attack by the batch, where padding would be seen
         self._rows_meet = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
 
     def rows_for(self, rows: int, full: int) -> int:
-        """How many rows to capture for `rows` of a batch of `full`."""
-        return rows if self._rows_meet else bucket_of(rows, full)
+        """How many rows to capture for `rows` of a batch of `full`: a share of the largest batch so far."""
+        self._full = max(self._full, full)
+        return rows if self._rows_meet else bucket_of(rows, self._full)
 
     def sighting(self, key: Hashable) -> int:
         """How often this has been asked for, this time included."""
@@ -107,7 +142,9 @@ class Graphs:
             try:
                 return self._capture(fn, self._device, self._pool)
             except Exception as error:
-                fn()
+                self._pool = None
+                if not isinstance(error, torch.OutOfMemoryError):
+                    fn()
                 raise CaptureError(reason("the capture failed", error)) from error
 
     def __len__(self) -> int:
@@ -130,3 +167,16 @@ def ambient(device: torch.device) -> tuple:
     """What a caller's own autocast does to what is captured."""
     kind = device.type
     return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
+def place(shared: dict, name: str, like: Tensor | None, rows: int, capacity: int) -> Tensor | None:
+    """The first `rows` rows of a tensor that stays, in the layout of `like`; made for `capacity` rows if need be."""
+    if like is None:
+        return None
+    key = name, like.shape[1:], like.stride()[1:], like.dtype
+    if key not in shared or len(shared[key]) < rows:
+        whole = like.new_zeros((max(capacity, rows), *like.shape[1:]))
+        if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
+            whole = whole.contiguous(memory_format=torch.channels_last)
+        shared[key] = whole
+    return shared[key][:rows]

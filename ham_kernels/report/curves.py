@@ -64,7 +64,8 @@ def training(section: Section, styles: Styles) -> Figure | None:
             Line2D([], [], color="#444444", linewidth=1.6, label="weight average"),
             Line2D([], [], color="#444444", linewidth=0.8, alpha=0.6, label="raw weights"),
         ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns_for([h.get_label() for h in handles]))
+    columns = columns_for(figure, [h.get_label() for h in handles])
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -96,7 +97,7 @@ def easy(section: Section, styles: Styles) -> Figure | None:
     star, *handles = left.get_legend_handles_labels()[0]  # lines come before error bars
     handles.append(star)
     labels = [handle.get_label() for handle in handles]
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns_for(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns_for(figure, labels))
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -204,7 +205,8 @@ def worst_against_time(section: Section, styles: Styles) -> Figure | None:
         for g, _, _ in found
         if g["title"] not in swept
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns_for([h.get_label() for h in handles]))
+    columns = columns_for(figure, [h.get_label() for h in handles])
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -276,13 +278,16 @@ def _name_classes(axes: Axes, names: Sequence[str]) -> None:
 
 
 def legend_below(figure: Figure, axes: Axes, groups: Sequence[dict]) -> None:
-    columns = columns_for([shortened(g["title"]) for g in groups])
+    columns = columns_for(figure, [shortened(g["title"]) for g in groups])
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
 
-def columns_for(labels: Sequence[str]) -> int:
-    """As many columns as fit beside each other in 6.5 inches."""
-    return max(1, min(len(labels), 88 // (max(map(len, labels), default=1) + 7)))
+def columns_for(figure: Figure, labels: Sequence[str]) -> int:
+    """As many columns as fit beside each other in 6.5 inches. A figure of many groups grows with its legend."""
+    columns = max(1, min(len(labels), 88 // (max(map(len, labels), default=1) + 7)))
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.2 * max(0, math.ceil(len(labels) / columns) - 3))
+    return columns
 
 
 def _unit_of_time(seconds: float) -> tuple[float, str]:
