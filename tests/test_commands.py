@@ -168,7 +168,7 @@ def test_output_is_plain_where_nobody_watches(tmp_path):
     assert "\x1b" not in out
     lines = out.splitlines()
     assert len(lines) == 2 + 4 + 1
-    assert lines[2].startswith("epoch 1/4  pgd_at  loss ")
+    assert lines[2].startswith("epoch 1/4  pgd_at   loss ")
     for word in ("hard", "images/s", "val clean", "pgd2", "left"):
         assert word in lines[4]
 
