@@ -1,7 +1,9 @@
-"""Adds the CUDA extension (ham_kernels/_build.py) to the build of the package. Never imports torch."""
+"""Adds the compiled libraries (ham_kernels/_build*.py) to the build of the package. Never imports torch."""
 
-import importlib.util
+import importlib
 import shutil
+import sys
+import types
 from pathlib import Path
 
 from setuptools import Command, Distribution, setup
@@ -11,18 +13,17 @@ from setuptools.command.build import build
 ROOT = Path(__file__).resolve().parent
 
 
-def load_build_module():
-    """ham_kernels/_build.py by its path: the package itself needs torch."""
-    spec = importlib.util.spec_from_file_location("_ham_build", ROOT / "ham_kernels" / "_build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_build_module(name="_build"):
+    """A build module of ham_kernels without the package itself, which needs torch: in a stand-in for it."""
+    package = sys.modules.setdefault("_ham_build", types.ModuleType("_ham_build"))
+    package.__path__ = [str(ROOT / "ham_kernels")]
+    return importlib.import_module(f"_ham_build.{name}")
 
 
-class build_cuda(Command):
+class build_native(Command):
     """Compiles into the checkout (editable) or beside the copied package (wheel)."""
 
-    description = "build the CUDA extension if there is an nvcc"
+    description = "build the CUDA extension if there is an nvcc, and the CPU library if there is a C++ compiler"
     user_options = []
 
     def initialize_options(self):
@@ -33,10 +34,11 @@ class build_cuda(Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def run(self):
-        module = load_build_module()
+        cuda, cpu = load_build_module(), load_build_module("_build_cpu")
         try:
-            module.build_extension(ROOT, out_dir=self.out_dir)
-        except (module.BuildError, ValueError) as error:
+            cpu.build_library(ROOT, out_dir=self.out_dir)
+            cuda.build_extension(ROOT, out_dir=self.out_dir)
+        except (cuda.BuildError, ValueError) as error:
             raise SystemExit(f"error: {error}") from None
 
     @property
@@ -45,7 +47,7 @@ class build_cuda(Command):
 
     # What setuptools asks of a build step. Editable: the files are already where they are imported from.
     def get_outputs(self):
-        names = ("_C.so", "_build_info.json")
+        names = ("_C.so", "_build_info.json", "_cpu.so", "_build_cpu_info.json")
         return [] if self.editable_mode else [str(self.out_dir / name) for name in names]
 
     def get_output_mapping(self):
@@ -55,8 +57,8 @@ class build_cuda(Command):
         return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir())]
 
 
-class BuildWithCuda(build):
-    sub_commands = [*build.sub_commands, ("build_cuda", None)]
+class BuildWithNative(build):
+    sub_commands = [*build.sub_commands, ("build_native", None)]
 
     def run(self):
         # setuptools never clears build/lib: files deleted from the checkout since would end up in the wheel.
@@ -79,5 +81,5 @@ class PlatformDistribution(Distribution):
 
 setup(
     distclass=PlatformDistribution,
-    cmdclass={"build": BuildWithCuda, "build_cuda": build_cuda, "bdist_wheel": PlatformWheel},
+    cmdclass={"build": BuildWithNative, "build_native": build_native, "bdist_wheel": PlatformWheel},
 )

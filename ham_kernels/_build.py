@@ -1,7 +1,7 @@
 """Builds the CUDA extension with one direct nvcc call, and writes down what happened.
 
-Standard library only, and nothing of this package: setup.py and the build backend load this file by its path,
-in environments that may lack torch.
+Standard library only, and nothing of this package but `_build_cpu` beside it, which shares what is below: setup.py and
+the build backend load both by their path, in environments that may lack torch.
 
 ``HAM_BUILD_CUDA``  unset: build where possible; 0: skip; 1: it is an error if nothing gets built.
 ``HAM_CUDA_ARCHS``  such as ``8.0;9.0+PTX``, ``80 90``, ``9.0a``, ``all-major``. If it is not set:
@@ -33,7 +33,7 @@ TORCH_TARGET_VERSION = "0x020a000000000000ULL"  # 2.10: one library for this and
 
 
 class BuildError(RuntimeError):
-    """The extension was required (``HAM_BUILD_CUDA=1``) and could not be built."""
+    """A library was required (``HAM_BUILD_CUDA=1``, ``HAM_BUILD_CPU=1``) and could not be built."""
 
 
 class Torch(NamedTuple):
@@ -49,7 +49,7 @@ class Torch(NamedTuple):
         return numbers >= MIN_TORCH and (self.path / "include/torch/csrc/stable/library.h").is_file()
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a build: (status, reason[, output of the compiler])."""
 
 
@@ -83,62 +83,87 @@ def build_extension(
     versions = {"package": _package_version(root), "python": python, "torch": None, "nvcc": None}
     info: dict[str, Any] = {"status": "", "reason": "", "versions": versions, "archs": [], "command": None}
     info |= {"csrc_sha256": csrc_hash(root), "library_bytes": None, "output": []}
-    try:
-        _build(root, out_dir, mode, info, log)
-        info["status"] = "built"
-        info["library_bytes"] = (out_dir / LIBRARY).stat().st_size
-        info["reason"] = f"compiled with nvcc {versions['nvcc']} for {', '.join(info['archs'])}"
-    except _Stop as stop:
-        (out_dir / LIBRARY).unlink(missing_ok=True)
-        info["status"], info["reason"], *output = stop.args
-        info["output"] = "".join(output).splitlines()[-30:]
-    (out_dir / BUILD_INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
-    log(f"ham_kernels: CUDA extension {info['status']}: {info['reason']}")
-    for line in info["output"]:
-        log(f"    {line}")
-    if mode is True and info["status"] != "built":
-        raise BuildError("\n".join([f"HAM_BUILD_CUDA=1, but: {info['reason']}", *info["output"]]))
-    return info
+    def work() -> str:
+        _build(root, out_dir, mode, info, log)
+        return f"compiled with nvcc {versions['nvcc']} for {', '.join(info['archs'])}"
+
+    return written_down(work, info, out_dir / LIBRARY, out_dir / BUILD_INFO, mode, "HAM_BUILD_CUDA", log)
 
 
 def _build(root: Path, out_dir: Path, mode: bool | None, info: dict[str, Any], log: Callable) -> None:
-    """Finds the tools and compiles; fills ``info`` as it learns. Raises _Stop."""
+    """Finds the tools and compiles; fills ``info`` as it learns. Raises Stop."""
     again = "run `python -m ham_kernels build` in the checkout"
     if mode is False:
-        raise _Stop("skipped", "HAM_BUILD_CUDA=0 asks for no CUDA extension")
+        raise Stop("skipped", "HAM_BUILD_CUDA=0 asks for no CUDA extension")
     nvcc = find_nvcc()
     if nvcc is None:
         places = "$CUDA_HOME/bin, $CUDA_PATH/bin, PATH or /usr/local/cuda/bin (Linux only)"
-        raise _Stop("skipped", f"no nvcc in {places}; install the CUDA toolkit, then {again}")
+        raise Stop("skipped", f"no nvcc in {places}; install the CUDA toolkit, then {again}")
     info["versions"]["nvcc"] = nvcc_version(nvcc)
     torch = find_torch()
     if torch is None:
-        raise _Stop("skipped", f"no torch to build against; install torch 2.10 or later, then {again}")
+        raise Stop("skipped", f"no torch to build against; install torch 2.10 or later, then {again}")
     info["versions"]["torch"] = torch.version
     if not torch.usable:
         have = f"torch {torch.version} in {torch.path} lacks the headers of torch 2.10 or later"
-        raise _Stop("skipped", f"{have}; upgrade torch, then {again}")
+        raise Stop("skipped", f"{have}; upgrade torch, then {again}")
     try:
         info["archs"] = cuda_archs(nvcc)
     except ValueError as error:
         if os.environ.get("HAM_CUDA_ARCHS", "").strip():
             raise
         # TORCH_CUDA_ARCH_LIST may be meant for other packages: no reason to fail an installation.
-        raise _Stop("failed", f"{error}; HAM_CUDA_ARCHS overrules it") from None
+        raise Stop("failed", f"{error}; HAM_CUDA_ARCHS overrules it") from None
 
-    # Compiled in a folder beside the target: os.replace is atomic within a file system, and a process that
-    # has the old library loaded keeps it.
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=out_dir) as scratch:
-        library = Path(scratch) / LIBRARY
-        command = nvcc_command(nvcc, torch, info["archs"], library)
+    log(f"ham_kernels: compiling for {', '.join(info['archs'])} against torch {torch.version}")
+    compile_in_place(lambda library: nvcc_command(nvcc, torch, info["archs"], library), out_dir / LIBRARY, root, info)
+
+
+def written_down(
+    work: Callable[[], str], info: dict[str, Any], library: Path, record: Path, mode: bool | None, variable: str,
+    log: Callable,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs `work`, which builds `library` and returns how; writes `info` with what became of it to `record`.
+
+    Returns info. Raises: BuildError where nothing was built and mode is True.
+    """
+    try:
+        info["reason"] = work()
+        info["status"] = "built"
+        info["library_bytes"] = library.stat().st_size
+    except Stop as stop:
+        library.unlink(missing_ok=True)
+        info["status"], info["reason"], *output = stop.args
+        info["output"] = "".join(output).splitlines()[-30:]
+    record.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+    log(f"ham_kernels: {library.name} {info['status']}: {info['reason']}")
+    for line in info["output"]:
+        log(f"    {line}")
+    if mode is True and info["status"] != "built":
+        raise BuildError("\n".join([f"{variable}=1, but: {info['reason']}", *info["output"]]))
+    return info
+
+
+def compile_in_place(
+    command_for: Callable[[Path], list[str]], target: Path, root: Path, info: dict[str, Any]
+) -> None:
+    """Runs a compiler in `root`; only a whole library gets to `target`. Raises Stop.
+
+    Compiled in a folder beside the target: os.replace is atomic within a file system, and a process that has the old
+    library loaded keeps it.
+    """
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as scratch:
+        library = Path(scratch) / target.name
+        command = command_for(library)
         info["command"] = shlex.join(command)
-        log(f"ham_kernels: compiling for {', '.join(info['archs'])} against torch {torch.version}")
-        done = _run(command, cwd=root)
+        done = run(command, cwd=root)
         if done.returncode != 0 or not library.is_file():
             error = re.search(".*(error|fatal).*|$", done.stdout)[0] or "it names no error"
-            raise _Stop("failed", f"nvcc ended with code {done.returncode}: {error}", done.stdout)
-        os.replace(library, out_dir / LIBRARY)
+            name = Path(command[0]).name
+            raise Stop("failed", f"{name} ended with code {done.returncode}: {error}", done.stdout)
+        os.replace(library, target)
 
 
 def nvcc_command(nvcc: Path, torch: Torch, archs: list[str], library: Path) -> list[str]:
@@ -158,11 +183,11 @@ def nvcc_command(nvcc: Path, torch: Torch, archs: list[str], library: Path) -> l
     ]
 
 
-def build_mode() -> bool | None:
-    """``HAM_BUILD_CUDA`` as True (required), False (skip) or None (best effort)."""
-    value = os.environ.get("HAM_BUILD_CUDA", "").strip()
+def build_mode(variable: str = "HAM_BUILD_CUDA") -> bool | None:
+    """``HAM_BUILD_CUDA`` (or another) as True (required), False (skip) or None (best effort)."""
+    value = os.environ.get(variable, "").strip()
     if value not in ("", "0", "1"):
-        raise ValueError(f"HAM_BUILD_CUDA={value!r}: allowed are 0 (skip), 1 (must be built), or unset")
+        raise ValueError(f"{variable}={value!r}: allowed are 0 (skip), 1 (must be built), or unset")
     return {"": None, "0": False, "1": True}[value]
 
 
@@ -177,11 +202,11 @@ def find_nvcc() -> Path | None:
 
 
 def nvcc_version(nvcc: Path) -> str:
-    """The toolkit's version, ``13.0`` say. Raises _Stop for an nvcc that does not run."""
-    done = _run([str(nvcc), "--version"])
+    """The toolkit's version, ``13.0`` say. Raises Stop for an nvcc that does not run."""
+    done = run([str(nvcc), "--version"])
     match = re.search(r"release (\d+\.\d+)", done.stdout)
     if done.returncode != 0 or match is None:
-        raise _Stop("failed", f"`{nvcc} --version` ended with code {done.returncode}", done.stdout)
+        raise Stop("failed", f"`{nvcc} --version` ended with code {done.returncode}", done.stdout)
     return match.group(1)
 
 
@@ -208,7 +233,7 @@ def cuda_archs(nvcc: Path) -> list[str]:
         if text := os.environ.get(variable, "").strip():
             return parse_archs(text, variable)
     present = gpu_archs()
-    known = _run([str(nvcc), "--list-gpu-code"]).stdout.split()
+    known = run([str(nvcc), "--list-gpu-code"]).stdout.split()
     # A GPU newer than nvcc runs the PTX that all-major contains.
     if present and all(f"sm_{arch.replace('.', '')}" in known for arch in present):
         return present
@@ -244,24 +269,24 @@ def arch_flags(archs: list[str]) -> list[str]:
 
 def gpu_archs() -> list[str]:
     """Compute capabilities of the GPUs present, without a CUDA context; [] where there is none."""
-    done = _run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    done = run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
     return sorted(set(re.findall(r"^\d+\.\d$", done.stdout, re.MULTILINE))) if done.returncode == 0 else []
 
 
-def library_problem(package: Path) -> str | None:
+def library_problem(package: Path, library: str = LIBRARY, record: str = BUILD_INFO) -> str | None:
     """Why ``package/_C.so`` must not be loaded, or None. (Loading a truncated one can kill the process.)"""
     try:
-        size = (package / LIBRARY).stat().st_size
-        built = dict(json.loads((package / BUILD_INFO).read_text(encoding="utf-8"))).get("library_bytes")
+        size = (package / library).stat().st_size
+        built = dict(json.loads((package / record).read_text(encoding="utf-8"))).get("library_bytes")
     except (OSError, TypeError, ValueError) as error:
         return f"no library with a record of its build: {error}"
-    return None if built == size else f"{LIBRARY} has {size} bytes, but {built} were built"
+    return None if built == size else f"{library} has {size} bytes, but {built} were built"
 
 
-def csrc_hash(root: Path) -> str:
-    """sha256 over the names and contents of the files in ``root/csrc``."""
+def csrc_hash(root: Path, files: str = "*.cu*") -> str:
+    """sha256 over the names and contents of these files in ``root/csrc``; of the CUDA extension's by default."""
     digest = hashlib.sha256()
-    for path in sorted((Path(root) / "csrc").glob("*.cu*")):
+    for path in sorted((Path(root) / "csrc").glob(files)):
         content = path.read_bytes()
         digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
@@ -272,7 +297,7 @@ def _package_version(root: Path) -> str:
     return re.search(r'^version = "([^"]+)"', text, re.MULTILINE).group(1)
 
 
-def _run(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess:
+def run(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess:
     """Runs a command; its output and errors come back together, and so does a command that cannot start."""
     together = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
@@ -282,7 +307,7 @@ def _run(command: list[str], cwd: Path | None = None) -> subprocess.CompletedPro
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    """``python -m ham_kernels build``: compiles in place. Returns 0: built, 1: not built, 2: wrong use."""
+    """``python -m ham_kernels build``: compiles in place. Returns 0: all built, 1: not all, 2: wrong use."""
     root = Path(__file__).resolve().parents[1]
     if argv:
         print(f"ham_kernels build: takes no arguments, got {' '.join(argv)}", file=sys.stderr)
@@ -290,8 +315,11 @@ def main(argv: Sequence[str] = ()) -> int:
     if not (root / "csrc" / "bindings.cu").is_file():
         print(f"ham_kernels build: needs a checkout; {root} is an installation without csrc", file=sys.stderr)
         return 2
+    from . import _build_cpu
+
     try:
-        return 0 if build_extension(root)["status"] == "built" else 1
+        built = [build(root)["status"] == "built" for build in (_build_cpu.build_library, build_extension)]
+        return 0 if all(built) else 1
     except (BuildError, ValueError) as error:
         print(f"ham_kernels build: {error}", file=sys.stderr)
         return 1

@@ -146,6 +146,8 @@ class EngineSettings:
     """torch.compile of the model as the attack sees it."""
     cuda_graphs: Literal["off", "on", "require"] = "off"
     """Replay attack steps and updates as CUDA graphs."""
+    winograd: Literal["off", "on", "require"] = "off"
+    """On the CPU, 3x3 convolutions with a quarter of the multiplications."""
     keep_memory: bool = True
     """On the CPU, keep the memory that torch frees in the process."""
 
@@ -234,7 +236,7 @@ class TrainSettings:
             "group_updates": m.group_updates, "round_to": m.round_to, "warm_up": self.warm_up.name,
             "natural_epochs": self.warm_up.natural_epochs, "channels_last": choice[self.engine.channels_last],
             "compile": choice[self.engine.compile], "cuda_graphs": choice[self.engine.cuda_graphs],
-            "keep_memory": self.engine.keep_memory,
+            "winograd": choice[self.engine.winograd], "keep_memory": self.engine.keep_memory,
         }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Updater:
         return value
 
     def _eager(self, model: nn.Module, loss_of: Loss, examples: Examples, freeze_bn: bool) -> Callable[[], list[float]]:
-        with update_mode(model, freeze_bn):
+        with self._engine.updating(model, freeze_bn):
             with self._engine.autocast(examples.x_adv.device):
                 loss = loss_of(model, examples)
             self.optimizer.zero_grad(set_to_none=True)

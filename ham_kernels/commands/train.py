@@ -249,7 +249,7 @@ _FREE = {
     "data": ("path", "root", "download", "workers"),  # data.json tells whether the images are the same
     "optim": ("epochs",),
     "run": ("device", "label", "checkpoint_minutes"),
-    "engine": ("channels_last", "compile", "cuda_graphs", "keep_memory"),  # how, not what
+    "engine": ("channels_last", "compile", "cuda_graphs", "winograd", "keep_memory"),  # how, not what
 }
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from .graphs import Graphs, cuda_capture
-from .halves import HalfWeights, addresses
+from .halves import HalfWeights, MadeFor
 from .memory import keep_freed_memory
-from .modes import DTYPES, attack_mode, autocast
-from .options import REQUIRE, EngineOptions, half_problem, reason, refuse
+from .modes import DTYPES, attack_mode, autocast, update_mode
+from .options import REQUIRE, SWITCHES, EngineOptions, half_problem, reason, refuse
+from .winograd import NO_LAYER, WinogradLayers, winograd_problem
 
 COMPILED_ROWS = 16  # fewer run eagerly: one row would be compiled anew, and a few do not fill compiled loops
 
@@ -35,8 +36,8 @@ class Engine:
         self.options = options or EngineOptions()
         self.device = device
         self.precision = self.options.precision.removeprefix(f"{REQUIRE}-")
-        self._required = {n for n in ("channels_last", "compile", "cuda_graphs") if getattr(self.options, n) == REQUIRE}
-        self._on = {n for n in ("channels_last", "compile", "cuda_graphs") if getattr(self.options, n)}
+        self._required = {n for n in SWITCHES if getattr(self.options, n) == REQUIRE}
+        self._on = {n for n in SWITCHES if getattr(self.options, n)}
         if self.options.precision.startswith(REQUIRE):
             self._required.add("precision")
         if self.precision != "fp32" and device is not None and (problem := half_problem(self.precision, device)):
@@ -47,9 +48,15 @@ class Engine:
                 self.give_up("cuda_graphs", f"the model is on {device.type}, and CUDA graphs need a GPU")
             else:
                 self.graphs = Graphs(device, capture or cuda_capture)
+        if "winograd" in self._on and device is not None:
+            problem = winograd_problem(device, self.precision)
+            if problem is not None:
+                self.give_up("winograd", problem)
         if self.options.keep_memory and device is not None and device.type == "cpu":
             keep_freed_memory()
-        self._placed = self._compiled_model = self._half_model = None
+        self._placed = self._compiled_model = None
+        self._halves = MadeFor(lambda model: HalfWeights(model, DTYPES[self.precision]))
+        self._winograd = MadeFor(WinogradLayers)
 
     def __reduce__(self):
         return Engine, (self.options, self.device)  # a copy compiles and captures for itself
@@ -57,7 +64,7 @@ class Engine:
     @property
     def active(self) -> dict[str, str | bool]:
         """The options as they are served now."""
-        return {"precision": self.precision, **{n: n in self._on for n in ("channels_last", "compile", "cuda_graphs")}}
+        return {"precision": self.precision, **{n: n in self._on for n in SWITCHES}}
 
     def give_up(self, option: str, reason: str) -> None:
         """From now on without this option. Raises: EngineError where it was required."""
@@ -86,15 +93,31 @@ class Engine:
                 average.to(memory_format=torch.channels_last)
         return x.contiguous(memory_format=torch.channels_last)
 
-    # ------------------------------------------------------------ in an attack
+    # ------------------------------------------------------------ in an attack, in an update
     @contextmanager
     def attacking(self, model: nn.Module) -> Iterator[None]:
-        """attack_mode, with the weights rounded once where the precision is a half."""
-        with attack_mode(model, fast_batchnorm="compile" not in self._on):
+        """attack_mode, with the weights rounded or transformed once where the options want them so."""
+        with attack_mode(model, fast_batchnorm="compile" not in self._on), ExitStack() as inside:
             if self.graphs is not None:
                 self.graphs.follow(model)
-            with nullcontext() if self.precision == "fp32" else self._halves_of(model).in_place():
-                yield
+            inside.enter_context(self._own_convolutions(model))  # transforms the weights before they are rounded
+            if self.precision != "fp32":
+                inside.enter_context(self._halves(model).in_place())
+            yield
+
+    @contextmanager
+    def updating(self, model: nn.Module, freeze_bn: bool) -> Iterator[None]:
+        """update_mode, with this engine's convolutions."""
+        with update_mode(model, freeze_bn), self._own_convolutions(model):
+            yield
+
+    def _own_convolutions(self, model: nn.Module) -> AbstractContextManager[None]:
+        if "winograd" not in self._on:
+            return nullcontext()
+        layers = self._winograd(model)
+        if not layers.layers:
+            self.give_up("winograd", NO_LAYER)
+        return layers.in_place()
 
     def forward(self, model: nn.Module, x: Tensor) -> Tensor:
         """Logits of a model in attack mode."""
@@ -105,13 +128,6 @@ class Engine:
 
     def autocast(self, device: torch.device):
         return autocast(self.precision, device)
-
-    def _halves_of(self, model: nn.Module) -> HalfWeights:
-        where = addresses(model)
-        if model is not self._half_model or where != self._half_addresses:
-            self._half_model, self._half_addresses = model, where
-            self._halves = HalfWeights(model, DTYPES[self.precision])
-        return self._halves
 
     def _compiled_forward(self, model: nn.Module, x: Tensor) -> Tensor:
         """Compiles where that has not been done: for a step, forward and backward; for a look, the forward alone."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Made = TypeVar("Made")
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -48,3 +50,18 @@ def addresses(model: nn.Module) -> tuple[int, ...]:
     """Where parameters and buffers lie: what a captured graph depends on."""
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     return tuple(t.data_ptr() for t in tensors)
+
+
+class MadeFor(Generic[Made]):
+    """What `make` makes for a model: kept until it is asked for another model, or the model's tensors have moved."""
+
+    def __init__(self, make: Callable[[nn.Module], Made]):
+        self._make = make
+        self._model: nn.Module | None = None
+        self._addresses: tuple[int, ...] = ()
+
+    def __call__(self, model: nn.Module) -> Made:
+        where = addresses(model)
+        if model is not self._model or where != self._addresses:
+            self._made, self._model, self._addresses = self._make(model), model, where
+        return self._made

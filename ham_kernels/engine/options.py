@@ -12,6 +12,7 @@ from .. import _check
 from .modes import PRECISIONS
 
 REQUIRE = "require"
+SWITCHES = ("channels_last", "compile", "cuda_graphs", "winograd")
 Choice = bool | Literal["require"]
 
 
@@ -36,11 +37,12 @@ class EngineOptions:
     channels_last: Choice = False  # weights and images in NHWC order
     compile: Choice = False  # torch.compile of the model as the attack sees it: eval mode, no weight gradients
     cuda_graphs: Choice = False  # attack steps captured per number of rows, updates where their shape repeats
+    winograd: Choice = False  # on the CPU, 3x3 convolutions of stride 1 with a quarter of the multiplications
     keep_memory: bool = True  # on the CPU, freed memory stays with the process
 
     def __post_init__(self):
         _check.choice("precision", self.precision, (*PRECISIONS, *(f"{REQUIRE}-{p}" for p in PRECISIONS[1:])))
-        for name in ("channels_last", "compile", "cuda_graphs"):
+        for name in SWITCHES:
             _check.choice(name, getattr(self, name), (False, True, REQUIRE))
         _check.flag("keep_memory", self.keep_memory)
 

@@ -101,6 +101,17 @@ def register(
     _backends[name] = {"cpu": ("torch", "the plain-torch reference"), "cuda": cuda}
 
 
+def register_for_cpu(
+    name: str, schema: str, *, implementation: Callable, fake: Callable, status: Callable[[], tuple[object, str]]
+) -> None:
+    """Defines an op that only the CPU needs; `status` tells whether its library serves it, and why or why not."""
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, implementation, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    library, why = status()
+    _backends[name] = {"cpu": ("cpp" if library else "torch", why), "cuda": ("none", "an op of the CPU")}
+
+
 def backends() -> dict[str, dict[str, tuple[str, str]]]:
     """{op: {"cpu": (backend, why), "cuda": (backend, why)}}: what runs now, and why."""
     return {name: dict(row) for name, row in _backends.items()}

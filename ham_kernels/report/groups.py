@@ -30,6 +30,7 @@ _SWITCHES = {
     "engine.channels_last": {"on": "channels_last", "require": "channels_last"},
     "engine.compile": {"on": "compiled", "require": "compiled"},
     "engine.cuda_graphs": {"on": "CUDA graphs", "require": "CUDA graphs"},
+    "engine.winograd": {"on": "Winograd", "require": "Winograd"},
 }
 _NUMBERS = {
     "warm_up.natural_epochs": "{} natural epochs", "method.group": "groups of {}", "method.round_to": "rounded to {}",
