@@ -12,8 +12,11 @@
 
 namespace {
 
-constexpr int PANEL = 16;             // output channels that lie together in transformed weights
-constexpr long TILES_PER_BLOCK = 28;  // two strips of the AVX-512 register tile
+constexpr int PANEL = 16;   // output channels that lie together in transformed weights
+constexpr long CHUNK = 64;  // products of one sum
+// Tiles of a block: with 28 (two strips of the AVX-512 register tile) most of it stays in a core's
+// cache. Weights that no cache holds are read once per block, so that there it has more.
+constexpr long TILES_PER_BLOCK = 28, TILES_OF_LARGE_WEIGHTS = 112, LARGE_WEIGHTS = 4L << 20;
 
 struct bf16 {
   uint16_t bits;
@@ -41,7 +44,8 @@ struct Plan {
 
   Plan(const Shape& s, long threads) : tiles(s.n * s.tiles_down() * s.tiles_across()) {
     const long panels = s.c_out / PANEL;
-    long blocks = ceil_div(tiles, TILES_PER_BLOCK);
+    const bool large = 36 * s.c_in * s.c_out > LARGE_WEIGHTS;
+    long blocks = ceil_div(tiles, large ? TILES_OF_LARGE_WEIGHTS : TILES_PER_BLOCK);
     if (blocks >= threads) {
       groups = 1;
       blocks = ceil_div(blocks, threads) * threads;

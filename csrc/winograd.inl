@@ -4,7 +4,7 @@
 //   y = A^T [ (G w G^T) . (B^T d B) ] A     d: 6x6 input, y: 4x4 output (Lavin & Gray, 1509.09308)
 //
 // from the points 0, +-11/16, +-3/2 and infinity, whose rounding error is half that of the usual
-// 0, +-1, +-2, and about twice that of the direct sum. Arithmetic is fp32 whatever the images are.
+// 0, +-1, +-2. Arithmetic is fp32 whatever the images are.
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
@@ -139,29 +139,35 @@ static void scatter_tile(const float* m, long m_stride, T* image, const Shape& s
   }
 }
 
-// m (R, N panels) = v (R, k) u: the accumulators stay in registers over all of k.
+// m (R, N panels) = v (R, k) u, in sums of at most CHUNK products: one long sum would round more.
 template <int R, int N>
 static void multiply_strip(const float* v, long v_stride, const float* u, long k, float* m,
                            long m_stride) {
-  vec sum[R][N * VECTORS] = {};
   const float* panel[N];
   for (int n = 0; n < N; ++n) panel[n] = u + n * k * PANEL;
-  for (long i = 0; i < k; ++i) {
-    vec b[N * VECTORS];
+  for (long start = 0; start < k; start += CHUNK) {
+    const long stop = start + CHUNK < k ? start + CHUNK : k;
+    vec sum[R][N * VECTORS] = {};  // in registers
+    for (long i = start; i < stop; ++i) {
+      vec b[N * VECTORS];
 #pragma GCC unroll 8
-    for (int n = 0; n < N * VECTORS; ++n)
-      b[n] = load(panel[n / VECTORS] + i * PANEL + n % VECTORS * LANES);
+      for (int n = 0; n < N * VECTORS; ++n)
+        b[n] = load(panel[n / VECTORS] + i * PANEL + n % VECTORS * LANES);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const vec a = v[r * v_stride + i] - vec{};
+      for (int r = 0; r < R; ++r) {
+        const vec a = v[r * v_stride + i] - vec{};
 #pragma GCC unroll 8
-      for (int n = 0; n < N * VECTORS; ++n) sum[r][n] += a * b[n];
+        for (int n = 0; n < N * VECTORS; ++n) sum[r][n] += a * b[n];
+      }
     }
-  }
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < N * VECTORS; ++n) store(m + r * m_stride + n * LANES, sum[r][n]);
+      for (int n = 0; n < N * VECTORS; ++n) {
+        float* to = m + r * m_stride + n * LANES;
+        store(to, start == 0 ? sum[r][n] : sum[r][n] + load(to));
+      }
+  }
 }
 
 template <int R, int N>

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 LIBRARY = "_C.so"
 BUILD_INFO = "_build_info.json"
+CUDA_SOURCES = "*.cu*"  # of csrc
 DEFAULT_CUDA = "/usr/local/cuda"
 MIN_TORCH = (2, 10)
 TORCH_TARGET_VERSION = "0x020a000000000000ULL"  # 2.10: one library for this and every later torch
@@ -283,7 +284,7 @@ def library_problem(package: Path, library: str = LIBRARY, record: str = BUILD_I
     return None if built == size else f"{library} has {size} bytes, but {built} were built"
 
 
-def csrc_hash(root: Path, files: str = "*.cu*") -> str:
+def csrc_hash(root: Path, files: str = CUDA_SOURCES) -> str:
     """sha256 over the names and contents of these files in ``root/csrc``; of the CUDA extension's by default."""
     digest = hashlib.sha256()
     for path in sorted((Path(root) / "csrc").glob(files)):

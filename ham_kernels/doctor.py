@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from . import __version__, _build
-from .ops import _library
+from . import __version__, _build, _build_cpu
+from .ops import _library, winograd
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -56,6 +56,7 @@ def collect() -> dict[str, Any]:
         "gpus": gpus,
         "extension": {"loaded": loaded, "reason": reason, "sources": compare_sources(PACKAGE)},
         "build": read_build_info(PACKAGE),
+        "cpu_library": _cpu_library(),
         "backends": backends,
     }
 
@@ -73,9 +74,17 @@ def gpus_present() -> tuple[str | None, list[dict[str, str]]]:
     return driver, [{"name": name, "capability": capability} for _, capability, name in rows]
 
 
-def read_build_info(package: Path) -> dict[str, Any]:
+def _cpu_library() -> dict[str, Any]:
+    """Of Winograd convolutions: what runs now, and what the build said."""
+    library, reason = winograd.status()
+    info = read_build_info(PACKAGE, _build_cpu.BUILD_INFO)
+    sources = compare_sources(PACKAGE, _build_cpu.BUILD_INFO, _build_cpu.SOURCES)
+    return {"loaded": library is not None, "reason": reason, "sources": sources, "build": info}
+
+
+def read_build_info(package: Path, record: str = _build.BUILD_INFO) -> dict[str, Any]:
     """What the last build wrote down; says so where there is nothing to read."""
-    path = package / _build.BUILD_INFO
+    path = package / record
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         return {"status": "unknown", "reason": f"{path.name} gives none", **info}
@@ -86,18 +95,19 @@ def read_build_info(package: Path) -> dict[str, Any]:
     return {"status": "unknown", "reason": reason}
 
 
-def compare_sources(package: Path) -> str:
+def compare_sources(package: Path, record: str = _build.BUILD_INFO, files: str = _build.CUDA_SOURCES) -> str:
     """Whether csrc is still what was built: ``current``, ``stale``, or ``unknown`` (no build, or no csrc)."""
     root = package.parent
-    build = read_build_info(package)
+    build = read_build_info(package, record)
     if build["status"] != "built" or not (root / "csrc" / "bindings.cu").is_file():
         return "unknown"
-    return "current" if build.get("csrc_sha256") == _build.csrc_hash(root) else "stale"
+    return "current" if build.get("csrc_sha256") == _build.csrc_hash(root, files) else "stale"
 
 
 def as_text(report: dict[str, Any]) -> str:
     """The report in aligned lines."""
     versions, build, extension = report["versions"], report["build"], report["extension"]
+    cpu = report["cpu_library"]
     sources = {
         "current": "unchanged since the build",
         "stale": "CHANGED since the build: run `python -m ham_kernels build`",
@@ -122,6 +132,12 @@ def as_text(report: dict[str, Any]) -> str:
             ("archs", ", ".join(build.get("archs", [])) or "none"),
             ("csrc", sources[extension["sources"]]),
             *[("", line) for line in build.get("output", [])],
+        ],
+        "CPU library (Winograd convolutions)": [
+            ("loaded", f"{'yes' if cpu['loaded'] else 'no'}: {cpu['reason']}"),
+            ("build", f"{cpu['build']['status']}: {cpu['build']['reason']}"),
+            ("csrc", sources[cpu["sources"]]),
+            *[("", line) for line in cpu["build"].get("output", [])],
         ],
         **{
             f"Backends on {device.upper()}": [

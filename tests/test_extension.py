@@ -93,12 +93,12 @@ def test_the_library_loads_and_names_what_is_wrong_with_flags(built):
 @pytest.fixture
 def checkout(tmp_path):
     folder = tmp_path / "checkout"
-    ignore = shutil.ignore_patterns("__pycache__", "_C.so", "_build_info.json")
+    ignore = shutil.ignore_patterns("__pycache__", "_*.so", "_build*_info.json")
     for name in ("ham_kernels", "python", "csrc", "build_tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
-    for stale in ("ham_kernels/_C.so", "build/lib/ham_kernels/_C.so", "build/lib/ham_kernels/gone.py"):
+    for stale in ("ham_kernels/_C.so", "ham_kernels/_cpu.so", "build/lib/ham_kernels/_C.so", "build/lib/ham_kernels/gone.py"):
         (folder / stale).parent.mkdir(parents=True, exist_ok=True)
         (folder / stale).write_text("stale")
     return folder
@@ -121,21 +121,21 @@ def run_hook(checkout, hook, **environment):
 
 
 def test_a_wheel_holds_both_packages_and_nothing_stale(checkout):
-    done, wheels = run_hook(checkout, "build_wheel", HAM_BUILD_CUDA="0")
+    done, wheels = run_hook(checkout, "build_wheel", HAM_BUILD_CUDA="0", HAM_BUILD_CPU="0")
     assert done.returncode == 0, done.stderr
     (wheel,) = wheels.iterdir()
     assert wheel.name.startswith("ham_kernels-0.1.0-py3-none-linux")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        info = json.loads(archive.read("ham_kernels/_build_info.json"))
-    assert info["status"] == "skipped"
+        infos = [json.loads(archive.read(f"ham_kernels/_build{part}_info.json")) for part in ("", "_cpu")]
+    assert [info["status"] for info in infos] == ["skipped", "skipped"]
     assert {"ham_kernels/doctor.py", "ham_kernels/ops/compact.py", "ham_reference/__init__.py"} <= names
     assert {name.split("/")[0] for name in names} == {
         "ham_kernels",
         "ham_reference",
         "ham_kernels-0.1.0.dist-info",
     }
-    assert not {"ham_kernels/_C.so", "ham_kernels/gone.py"} & names
+    assert not {"ham_kernels/_C.so", "ham_kernels/_cpu.so", "ham_kernels/gone.py"} & names
 
 
 def test_an_editable_build_works_in_place_and_fails_only_if_the_extension_is_required(checkout):
@@ -164,7 +164,7 @@ def test_an_editable_build_works_in_place_and_fails_only_if_the_extension_is_req
 def test_the_doctor_reports_every_op_as_text_and_as_json(capsys):
     code = doctor.main(["--json"])
     report = json.loads(capsys.readouterr().out)
-    assert list(report) == ["ok", "versions", "gpus", "extension", "build", "backends"]
+    assert list(report) == ["ok", "versions", "gpus", "extension", "build", "cpu_library", "backends"]
     assert code == (0 if report["ok"] else 1)
     assert {"margin_stats", "compact"} <= set(report["backends"])
     for row in report["backends"].values():
@@ -173,7 +173,9 @@ def test_the_doctor_reports_every_op_as_text_and_as_json(capsys):
         assert row["cuda"]["reason"]
     assert doctor.main([]) == code
     text = capsys.readouterr().out
-    for expected in (*report["backends"], report["build"]["reason"], report["versions"]["torch"]):
+    library = report["cpu_library"]
+    told = (report["build"]["reason"], library["reason"], library["build"]["reason"], report["versions"]["torch"])
+    for expected in (*report["backends"], *told):
         assert expected in text
 
 

@@ -6,6 +6,7 @@ An op file registers itself with `register`; this module decides what runs where
     CUDA tensors  the CUDA C++ extension (compact only), else Triton, else the plain-torch reference
 
 `HAM_BACKEND` narrows the choice on CUDA: `auto` (default), `triton` (no extension), `torch` (references only).
+Winograd convolutions (`register_for_cpu`) are the CPU's alone; `winograd.status` tells what serves them.
 """
 
 from __future__ import annotations
@@ -101,15 +102,11 @@ def register(
     _backends[name] = {"cpu": ("torch", "the plain-torch reference"), "cuda": cuda}
 
 
-def register_for_cpu(
-    name: str, schema: str, *, implementation: Callable, fake: Callable, status: Callable[[], tuple[object, str]]
-) -> None:
-    """Defines an op that only the CPU needs; `status` tells whether its library serves it, and why or why not."""
+def register_for_cpu(name: str, schema: str, *, implementation: Callable, fake: Callable) -> None:
+    """Defines an op of the engine that only the CPU needs."""
     _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    library, why = status()
-    _backends[name] = {"cpu": ("cpp" if library else "torch", why), "cuda": ("none", "an op of the CPU")}
 
 
 def backends() -> dict[str, dict[str, tuple[str, str]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -76,9 +77,9 @@ def winograd_reference(x: Tensor, u: Tensor) -> Tensor:
 # ================================================================ kernel
 @functools.cache
 def _torch_parallel_for() -> Callable | None:
-    """torch's parallel_for of its stable ABI; None where this torch has none."""
+    """torch's parallel_for of its stable ABI, in the library that torch has loaded; None where it has none."""
     try:
-        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).torch_parallel_for
+        return ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD | os.RTLD_LAZY).torch_parallel_for
     except (OSError, AttributeError):
         return None
 
@@ -102,6 +103,7 @@ def status() -> tuple[ctypes.CDLL | None, str]:
     return library, f"{LIBRARY.name} loaded, vectors of {32 * lanes()} bits"
 
 
+@functools.cache
 def lanes() -> int:
     """Floats of the widest vectors that this processor serves: 16, 8, or 0."""
     return ctypes.CDLL(str(LIBRARY)).ham_winograd_lanes()
@@ -120,6 +122,7 @@ def winograd_weights_launch(weight: Tensor, back: bool, u: Tensor, width: int | 
 
 
 def winograd_launch(x: Tensor, u: Tensor, width: int | None = None) -> Tensor:
+    _check_arguments(x, u)
     x = _channels_last(x)
     n, c_in, h, w = x.shape
     y = _result(x, u)
@@ -132,6 +135,15 @@ def winograd_launch(x: Tensor, u: Tensor, width: int | None = None) -> Tensor:
         )  # fmt: skip
         _raise_for(code)
     return y
+
+
+def _check_arguments(x: Tensor, u: Tensor) -> None:
+    if x.dtype not in DTYPES or x.device.type != "cpu" or x.dim() != 4:
+        raise TypeError(f"x: got {x.dtype} {tuple(x.shape)} on {x.device}; it must be fp32 or bf16 (n, c, h, w) on the CPU")
+    if u.dtype != torch.float32 or u.dim() != 3 or not u.is_contiguous():
+        raise TypeError(f"u: got {u.dtype} {tuple(u.shape)}; it must come from winograd_weights")
+    if u.shape[0] != 36 or u.shape[2] != x.shape[1] * PANEL:
+        raise ValueError(f"u: got {tuple(u.shape)} for {x.shape[1]} channels; it must be (36, c_out / 16, channels * 16)")
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -159,10 +171,13 @@ def winograd_weights(weight: Tensor, *, back: bool = False, out: Tensor | None =
 
     back: of the convolution that takes gradients from the output to the input, (36, c_in / 16, c_out * 16).
     out: written to and returned. (Three dimensions, since compilers put those of four in channels_last order.)
+    Raises: ValueError where channels are no multiples of 16, or the weights are not 3x3.
     """
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or weight.shape[0] % PANEL or weight.shape[1] % PANEL:
+        raise ValueError(f"weight: got {tuple(weight.shape)}; it must be (c_out, c_in, 3, 3), channels multiples of 16")
+    weight = weight.detach()
     outer, inner = weight.shape[:2][:: -1 if back else 1]
     u = torch.empty(36, outer // PANEL, inner * PANEL) if out is None else out
-    weight = weight.detach()
     return winograd_weights_launch(weight, back, u) if status()[0] else u.copy_(winograd_weights_reference(weight, back))
 
 
@@ -176,7 +191,6 @@ register_for_cpu(
     "(Tensor x, Tensor weight, Tensor u, Tensor u_back) -> Tensor",
     implementation=lambda x, weight, u, u_back: _either(x, u),
     fake=lambda x, weight, u, u_back: _result(x, u),
-    status=status,
 )
 # x is not looked at. Compilers keep what a backward asks for: with x they compute the mask of a ReLU before the
 # convolution from it, where they would otherwise write the mask, which takes longer than the convolution.
@@ -185,7 +199,6 @@ register_for_cpu(
     "(Tensor grad, Tensor x, Tensor u_back) -> Tensor",
     implementation=lambda grad, x, u_back: _either(grad, u_back),
     fake=lambda grad, x, u_back: _result(grad, u_back),
-    status=status,
 )
 
 
