@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from _steps import (
-    BEST,
+    BEST_CPU,
     FOREIGN,
+    FP32_CPU,
     HAM,
     KINDS,
     NATURAL,
@@ -224,8 +225,8 @@ SMALL, LARGE = "small_cnn", "preact_resnet18"
 GOALS = [
     Goal("cpu", SMALL, 128, "over_prediction", 1.05),
     Goal("cpu", LARGE, 128, "over_prediction", 1.05),
-    Goal("cpu", LARGE, 128, f"over_{TORCHATTACKS}", 1.9, PGD_AT, "channels_last+compile"),
-    Goal("cpu", LARGE, 128, f"over_{TORCHATTACKS}", 3.0, PGD_AT, BEST),
+    Goal("cpu", LARGE, 128, f"over_{TORCHATTACKS}", 1.9, PGD_AT, FP32_CPU),
+    Goal("cpu", LARGE, 128, f"over_{TORCHATTACKS}", 3.0, PGD_AT, BEST_CPU),
     *(
         goal
         for n in (128, 512)

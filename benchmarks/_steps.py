@@ -47,11 +47,13 @@ OPTIONS = {
     "channels_last": {"channels_last": "require"},
     "compile": {"compile": "require"},
     "cuda_graphs": {"cuda_graphs": "require"},
+    "winograd": {"winograd": "require"},
 }
 BEST = "bf16+channels_last+compile"
+FP32_CPU, BEST_CPU = "channels_last+compile+winograd", f"{BEST}+winograd"
 ARMS = {
-    "cpu": (*FOREIGN, "no_keep_memory", "plain", "channels_last", "compile", "channels_last+compile", "bf16",
-            "bf16+channels_last", BEST),
+    "cpu": (*FOREIGN, "no_keep_memory", "plain", "channels_last", "compile", "winograd", "channels_last+compile",
+            FP32_CPU, "bf16", "bf16+channels_last", BEST, BEST_CPU),
     "cuda": (*FOREIGN, "plain", "channels_last", "compile", "cuda_graphs", "bf16", "bf16+channels_last",
              "bf16+channels_last+cuda_graphs", BEST, f"{BEST}+cuda_graphs", f"{BEST}+cuda_graphs+group2",
              f"{BEST}+cuda_graphs+group4"),
@@ -78,10 +80,10 @@ def group_of(name: str) -> int:
 
 
 def setting_of(name: str) -> str:
-    """Precision, layout and compile of an arm: the name of the bare model's pass that it is compared with."""
+    """Precision, layout, compile and convolutions of an arm: the name of the bare model's pass it is compared with."""
     foreign = "bf16+channels_last" if name.endswith("_bf16") else "plain"
     parts = (foreign if name in FOREIGN else name).split("+")
-    return "+".join(p for p in ("bf16", "channels_last", "compile") if p in parts) or "plain"
+    return "+".join(p for p in ("bf16", "channels_last", "compile", "winograd") if p in parts) or "plain"
 
 
 # ------------------------------------------------------------ what they train on

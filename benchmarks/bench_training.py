@@ -27,8 +27,10 @@ from _results import aligned, markdown, write_json
 from _steps import (
     ARMS,
     BEST,
+    BEST_CPU,
     CHECK_ROWS,
     FOREIGN,
+    FP32_CPU,
     HAM,
     KINDS,
     PGD_AT,
@@ -55,7 +57,7 @@ from ham_kernels.engine import EngineError
 RESULTS = Path(__file__).resolve().parent / "results"
 # arms that a goal is about: measured in every round, whatever the budget
 NEEDED = {
-    "cpu": (TORCHATTACKS, "channels_last+compile", BEST),
+    "cpu": (TORCHATTACKS, FP32_CPU, BEST_CPU),
     "cuda": (TORCHATTACKS, TORCHATTACKS_BF16, "bf16+channels_last+cuda_graphs", f"{BEST}+cuda_graphs"),
 }
 TOO_SLOW = {("cpu", LARGE): {REFERENCE: "too slow for this model on a CPU, unless --arms names it"}}

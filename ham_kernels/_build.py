@@ -147,9 +147,7 @@ def written_down(
     return info
 
 
-def compile_in_place(
-    command_for: Callable[[Path], list[str]], target: Path, root: Path, info: dict[str, Any]
-) -> None:
+def compile_in_place(command_for: Callable[[Path], list[str]], target: Path, root: Path, info: dict[str, Any]) -> None:
     """Runs a compiler in `root`; only a whole library gets to `target`. Raises Stop.
 
     Compiled in a folder beside the target: os.replace is atomic within a file system, and a process that has the old

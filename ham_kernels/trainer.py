@@ -47,8 +47,7 @@ class HAMTrainer:
         channels_last: weights and images in NHWC order.
         compile: torch.compile of the model as the attack sees it (eval mode, no weight gradients).
         cuda_graphs: attack steps replayed per number of rows, updates where their number of rows repeats.
-        winograd: on the CPU, 3x3 convolutions of stride 1 by Winograd's algorithm, with a quarter of the multiplications,
-            in attack and update (their transformed weights take eight times the memory of the weights).
+        winograd: on the CPU, 3x3 convolutions of stride 1 with a quarter of the multiplications, in attack and update.
             These four and a half precision may be True (or named), which warns and goes on without where model or
             device cannot serve them; or "require" ("require-bf16"), which raises EngineError then.
         keep_memory: on the CPU, the process keeps the memory that torch frees (see engine/memory.py).
@@ -75,8 +74,9 @@ class HAMTrainer:
         early_drop: bool = True, norm: str = "linf", freeze_bn: bool = False, ema_decay: float | None = None,
         device: torch.device | str | None = None, precision: str = "fp32", seed: int = 0, rows: str = "hard",
         bn_rows: str = "hard", channels_last: bool | str = False, compile: bool | str = False,
-        cuda_graphs: bool | str = False, winograd: bool | str = False, keep_memory: bool = True, group: int = 1, group_updates: str = "each",
-        round_to: int = 1, screen: str = "steps", warm_up: str = "pgd_at", natural_epochs: int = 0,
+        cuda_graphs: bool | str = False, winograd: bool | str = False, keep_memory: bool = True, group: int = 1,
+        group_updates: str = "each", round_to: int = 1, screen: str = "steps", warm_up: str = "pgd_at",
+        natural_epochs: int = 0,
     ):  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}; it must be a torch.nn.Module")

@@ -26,7 +26,7 @@ MACHINE = {
 }  # fmt: skip
 CPU = {"type": "cpu", "name": "a CPU", "threads": 2, "capability": 0}
 GPU = {"type": "cuda", "name": "a GPU", "threads": 16, "capability": 9}
-FP32, GRAPHS = "channels_last+compile", "bf16+channels_last+cuda_graphs"
+FP32, GRAPHS = _steps.FP32_CPU, "bf16+channels_last+cuda_graphs"
 
 
 def lane(arm: str, kind: str, seconds: list, h: float = 1.0, unit: float | None = 0.1) -> dict:
@@ -107,7 +107,7 @@ def cpu_cases(ham: float, fp32: float, bf16: float) -> list[dict]:
     large = case(
         lane("torchattacks", "pgd_at", [6.0] * 3),
         lane(FP32, "pgd_at", [fp32] * 3), lane(FP32, "ham", [ham * fp32 * 12.1 / 23] * 3, h=0.3),
-        lane(_steps.BEST, "pgd_at", [bf16] * 3), lane(_steps.BEST, "ham", [ham * bf16 * 12.1 / 23] * 3, h=0.3),
+        lane(_steps.BEST_CPU, "pgd_at", [bf16] * 3), lane(_steps.BEST_CPU, "ham", [ham * bf16 * 12.1 / 23] * 3, h=0.3),
     )  # fmt: skip
     small = case(
         lane("plain", "pgd_at", [1.0]), lane("plain", "ham", [ham * 12.1 / 23], h=0.3), model="small_cnn"
@@ -119,7 +119,7 @@ def test_goals_of_a_cpu():
     good = result_of(CPU, *cpu_cases(1.04, 3.1, 1.9))
     assert states(good, "cpu") == ["held"] * 4
     assert set(states(good, "cuda")) == {"not measured here"}
-    assert "1.04 × with ours, bf16, channels_last, compile" in good["goals"][1]["measured"]
+    assert "1.04 × with ours, bf16, channels_last, compile, winograd" in good["goals"][1]["measured"]
     assert states(result_of(CPU, *cpu_cases(1.06, 3.1, 1.9)), "cpu") == ["missed", "missed", "held", "held"]
     assert states(result_of(CPU, *cpu_cases(1.04, 3.2, 2.1)), "cpu") == ["held", "held", "missed", "missed"]
 
@@ -129,7 +129,7 @@ def test_goals_that_this_run_cannot_judge_say_why():
     assert {g["why"] for g in one_thread["goals"] if g["device"] == "cpu"} == {"torch uses 1 threads here"}
     assert "missed" not in states(one_thread, "cpu")
     small, large = cpu_cases(1.0, 3.0, 1.5)
-    without = case(*large["lanes"][:3], left_out={_steps.BEST: "this CPU has no bf16 arithmetic"})
+    without = case(*large["lanes"][:3], left_out={_steps.BEST_CPU: "this CPU has no bf16 arithmetic"})
     judged = result_of(CPU, without)["goals"][:4]
     assert [g["state"] for g in judged] == ["not measured here", "held", "held", "not measured here"]
     assert judged[0]["why"] == "this model and batch size did not run"
@@ -166,7 +166,7 @@ def test_readme_section():
     assert len(tables) == 2
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1
-    assert "| ours, channels_last, compile: HAM | 1,729 |" in tables[1]
+    assert "| ours, channels_last, compile, winograd: HAM | 1,729 |" in tables[1]
     assert "3.5.1" in text
     assert "commit abc" in text
     assert text.count("**missed**") == 2

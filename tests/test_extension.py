@@ -98,7 +98,12 @@ def checkout(tmp_path):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
-    for stale in ("ham_kernels/_C.so", "ham_kernels/_cpu.so", "build/lib/ham_kernels/_C.so", "build/lib/ham_kernels/gone.py"):
+    for stale in (
+        "ham_kernels/_C.so",
+        "ham_kernels/_cpu.so",
+        "build/lib/ham_kernels/_C.so",
+        "build/lib/ham_kernels/gone.py",
+    ):
         (folder / stale).parent.mkdir(parents=True, exist_ok=True)
         (folder / stale).write_text("stale")
     return folder

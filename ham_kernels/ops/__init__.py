@@ -6,7 +6,6 @@ from .margin import margin_stats
 from .pgd import pgd_step
 from .start import random_start
 from .weights import step_size_weights, weighted_cross_entropy
-from . import winograd as _winograd
 
 __all__ = [
     "BackendWarning",

@@ -139,11 +139,13 @@ def winograd_launch(x: Tensor, u: Tensor, width: int | None = None) -> Tensor:
 
 def _check_arguments(x: Tensor, u: Tensor) -> None:
     if x.dtype not in DTYPES or x.device.type != "cpu" or x.dim() != 4:
-        raise TypeError(f"x: got {x.dtype} {tuple(x.shape)} on {x.device}; it must be fp32 or bf16 (n, c, h, w) on the CPU")
+        what = f"{x.dtype} {tuple(x.shape)} on {x.device}"
+        raise TypeError(f"x: got {what}; it must be fp32 or bf16 (n, c, h, w) on the CPU")
     if u.dtype != torch.float32 or u.dim() != 3 or not u.is_contiguous():
         raise TypeError(f"u: got {u.dtype} {tuple(u.shape)}; it must come from winograd_weights")
     if u.shape[0] != 36 or u.shape[2] != x.shape[1] * PANEL:
-        raise ValueError(f"u: got {tuple(u.shape)} for {x.shape[1]} channels; it must be (36, c_out / 16, channels * 16)")
+        wanted = f"(36, c_out / 16, {x.shape[1] * PANEL})"
+        raise ValueError(f"u: got {tuple(u.shape)} for {x.shape[1]} channels; it must be {wanted}")
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -178,12 +180,14 @@ def winograd_weights(weight: Tensor, *, back: bool = False, out: Tensor | None =
     weight = weight.detach()
     outer, inner = weight.shape[:2][:: -1 if back else 1]
     u = torch.empty(36, outer // PANEL, inner * PANEL) if out is None else out
-    return winograd_weights_launch(weight, back, u) if status()[0] else u.copy_(winograd_weights_reference(weight, back))
+    if status()[0] is None:
+        return u.copy_(winograd_weights_reference(weight, back))
+    return winograd_weights_launch(weight, back, u)
 
 
 # ================================================================ registration
 def _either(x: Tensor, u: Tensor) -> Tensor:
-    return winograd_launch(x, u) if status()[0] else winograd_reference(x, u)
+    return winograd_reference(x, u) if status()[0] is None else winograd_launch(x, u)
 
 
 register_for_cpu(

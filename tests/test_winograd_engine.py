@@ -1,0 +1,287 @@
+"""The engine's Winograd option: whom it serves, what it leaves behind, and that training stays the reference's."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from nets import Broken, Counting, sgd
+from test_engine import Compiler, assert_reference, assert_same_model, batches, engine_warnings, trainer_of  # noqa: F401
+from torch import nn
+
+from ham_kernels.engine import Engine, EngineError, EngineOptions, EngineWarning, winograd
+from ham_kernels.ops.winograd import status
+
+CPU = torch.device("cpu")
+needs_library = pytest.mark.skipif(status()[0] is None, reason=status()[1])
+
+
+def net(seed: int = 0) -> nn.Module:
+    """A layer that it serves with a bias, one without, and between them layers that it does not.
+
+    No ReLU: behind dead ones gradients of digits are exactly zero, where Winograd's are rounding noise with a sign.
+    """
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.SiLU(),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(32, 32, 3, padding="same", bias=False),
+        nn.BatchNorm2d(32),
+        nn.SiLU(),
+        nn.Conv2d(32, 16, 3, stride=2, padding=1),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
+
+
+def served(model: nn.Module) -> list[str]:
+    layers = {id(layer.conv) for layer in winograd.WinogradLayers(model).layers}
+    return [name for name, m in model.named_modules() if id(m) in layers]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts what runs by Winograd's algorithm."""
+    seen = []
+    own = winograd._Layer._forward
+
+    def forward(self, x):
+        seen.append(tuple(x.shape))
+        return own(self, x)
+
+    monkeypatch.setattr(winograd._Layer, "_forward", forward)
+    return seen
+
+
+# ---------------------------------------------------------------- whom it serves
+def test_layers_that_it_serves():
+    assert served(net()) == ["3", "5"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kernel_size": 5, "padding": 2},
+        {"kernel_size": (3, 1)},
+        {"stride": 2},
+        {"stride": (1, 2)},
+        {"dilation": 2, "padding": 2},
+        {"padding": 0},
+        {"padding": "valid"},
+        {"groups": 2},
+        {"padding_mode": "reflect"},
+        {"in_channels": 24},
+        {"out_channels": 24},
+        {"dtype": torch.float64},
+        {"device": "meta"},
+    ],
+    ids=str,
+)
+def test_layers_that_it_leaves_alone(change):
+    given = {"in_channels": 16, "out_channels": 16, "kernel_size": 3, "padding": 1}
+    assert served(nn.Sequential(nn.Conv2d(**given))) == ["0"]
+    assert served(nn.Sequential(nn.Conv2d(**given | change))) == []
+
+
+def test_layers_with_a_forward_of_their_own_are_left_alone():
+    class Mine(nn.Conv2d):
+        pass
+
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3, padding=1))
+    patched = nn.Conv2d(16, 16, 3, padding=1)
+    patched.forward = lambda x: x
+    assert served(nn.Sequential(Mine(16, 16, 3, padding=1), normed, patched)) == []
+    before = patched.forward
+    with winograd.WinogradLayers(nn.Sequential(patched)).in_place():
+        pass
+    assert patched.forward is before
+
+
+@pytest.mark.parametrize(
+    ("shape", "pays"),
+    [
+        ((8, 4, 4), True),
+        ((7, 4, 4), False),  # too few tiles
+        ((64, 2, 2), False),  # a quarter of the tile
+        ((64, 5, 5), False),  # 25 of 64 pixels
+        ((64, 7, 7), True),
+        ((2, 32, 32), True),
+    ],
+)
+def test_shapes_that_pay(shape, pays):
+    n, h, w = shape
+    assert winograd._pays(n, 16, h, w) is pays
+
+
+# ---------------------------------------------------------------- training
+@needs_library
+@pytest.mark.parametrize(
+    "choices", [{}, {"norm": "l2", "eps": 1.0, "step_size": 0.25}, {"freeze_bn": True, "ema_decay": 0.9}], ids=str
+)
+@pytest.mark.parametrize("options", [{}, {"channels_last": True}], ids=["", "channels_last"])
+def test_training_is_the_reference(batches, choices, options, calls):  # noqa: F811
+    model = net()
+    twin = copy.deepcopy(model)
+    ours = trainer_of(model, winograd="require", **options, **choices)
+    assert_reference(ours, twin, batches[:3], choices, step_by_step=True)
+    assert len(calls) > 100
+    assert ours.engine.active["winograd"] is True
+
+
+@needs_library
+def test_attack_and_update_both_use_it_with_the_weights_of_the_moment(batches, calls):  # noqa: F811
+    model = net()
+    ours, theirs = trainer_of(model, winograd="require"), trainer_of(copy.deepcopy(model))
+    x, y = batches[0]
+    ours.train_step(x, y, epoch=1)
+    assert len(calls) == 2 * (5 + 1)  # two layers; five steps of the attack and the update
+    theirs.train_step(x, y, epoch=1)
+    for trainer in (ours, theirs):
+        with torch.no_grad():
+            for p in trainer.model.parameters():
+                p.data.mul_(0.7)  # behind the back of version counters
+    a, b = ours.train_step(x, y, epoch=2), theirs.train_step(x, y, epoch=2)
+    assert a.n_hard == b.n_hard
+    assert a.loss == pytest.approx(b.loss, rel=1e-4)
+    ours.model.load_state_dict(net(1).state_dict())
+    theirs.model.load_state_dict(net(1).state_dict())
+    a, b = ours.train_step(x, y, epoch=1), theirs.train_step(x, y, epoch=1)
+    assert a.loss == pytest.approx(b.loss, rel=1e-4)
+
+
+@needs_library
+def test_another_model_and_moved_weights(batches):  # noqa: F811
+    ours = trainer_of(net(), winograd="require")
+    ours.train_step(*batches[0], epoch=1)
+    other = net(1)
+    theirs = trainer_of(copy.deepcopy(other), seed=0)
+    ours.model, ours.optimizer, ours.steps_done = other, sgd(other), 0
+    assert ours.train_step(*batches[0], epoch=1).loss == pytest.approx(
+        theirs.train_step(*batches[0], epoch=1).loss, rel=1e-4
+    )
+    for trainer in (ours, theirs):
+        with torch.no_grad():
+            trainer.model[5].weight = nn.Parameter(trainer.model[5].weight * 0.5)
+    assert ours.train_step(*batches[0], epoch=1).loss == pytest.approx(
+        theirs.train_step(*batches[0], epoch=1).loss, rel=1e-4
+    )
+
+
+@needs_library
+def test_bf16(batches, monkeypatch, calls):  # noqa: F811
+    """Weights stay in fp32 for it, images and gradients are bf16: as near to fp32 as bf16 is without it."""
+    monkeypatch.setattr("ham_kernels.engine.core.half_problem", lambda *_: None)
+    trainers = [
+        trainer_of(net(), precision="bf16", winograd="require"), trainer_of(net(), precision="bf16"), trainer_of(net()),
+    ]  # fmt: skip
+    for epoch in (1, 1, 2, 2):
+        for x, y in batches[:2]:
+            a, _, c = (t.train_step(x, y, epoch=epoch) for t in trainers)
+            assert abs(a.n_hard - c.n_hard) <= 5
+            assert a.loss == pytest.approx(c.loss, rel=0.02)
+    assert calls
+
+
+@needs_library
+def test_it_costs_no_forward(batches):  # noqa: F811
+    counting = Counting(net())
+    trainer = trainer_of(counting, winograd="require")
+    trainer.train_step(*batches[0], epoch=1)
+    assert counting.full_batch_forwards(64) == 2 * 5 + 3
+
+
+@needs_library
+def test_it_is_compiled_once(batches, monkeypatch):  # noqa: F811
+    """Its forwards are put in and taken out for every batch; what was compiled with them serves for good."""
+    compiler = Compiler().install(monkeypatch)
+    model = net()
+    twin = copy.deepcopy(model)
+    ours = trainer_of(model, compile="require", winograd="require")
+    assert_reference(ours, twin, batches[:4], step_by_step=True)
+    assert compiler.compiled == 2
+
+
+# ---------------------------------------------------------------- what it leaves behind
+@needs_library
+def test_nothing_of_it_stays_in_the_model(batches):  # noqa: F811
+    model = Broken(net(), lambda z: z * float("nan"), after=4)
+    trainer = trainer_of(model, winograd="require")
+    with pytest.raises(ValueError, match="loss is nan"):
+        trainer.train_step(*batches[0], epoch=1)
+    assert all("forward" not in vars(m) for m in model.modules())
+    pickle.loads(pickle.dumps(net()))
+    engine = copy.deepcopy(trainer.engine)
+    assert engine.active == trainer.engine.active
+
+
+@needs_library
+def test_evaluation_and_attacks_elsewhere_do_not_use_it(batches, calls):  # noqa: F811
+    trainer = trainer_of(net(), winograd="require", ema_decay=0.9)
+    trainer.train_step(*batches[0], epoch=1)
+    del calls[:]
+    trainer.model(batches[0][0])
+    trainer.ema_model(batches[0][0])
+    assert not calls
+
+
+# ---------------------------------------------------------------- refused
+def attacked_twice(wanted, options: dict, device, model) -> Engine:
+    engine = Engine(EngineOptions(winograd=wanted, **options), device)
+    for _ in range(0 if model is None else 2):
+        with engine.attacking(model):
+            pass
+    return engine
+
+
+def gives_up(reason: str, options: dict, device=CPU, model=None):
+    """Required: an error. On: one warning that names the reason, and going on without it."""
+    with pytest.raises(EngineError, match=f"winograd: was required, but {reason}"):
+        attacked_twice("require", options, device, model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", EngineWarning)
+        engine = attacked_twice(True, options, device, model)
+    (message,) = engine_warnings(caught)
+    assert message.startswith("winograd: ")
+    assert engine.active["winograd"] is False
+
+
+def test_other_devices():
+    gives_up("the model is on cuda", {}, torch.device("cuda"))
+
+
+def test_fp16(monkeypatch):
+    monkeypatch.setattr("ham_kernels.engine.core.half_problem", lambda *_: None)
+    gives_up("it takes images in fp32 or bf16", {"precision": "fp16"})
+
+
+def test_without_the_library(monkeypatch):
+    monkeypatch.setattr(winograd, "status", lambda: (None, "_cpu.so is not there"))
+    gives_up("_cpu.so is not there", {})
+
+
+@needs_library
+def test_a_model_without_such_a_layer():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Flatten(), nn.Linear(16, 2))
+    gives_up("the model has no 3x3 convolution", {}, model=model)
+
+
+@pytest.mark.parametrize("value", ["on", None, 2])
+def test_values_that_are_no_choice(value):
+    with pytest.raises((TypeError, ValueError), match="winograd"):
+        EngineOptions(winograd=value)
+
+
+@needs_library
+def test_a_model_as_it_was_after_a_refusal(batches):  # noqa: F811
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(512, 10))
+    twin = copy.deepcopy(model)
+    with pytest.warns(EngineWarning, match="no 3x3 convolution"):
+        trainer_of(model, winograd=True).train_step(*batches[0], epoch=1)
+    trainer_of(twin).train_step(*batches[0], epoch=1)
+    assert_same_model(model, twin, rtol=0, atol=0)
