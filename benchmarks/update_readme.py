@@ -12,6 +12,7 @@ from pathlib import Path
 
 import _kernel_report
 import bench_training
+import bench_winograd
 from _results import cells, markdown, verdict_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,6 +89,10 @@ def kernels() -> str:
     return "" if result is None else _kernel_report.readme_section(result)
 
 
+def winograd() -> str:
+    return bench_winograd.readme_section(json.loads((RESULTS / "bench_winograd_cpu.json").read_text()))
+
+
 def costs() -> str:
     """What a run costs beside its training."""
     loading = json.loads((RESULTS / "bench_input_cpu.json").read_text())
@@ -108,6 +113,7 @@ SECTIONS = {
     "sweep": sweep,
     "costs": costs,
     "training": training,
+    "winograd": winograd,
     "cheaper": cheaper,
     "kernels": kernels,
 }

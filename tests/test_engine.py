@@ -630,7 +630,7 @@ def test_options_together_warn_once_each(batches, monkeypatch):
         "channels_last", "compile", "cuda_graphs", "precision",
     ]  # fmt: skip
     assert ours.engine.active == {
-        "precision": "fp32", "channels_last": False, "compile": False, "cuda_graphs": False,
+        "precision": "fp32", "channels_last": False, "compile": False, "cuda_graphs": False, "winograd": False,
     }  # fmt: skip
     theirs = trainer_of(twin)
     assert [r.loss for r in theirs.fit(batches, 3)] == pytest.approx([r.loss for r in ours.history], rel=1e-5)
