@@ -62,15 +62,11 @@ def layer(dtype: str, n: int, channels: int, side: int, rounds: int) -> dict:
     weight = torch.randn(channels, channels, 3, 3) / (9 * channels) ** 0.5
     right = F.conv2d(x[:JUDGED].double(), weight.double(), padding=1)
     last = {"memory_format": torch.channels_last}
-    x_last, weight_last, weight_half, u = (
-        x.to(**last),
-        weight.to(kind, **last),
-        weight.to(kind),
-        winograd_weights(weight),
-    )
+    x_last, u = x.to(**last), winograd_weights(weight)
+    weight_own, weight_last = weight.to(kind), weight.to(kind, **last)
     competitors = {
         OURS: lambda: winograd_launch(x_last, u),
-        TORCH: lambda: F.conv2d(x, weight_half, padding=1),
+        TORCH: lambda: F.conv2d(x, weight_own, padding=1),
         LAST: lambda: F.conv2d(x_last, weight_last, padding=1),
     }
     errors = {name: error(work(), right) for name, work in competitors.items()}
@@ -81,14 +77,8 @@ def layer(dtype: str, n: int, channels: int, side: int, rounds: int) -> dict:
             taken[name].append(seconds(work))
         transforms.append(seconds(lambda: winograd_weights(weight, out=u)))
     found = {name: {"seconds": taken[name], "error": errors[name]} for name in competitors}
-    return {
-        "dtype": dtype,
-        "rows": n,
-        "channels": channels,
-        "side": side,
-        "competitors": found,
-        "transform": transforms,
-    }
+    about = {"dtype": dtype, "rows": n, "channels": channels, "side": side}
+    return about | {"competitors": found, "transform": transforms}
 
 
 def cells(layers: list[dict]) -> list[list[str]]:
@@ -110,9 +100,9 @@ def cells(layers: list[dict]) -> list[list[str]]:
 
 
 def readme_section(result: dict) -> str:
-    m = result["machine"]
+    m, rounds = result["machine"], result["rounds"]
     setup = (
-        f"3×3 convolutions of PreActResNet-18, medians of {result['rounds']} rounds in turn; error against fp64 relative "
+        f"3×3 convolutions of PreActResNet-18, medians of {rounds} rounds in turn; error against fp64, relative "
         f"to the output's standard deviation (`python benchmarks/bench_winograd.py`). {m['cpu']}, cores: {m['cores']}, "
         f"torch {m['torch']}, ham_kernels {m['ham_kernels']}; {m['date']}."
     )
