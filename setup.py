@@ -1,4 +1,4 @@
-"""Adds the compiled libraries (ham_kernels/_build*.py) to the build of the package. Never imports torch."""
+"""Adds the compiled libraries (ham_kernels/_native.py) to the build of the package. Never imports torch."""
 
 import importlib
 import shutil
@@ -13,11 +13,11 @@ from setuptools.command.build import build
 ROOT = Path(__file__).resolve().parent
 
 
-def load_build_module(name="_build"):
-    """A build module of ham_kernels without the package itself, which needs torch: in a stand-in for it."""
+def load_native():
+    """ham_kernels/_native.py without the package itself, which needs torch: in a stand-in for it."""
     package = sys.modules.setdefault("_ham_build", types.ModuleType("_ham_build"))
     package.__path__ = [str(ROOT / "ham_kernels")]
-    return importlib.import_module(f"_ham_build.{name}")
+    return importlib.import_module("_ham_build._native")
 
 
 class build_native(Command):
@@ -34,11 +34,10 @@ class build_native(Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"))
 
     def run(self):
-        cuda, cpu = load_build_module(), load_build_module("_build_cpu")
+        native = load_native()
         try:
-            cpu.build_library(ROOT, out_dir=self.out_dir)
-            cuda.build_extension(ROOT, out_dir=self.out_dir)
-        except (cuda.BuildError, ValueError) as error:
+            native.build(ROOT, self.out_dir)
+        except (native._build.BuildError, ValueError) as error:
             raise SystemExit(f"error: {error}") from None
 
     @property
@@ -47,8 +46,7 @@ class build_native(Command):
 
     # What setuptools asks of a build step. Editable: the files are already where they are imported from.
     def get_outputs(self):
-        names = ("_C.so", "_build_info.json", "_cpu.so", "_build_cpu_info.json")
-        return [] if self.editable_mode else [str(self.out_dir / name) for name in names]
+        return [] if self.editable_mode else [str(self.out_dir / name) for name in load_native().FILES]
 
     def get_output_mapping(self):
         return {}

@@ -1,7 +1,7 @@
 """Builds the CUDA extension with one direct nvcc call, and writes down what happened.
 
-Standard library only, and nothing of this package but `_build_cpu` beside it, which shares what is below: setup.py and
-the build backend load both by their path, in environments that may lack torch.
+Standard library only, and nothing of this package, in environments that may lack torch: the build backend loads this
+file by its path, and setup.py with `_build_cpu` and `_native`, which are above it.
 
 ``HAM_BUILD_CUDA``  unset: build where possible; 0: skip; 1: it is an error if nothing gets built.
 ``HAM_CUDA_ARCHS``  such as ``8.0;9.0+PTX``, ``80 90``, ``9.0a``, ``all-major``. If it is not set:
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -303,22 +303,3 @@ def run(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProc
         return subprocess.run(command, cwd=cwd, text=True, errors="replace", **together)
     except OSError as error:
         return subprocess.CompletedProcess(command, error.errno or 1, stdout=str(error))
-
-
-def main(argv: Sequence[str] = ()) -> int:
-    """``python -m ham_kernels build``: compiles in place. Returns 0: all built, 1: not all, 2: wrong use."""
-    root = Path(__file__).resolve().parents[1]
-    if argv:
-        print(f"ham_kernels build: takes no arguments, got {' '.join(argv)}", file=sys.stderr)
-        return 2
-    if not (root / "csrc" / "bindings.cu").is_file():
-        print(f"ham_kernels build: needs a checkout; {root} is an installation without csrc", file=sys.stderr)
-        return 2
-    from . import _build_cpu
-
-    try:
-        built = [build(root)["status"] == "built" for build in (_build_cpu.build_library, build_extension)]
-        return 0 if all(built) else 1
-    except (BuildError, ValueError) as error:
-        print(f"ham_kernels build: {error}", file=sys.stderr)
-        return 1

@@ -126,9 +126,9 @@ def _doctor(argv: list[str]) -> int:
 
 
 def _build(argv: list[str]) -> int:
-    from . import _build
+    from . import _native
 
-    return _build.main(argv)
+    return _native.main(argv)
 
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {

@@ -1,0 +1,36 @@
+"""All compiled libraries of the package: what setup.py and ``python -m ham_kernels build`` build.
+
+Standard library, `_build` and `_build_cpu` only: setup.py loads it where torch may be missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import _build, _build_cpu
+
+FILES = (_build.LIBRARY, _build.BUILD_INFO, _build_cpu.LIBRARY, _build_cpu.BUILD_INFO)
+
+
+def build(root: Path, out_dir: Path | None = None) -> bool:
+    """Builds what the machine can build; whether that was everything. Raises: as the two builders."""
+    done = [builder(root, out_dir=out_dir) for builder in (_build_cpu.build_library, _build.build_extension)]
+    return all(info["status"] == "built" for info in done)
+
+
+def main(argv: Sequence[str] = ()) -> int:
+    """``python -m ham_kernels build``: compiles in place. Returns 0: all built, 1: not all, 2: wrong use."""
+    root = Path(__file__).resolve().parents[1]
+    if argv:
+        print(f"ham_kernels build: takes no arguments, got {' '.join(argv)}", file=sys.stderr)
+        return 2
+    if not (root / "csrc" / "bindings.cu").is_file():
+        print(f"ham_kernels build: needs a checkout; {root} is an installation without csrc", file=sys.stderr)
+        return 2
+    try:
+        return 0 if build(root) else 1
+    except (_build.BuildError, ValueError) as error:
+        print(f"ham_kernels build: {error}", file=sys.stderr)
+        return 1
