@@ -4,7 +4,8 @@
 
 The layers are those of PreActResNet-18 on 32x32 images, for a whole batch and for the hard rows of one. All competitors
 take turns in one process; times are medians. Errors are root mean squares against fp64, relative to how much the output
-varies. Transforming the weights, which is done once per batch and not per convolution, is a column of its own.
+varies. Transforming the weights has a column of its own: a step does it four times, twice (forward and back) before the
+attack and twice before the update, and not for each convolution.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from ._build import Stop, build_mode, compile_in_place, csrc_hash, run, written_
 LIBRARY = "_cpu.so"
 BUILD_INFO = "_build_cpu_info.json"
 SOURCES = "winograd.*"
-MACHINES = ("x86_64", "AMD64")
+MACHINE = "x86_64"
 
 
 def build_library(
@@ -50,7 +50,7 @@ def build_library(
     def work() -> str:
         if mode is False:
             raise Stop("skipped", "HAM_BUILD_CPU=0 asks for no CPU library")
-        if platform.machine() not in MACHINES or not sys.platform.startswith("linux"):
+        if platform.machine() != MACHINE or not sys.platform.startswith("linux"):
             raise Stop("skipped", f"it is written for x86-64 and Linux; this is {sys.platform}, {platform.machine()}")
         compiler = find_compiler()
         if compiler is None:
@@ -64,8 +64,12 @@ def build_library(
 
 
 def find_compiler() -> list[str] | None:
-    """$CXX (which may hold flags), g++ or clang++, whichever is first there."""
-    candidates = [shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"], ["c++"]]
+    """$CXX (which may hold flags), g++ or clang++, whichever is first there. Raises Stop."""
+    try:
+        own = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise Stop("failed", f"CXX={os.environ['CXX']!r} cannot be read: {error}") from None
+    candidates = [own, ["g++"], ["clang++"], ["c++"]]
     return next((c for c in candidates if c and shutil.which(c[0])), None)
 
 

@@ -19,7 +19,7 @@ FAILS = WORKS + 'echo "csrc/winograd.cpp(7): error: no such thing"; exit 2\n'
 WORKS += 'while [ "$1" != -o ]; do shift; done; echo library > "$2"\n'
 
 needs_compiler = pytest.mark.skipif(
-    _build_cpu.find_compiler() is None or platform.machine() not in _build_cpu.MACHINES,
+    _build_cpu.find_compiler() is None or platform.machine() != _build_cpu.MACHINE,
     reason="no C++ compiler, or no x86-64",
 )
 
@@ -67,6 +67,10 @@ def test_compilers_are_looked_for_in_this_order(machine, monkeypatch):
     assert _build_cpu.find_compiler() == [str(own), "-m64"]
     monkeypatch.setenv("CXX", "gone")
     assert _build_cpu.find_compiler() == ["g++"]
+    monkeypatch.setenv("CXX", 'g++ "')
+    info = build(machine)
+    assert info["status"] == "failed"
+    assert info["reason"] == "CXX='g++ \"' cannot be read: No closing quotation"
 
 
 def test_what_cannot_be_built_is_skipped_with_the_reason(machine, monkeypatch):

@@ -171,6 +171,53 @@ def test_gradients_are_those_of_a_convolution(name, library, monkeypatch):
     assert torch.equal(alone, ours[0])
 
 
+@pytest.mark.parametrize("wanted", ["x and weights", "x", "weights"])
+def test_gradients_of_gradients(wanted):
+    """As of a gradient penalty: through torch's own convolution, which can be differentiated again."""
+    given = case(SHAPES["whole tiles"])
+    found = []
+    for convolve in (
+        lambda x, w: raw.winograd(x, w, winograd_weights(w), winograd_weights(w, back=True)),
+        lambda x, w: F.conv2d(x, w, padding=1),
+    ):
+        x, weight = (t.clone().requires_grad_(name in wanted) for t, name in zip(given, ("x", "weights"), strict=True))
+        inputs = [t for t in (x, weight) if t.requires_grad]
+        first = torch.autograd.grad((convolve(x, weight) ** 3).sum(), inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("library", [pytest.param(True, marks=needs_library), False], ids=["kernel", "reference"])
+def test_the_output_may_be_changed_in_place(library, monkeypatch):
+    if not library:
+        monkeypatch.setattr(ops, "status", lambda: (None, "switched off"))
+    x, weight = case(SHAPES["whole tiles"])
+    u, u_back = winograd_weights(weight), winograd_weights(weight, back=True)
+    x.requires_grad_()
+    y = raw.winograd(x, weight, u, u_back)
+    y += 1
+    (ours,) = torch.autograd.grad(torch.relu_(y).sum(), x)
+    (theirs,) = torch.autograd.grad(torch.relu(F.conv2d(x, weight, padding=1) + 1).sum(), x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("library", [pytest.param(True, marks=needs_library), False], ids=["kernel", "reference"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"], ids=str)
+def test_torchs_defaults_do_not_matter(default, library, monkeypatch):
+    if not library:
+        monkeypatch.setattr(ops, "status", lambda: (None, "switched off"))
+    x, weight = case(SHAPES["edges of 1 to 3 pixels"])
+    y = winograd_reference(x, winograd_weights(weight))
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_device(default) if default == "meta" else torch.set_default_dtype(default)
+        assert torch.allclose(raw.winograd(x, weight, winograd_weights(weight), y), y, atol=2e-5)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     x, weight = case(SHAPES["edges of 1 to 3 pixels"], dtype)
@@ -197,9 +244,14 @@ def test_wrong_arguments_never_reach_the_kernel():
     for bad in (u.double(), u[None], u.transpose(1, 2)):
         with pytest.raises(TypeError, match=r"u: got .* it must come from winograd_weights"):
             raw.winograd(x, weight, bad, u)
-    for shape in ((16, 16, 5, 5), (8, 16, 3, 3), (16, 3, 3, 3), (16, 16, 3)):
+    for shape in ((16, 16, 5, 5), (8, 16, 3, 3), (16, 3, 3, 3), (16, 0, 3, 3), (16, 16, 3)):
         with pytest.raises(ValueError, match=r"weight: got .* multiples of 16"):
             winograd_weights(torch.zeros(shape))
+    with pytest.raises(ValueError, match="weight: got one on meta"):
+        winograd_weights(torch.zeros(16, 16, 3, 3, device="meta"))
+    for out in (u[:, :1], u.double(), u.to("meta"), u.transpose(0, 1).contiguous().transpose(0, 1)):
+        with pytest.raises(TypeError, match=r"out: got .* dense fp32 \(36, 2, 256\)"):
+            winograd_weights(weight, out=out)
 
 
 @needs_library

@@ -11,6 +11,7 @@ import torch
 from nets import Broken, Counting, sgd
 from test_engine import Compiler, assert_reference, assert_same_model, batches, engine_warnings, trainer_of  # noqa: F401
 from torch import nn
+from torch.nn.utils import prune
 
 from ham_kernels.engine import Engine, EngineError, EngineOptions, EngineWarning, winograd
 from ham_kernels.ops.winograd import status
@@ -93,30 +94,54 @@ def test_layers_with_a_forward_of_their_own_are_left_alone():
     class Mine(nn.Conv2d):
         pass
 
-    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3, padding=1))
     patched = nn.Conv2d(16, 16, 3, padding=1)
     patched.forward = lambda x: x
-    assert served(nn.Sequential(Mine(16, 16, 3, padding=1), normed, patched)) == []
+    assert served(nn.Sequential(Mine(16, 16, 3, padding=1), patched)) == []
     before = patched.forward
     with winograd.WinogradLayers(nn.Sequential(patched)).in_place():
         pass
     assert patched.forward is before
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize(
-    ("shape", "pays"),
+    "norm",
     [
-        ((8, 4, 4), True),
-        ((7, 4, 4), False),  # too few tiles
-        ((64, 2, 2), False),  # a quarter of the tile
-        ((64, 5, 5), False),  # 25 of 64 pixels
-        ((64, 7, 7), True),
-        ((2, 32, 32), True),
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda m: prune.l1_unstructured(m, "weight", 0.5),
+    ],
+    ids=["parametrized", "weight_norm", "spectral_norm", "pruned"],
+)
+def test_weights_that_each_forward_makes_anew_are_left_alone(norm):
+    assert served(nn.Sequential(norm(nn.Conv2d(16, 16, 3, padding=1)))) == []
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("shape", "runs", "suits"),
+    [
+        ((8, 4, 4), True, True),
+        ((7, 4, 4), False, True),  # too few tiles
+        ((64, 2, 2), False, False),  # a quarter of the tile
+        ((64, 5, 5), False, False),  # 25 of 64 pixels
+        ((64, 7, 7), True, True),
+        ((2, 32, 32), True, True),
     ],
 )
-def test_shapes_that_pay(shape, pays):
+def test_images_that_pay(shape, runs, suits, monkeypatch):
     n, h, w = shape
-    assert winograd._pays(n, 16, h, w) is pays
+    conv = nn.Conv2d(16, 16, 3, padding=1)
+    layers = winograd.WinogradLayers(nn.Sequential(conv))
+    x = torch.randn(n, 16, h, w)
+    expected = conv(x)
+    with layers.in_place():
+        y = conv(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(y, expected) is not runs
+    assert layers.layers[0].suits is suits
+    assert (layers.problem is None) is suits
 
 
 # ---------------------------------------------------------------- training
@@ -269,6 +294,54 @@ def test_without_the_library(monkeypatch):
 def test_a_model_without_such_a_layer():
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Flatten(), nn.Linear(16, 2))
     gives_up("the model has no 3x3 convolution", {}, model=model)
+
+
+@needs_library
+def test_a_model_whose_images_are_too_small_there():
+    model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1))
+    engine = Engine(EngineOptions(winograd="require"), CPU)
+    for rows, side in ((1, 4), (64, 5)):  # too few rows are no reason; the images are
+        with engine.attacking(model):
+            model(torch.rand(rows, 1, side, side))
+    with pytest.raises(EngineError, match="winograd: was required, but the images at the model's 3x3"):
+        engine.attacking(model).__enter__()
+
+
+def test_an_engine_of_no_device_judges_by_the_model(monkeypatch):
+    monkeypatch.setattr(winograd, "status", lambda: (None, "_cpu.so is not there"))
+    gives_up("_cpu.so is not there", {}, device=None, model=net())
+
+
+@needs_library
+def test_the_same_layers_twice_at_once():
+    """The inner one leaves what the outer one has put in place."""
+    model = net()
+    layers = winograd.WinogradLayers(model)
+    with layers.in_place():
+        with layers.in_place():
+            pass
+        assert model[3].forward == layers.layers[0].forward
+    assert "forward" not in vars(model[3])
+
+
+@needs_library
+def test_models_that_change_their_activations_in_place(batches):  # noqa: F811
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(2))
+
+        def forward(self, x):
+            out = self.second(torch.relu_(self.first(x)))
+            out += x
+            return out
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), Block(), nn.Flatten(), nn.Linear(1024, 10))
+    ours, theirs = trainer_of(model, winograd="require"), trainer_of(copy.deepcopy(model))
+    for epoch in (1, 2):
+        a, b = (t.train_step(*batches[0], epoch=epoch) for t in (ours, theirs))
+        assert a.loss == pytest.approx(b.loss, rel=0.02)  # ReLUs: see net
 
 
 @pytest.mark.parametrize("value", ["on", None, 2])

@@ -16,7 +16,7 @@ TESTS = Path(__file__).resolve().parent
 LANES = [w for w in (8, 16) if winograd.status()[0] is not None and w <= winograd.lanes()]
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or platform.machine() not in _build_cpu.MACHINES, reason="no g++, or no x86-64"
+    shutil.which("g++") is None or platform.machine() != _build_cpu.MACHINE, reason="no g++, or no x86-64"
 )
 
 

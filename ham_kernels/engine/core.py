@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from .graphs import Graphs, cuda_capture
 from .halves import HalfWeights, MadeFor
 from .memory import keep_freed_memory
-from .modes import DTYPES, attack_mode, autocast, update_mode
+from .modes import DTYPES, attack_mode, autocast, model_device, update_mode
 from .options import REQUIRE, SWITCHES, EngineOptions, half_problem, reason, refuse
-from .winograd import NO_LAYER, WinogradLayers, winograd_problem
+from .winograd import WinogradLayers, winograd_problem
 
 COMPILED_ROWS = 16  # fewer run eagerly: one row would be compiled anew, and a few do not fill compiled loops
 
@@ -114,10 +114,14 @@ class Engine:
     def _own_convolutions(self, model: nn.Module) -> AbstractContextManager[None]:
         if "winograd" not in self._on:
             return nullcontext()
+        device = model_device(model) if self.device is None else None  # else it has been judged
+        problem = device and winograd_problem(device, self.precision)
         layers = self._winograd(model)
-        if not layers.layers:
-            self.give_up("winograd", NO_LAYER)
-        return layers.in_place()
+        problem = problem or layers.problem
+        if problem is None:
+            return layers.in_place()
+        self.give_up("winograd", problem)
+        return nullcontext()
 
     def forward(self, model: nn.Module, x: Tensor) -> Tensor:
         """Logits of a model in attack mode."""

@@ -14,6 +14,7 @@ LEAST_TILES = 8  # fewer do not pay for reading weights that are four times as l
 NO_LAYER = (
     f"the model has no 3x3 convolution (torch.nn.Conv2d, fp32) of stride 1, padding 1 and multiples of {PANEL} channels"
 )
+NO_IMAGES = "the images at the model's 3x3 convolutions are too small, or not fp32 or bf16 (n, c, h, w)"
 
 
 def winograd_problem(device: torch.device, precision: str) -> str | None:
@@ -35,23 +36,32 @@ class WinogradLayers:
     def __init__(self, model: nn.Module):
         self.layers = [_Layer(m) for m in model.modules() if _can_serve(m)]
 
+    @property
+    def problem(self) -> str | None:
+        """Why it serves nothing of this model, as far as is known yet; None where it does."""
+        if not self.layers:
+            return NO_LAYER
+        return NO_IMAGES if all(layer.suits is False for layer in self.layers) else None
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside, these layers run by Winograd's algorithm, with the weights that they have on entry."""
-        for layer in self.layers:
+        layers = [layer for layer in self.layers if "forward" not in vars(layer.conv)]  # else it is in place already
+        for layer in layers:
             layer.transform()
         try:
-            for layer in self.layers:
+            for layer in layers:
                 layer.conv.forward = layer.forward
             yield
         finally:
-            for layer in self.layers:
+            for layer in layers:
                 layer.conv.__dict__.pop("forward", None)
 
 
 class _Layer:
     def __init__(self, conv: nn.Conv2d):
         self.conv = conv
+        self.suits: bool | None = None  # whether its images do, once they have been seen
         self.u, self.u_back = (winograd_weights(conv.weight, back=back) for back in (False, True))
         self.forward = self._forward  # one object for good: compiled code is guarded by it
 
@@ -63,16 +73,20 @@ class _Layer:
         conv = self.conv
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
-        if x.dim() != 4 or x.dtype not in DTYPES or not _pays(*x.shape):
+        self.suits = x.dim() == 4 and x.dtype in DTYPES and _saves_half(*x.shape[2:])
+        if not self.suits or _tiles(*x.shape[2:]) * len(x) < LEAST_TILES:
             return nn.Conv2d.forward(conv, x)
         y = torch.ops.ham_kernels.winograd(x, conv.weight, self.u, self.u_back)
         return y if conv.bias is None else y + conv.bias.to(y.dtype)[:, None, None]
 
 
-def _pays(n: int, _: int, h: int, w: int) -> bool:
-    """Whether at least half of the multiplications are saved, edges included."""
-    tiles = -(-h // 4) * -(-w // 4)
-    return h * w >= 8 * tiles and n * tiles >= LEAST_TILES
+def _tiles(h: int, w: int) -> int:
+    return -(-h // 4) * -(-w // 4)
+
+
+def _saves_half(h: int, w: int) -> bool:
+    """Whether at least half of the multiplications are saved, edges included: 36 per tile instead of 9 per pixel."""
+    return h * w >= 8 * _tiles(h, w)
 
 
 def _can_serve(m: nn.Module) -> bool:
@@ -82,8 +96,8 @@ def _can_serve(m: nn.Module) -> bool:
         and (m.kernel_size, m.stride, m.dilation, m.groups) == ((3, 3), (1, 1), (1, 1), 1)
         and m.padding in ((1, 1), "same")
         and m.padding_mode == "zeros"
-        and m.in_channels % PANEL == 0
-        and m.out_channels % PANEL == 0
+        and all(c % PANEL == 0 and c for c in (m.in_channels, m.out_channels))
+        and m._parameters.get("weight") is not None  # else hooks make it anew in every forward
         and m.weight.dtype == torch.float32
         and m.weight.device.type == "cpu"
     )

@@ -31,14 +31,14 @@ _POINTS = (0.0, 0.6875, -0.6875, 1.5, -1.5)
 
 def _matrices(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(A^T, G, B^T) of Toom and Cook from the points and infinity, in the dtype of `like`."""
-    to_y, to_u, to_v = torch.zeros(4, 6), torch.zeros(6, 3), torch.zeros(6, 6)
+    to_y, to_u, to_v = (torch.zeros(size, dtype=torch.float64, device="cpu") for size in ((4, 6), (6, 3), (6, 6)))
     for j, p in enumerate(_POINTS):
         others = [q for q in _POINTS if q != p]
         scale = 1.0
         for q in others:
             scale *= p - q
-        to_y[:, j] = torch.tensor([p**i for i in range(4)])
-        to_u[j] = torch.tensor([p**i / scale for i in range(3)])
+        to_y[:, j] = _cpu([p**i for i in range(4)])
+        to_u[j] = _cpu([p**i / scale for i in range(3)])
         to_v[j, :5] = _product_of_roots(others)
     to_y[3, 5] = to_u[5, 2] = 1.0
     to_v[5] = _product_of_roots(_POINTS)
@@ -51,7 +51,12 @@ def _product_of_roots(roots: Sequence[float]) -> Tensor:
     for root in roots:
         shifted, scaled = [0.0, *coefficients], [-root * c for c in (*coefficients, 0.0)]
         coefficients = [a + b for a, b in zip(shifted, scaled, strict=True)]
-    return torch.tensor(coefficients)
+    return _cpu(coefficients)
+
+
+def _cpu(values: Sequence[float]) -> Tensor:
+    """Whatever torch's default device and dtype are."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def winograd_weights_reference(weight: Tensor, back: bool) -> Tensor:
@@ -71,7 +76,7 @@ def winograd_reference(x: Tensor, u: Tensor) -> Tensor:
     v = torch.einsum("ia,nctsab,jb->ijntsc", to_v, tiles, to_v).reshape(36, n * down * across, c)
     m = torch.bmm(v, u.view(36, -1, c, PANEL).transpose(1, 2).reshape(36, c, c_out)).view(6, 6, n, down, across, c_out)
     y = torch.einsum("ai,ijntsc,bj->nctasb", to_y, m, to_y).reshape(n, c_out, 4 * down, 4 * across)
-    return y[:, :, :h, :w].to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return _result(x, u).copy_(y[:, :, :h, :w])
 
 
 # ================================================================ kernel
@@ -153,12 +158,13 @@ def _channels_last(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     if x.stride() == (h * w * c, 1, w * c, c):
         return x
-    return torch.empty(n, h, w, c, dtype=x.dtype).permute(0, 3, 1, 2).copy_(x)
+    return x.new_empty(n, h, w, c).permute(0, 3, 1, 2).copy_(x)
 
 
 def _result(x: Tensor, u: Tensor) -> Tensor:
-    n, _, h, w = x.shape
-    return x.new_empty(n, h, w, u.shape[1] * PANEL).permute(0, 3, 1, 2)
+    """Not a permuted view: autograd lets nobody add to a view that an op returns."""
+    (n, _, h, w), c = x.shape, u.shape[1] * PANEL
+    return x.new_empty_strided((n, c, h, w), (h * w * c, 1, w * c, c))
 
 
 def _raise_for(code: int) -> None:
@@ -173,13 +179,18 @@ def winograd_weights(weight: Tensor, *, back: bool = False, out: Tensor | None =
 
     back: of the convolution that takes gradients from the output to the input, (36, c_in / 16, c_out * 16).
     out: written to and returned. (Three dimensions, since compilers put those of four in channels_last order.)
-    Raises: ValueError where channels are no multiples of 16, or the weights are not 3x3.
+    Raises: ValueError, TypeError naming the argument: channels are multiples of 16, all is on the CPU.
     """
-    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or weight.shape[0] % PANEL or weight.shape[1] % PANEL:
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or any(c % PANEL or not c for c in weight.shape[:2]):
         raise ValueError(f"weight: got {tuple(weight.shape)}; it must be (c_out, c_in, 3, 3), channels multiples of 16")
+    if weight.device.type != "cpu":
+        raise ValueError(f"weight: got one on {weight.device}; it must be on the CPU")
     weight = weight.detach()
     outer, inner = weight.shape[:2][:: -1 if back else 1]
-    u = torch.empty(36, outer // PANEL, inner * PANEL) if out is None else out
+    shape = (36, outer // PANEL, inner * PANEL)
+    u = torch.empty(shape, dtype=torch.float32, device="cpu") if out is None else out
+    if u.shape != shape or u.dtype != torch.float32 or u.device.type != "cpu" or not u.is_contiguous():
+        raise TypeError(f"out: got {u.dtype} {tuple(u.shape)} on {u.device}; it must be dense fp32 {shape} on the CPU")
     if status()[0] is None:
         return u.copy_(winograd_weights_reference(weight, back))
     return winograd_weights_launch(weight, back, u)
@@ -212,16 +223,23 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, grad: Tensor):
-    """Gradients go to the input as the output came from it; those of the weights are torch's."""
+    """Gradients go to the input as the output came from it; those of the weights are torch's.
+
+    So are both where they are to be differentiated again.
+    """
     x, weight, u_back = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:2])
     to_x = to_weight = None
-    if ctx.needs_input_grad[0]:
+    if wanted[0] and not torch.is_grad_enabled():
         to_x = torch.ops.ham_kernels.winograd_backward(grad, x, u_back)
-    if ctx.needs_input_grad[1]:
+        wanted[0] = False
+    if any(wanted):
         ones, zeros = [1, 1], [0, 0]
-        to_weight = torch.ops.aten.convolution_backward(
-            grad, x, weight.to(x.dtype), None, ones, ones, ones, False, zeros, 1, [False, True, False]
-        )[1].to(weight.dtype)
+        theirs = torch.ops.aten.convolution_backward(
+            grad, x, weight.to(x.dtype), None, ones, ones, ones, False, zeros, 1, [*wanted, False]
+        )
+        to_x = theirs[0] if wanted[0] else to_x
+        to_weight = theirs[1].to(weight.dtype) if wanted[1] else None
     return to_x, to_weight, None, None
 
 
