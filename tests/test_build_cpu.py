@@ -84,6 +84,20 @@ def test_what_cannot_be_built_is_skipped_with_the_reason(machine, monkeypatch):
     assert info["reason"].endswith("this is linux, aarch64")
 
 
+def test_it_is_for_linux(machine, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    info = build(machine)
+    assert info["status"] == "skipped"
+    assert info["reason"].endswith("this is darwin, x86_64")
+
+
+def test_the_command_serves_every_processor_and_keeps_nan():
+    command = _build_cpu.compile_command(["g++", "-m64"], Path("x.so"))
+    assert command[:2] == ["g++", "-m64"]
+    assert "-O3" in command
+    assert not [f for f in command[2:] if f.startswith(("-march", "-mtune", "-ffast", "-Ofast", "-mavx"))]
+
+
 def test_a_build_is_recorded_and_only_what_was_built_may_be_loaded(machine):
     script(machine / "bin/g++", WORKS)
     info = build(machine)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ham_kernels import _build, doctor
+from ham_kernels import _build, _build_cpu, doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -220,3 +220,27 @@ def test_the_doctor_survives_a_truncated_library(built, checkout):
     extension = json.loads(done.stdout)["extension"]
     assert not extension["loaded"]
     assert "_C.so has 50000 bytes" in extension["reason"]
+
+
+def test_the_doctor_tells_of_the_cpu_library(tmp_path, monkeypatch):
+    package = tmp_path / "ham_kernels"
+    package.mkdir()
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    monkeypatch.setattr(doctor, "PACKAGE", package)
+    monkeypatch.setattr(doctor.winograd, "status", lambda: (None, "why not"))
+    info = {"status": "built", "reason": "how", "output": ["a compiler's line"]}
+    info["csrc_sha256"] = _build.csrc_hash(tmp_path, _build_cpu.SOURCES)
+    (package / _build_cpu.BUILD_INFO).write_text(json.dumps(info))
+    (package / _build.BUILD_INFO).write_text(json.dumps({"status": "failed", "reason": "of CUDA"}))
+    report = doctor.collect()
+    library = report["cpu_library"]
+    assert (library["loaded"], library["reason"], library["sources"]) == (False, "why not", "current")
+    assert library["build"]["reason"] == "how"
+    section = doctor.as_text(report).split("CPU library")[1].split("\n\n")[0]
+    for told in ("no: why not", "built: how", "unchanged since the build", "a compiler's line"):
+        assert told in section
+    with open(tmp_path / "csrc/winograd.inl", "a") as file:
+        file.write("\n")
+    assert doctor.collect()["cpu_library"]["sources"] == "stale"
+    monkeypatch.setattr(doctor.winograd, "status", lambda: ("a library", "why"))
+    assert doctor.collect()["cpu_library"]["loaded"] is True

@@ -16,6 +16,9 @@ raw = torch.ops.ham_kernels
 there, why = ops.status()
 needs_library = pytest.mark.skipif(there is None, reason=why)
 WIDTHS = [w for w in (8, 16) if there is not None and w <= ops.lanes()]
+# torch's parallel_for, and the work that it is given
+KIND = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_void_p)
+WORK = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
 
 # (n, c_in, c_out, h, w)
 SHAPES = {
@@ -143,14 +146,65 @@ def test_what_is_not_finite_stays_so_and_in_its_row(value, dtype, width):
 
 
 @needs_library
-def test_bf16_is_rounded_to_nearest_even():
-    """With a weight of 1 in the middle y is x up to fp32 rounding, and large values must not become infinite."""
+@pytest.mark.parametrize("width", WIDTHS)
+def test_bf16_is_fp32_rounded_once(width):
+    """Arithmetic is fp32 whatever the images are, so that bf16 is that result to nearest, ties to even (about 16)."""
+    torch.manual_seed(0)  # which has a tie
+    x = torch.randn(16, 16, 64, 64).bfloat16()
+    u = winograd_weights(torch.randn(16, 16, 3, 3) / 12)
+    y = winograd_launch(x.float(), u, width)
+    assert ((y.view(torch.int32) & 0x1FFFF) == 0x8000).any()  # a tie that goes down
+    assert torch.equal(winograd_launch(x, u, width), y.bfloat16())
+
+
+@needs_library
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nan_of_any_payload_stays_nan_in_bf16(width):
+    """Rounded like a number, a NaN whose bits are all ones would become zero."""
+    weight = torch.randn(16, 16, 3, 3)
+    weight[0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    y = winograd_launch(torch.randn(1, 16, 4, 4).bfloat16(), winograd_weights(weight), width)
+    assert y[:, 0].isnan().all()
+
+
+@needs_library
+def test_large_numbers_do_not_become_infinite():
     weight = torch.zeros(16, 16, 3, 3)
     weight[range(16), range(16), 1, 1] = 1
-    x = torch.randn(4, 16, 8, 8).mul(1e3).bfloat16()
-    assert torch.equal(winograd_launch(x, winograd_weights(weight)), x)
     huge = torch.full((1, 16, 4, 4), 1e30).bfloat16()
     assert winograd_launch(huge, winograd_weights(weight)).isfinite().all()
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("shape", "threads", "units"),
+    [
+        ((4, 16, 80, 8, 8), 1, 1),  # (n, c_in, c_out, h, w): 16 tiles, five panels
+        ((4, 16, 80, 8, 8), 3, 3),  # one block, in groups of 2, 2 and 1 panels
+        ((1, 16, 80, 4, 4), 4, 3),  # four groups would leave one without panels
+        ((4, 16, 80, 8, 8), 16, 20),  # no more groups than panels: four blocks in five groups
+        ((40, 16, 16, 8, 8), 1, 6),  # 160 tiles of 28
+        ((40, 16, 16, 8, 8), 4, 8),  # as many blocks for each thread
+        ((14, 352, 352, 8, 8), 1, 1),  # weights above a cache
+    ],
+    ids=str,
+)
+def test_how_work_is_cut(shape, threads, units, monkeypatch):
+    counts = []
+
+    def parallel_for(begin, end, grain, work, context):
+        counts.append(end - begin)
+        WORK(work)(begin, end, context)
+        return 0
+
+    n, c_in, c_out, h, w = shape
+    x, u = torch.randn(n, c_in, h, w), winograd_weights(torch.randn(c_out, c_in, 3, 3))
+    expected = winograd_launch(x, u)
+    call = KIND(parallel_for)
+    monkeypatch.setattr(ops, "_torch_parallel_for", lambda: call)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert torch.equal(winograd_launch(x, u), expected)
+    assert counts == [units]
 
 
 # ---------------------------------------------------------------- gradients
@@ -186,6 +240,20 @@ def test_gradients_of_gradients(wanted):
         found.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("differentiated_again", [False, True])
+def test_gradients_in_bf16(differentiated_again):
+    """Each in the dtype of what it belongs to, with torch's values."""
+    x = torch.randn(2, 16, 8, 8).bfloat16().requires_grad_()
+    weight = (torch.randn(32, 16, 3, 3) / 12).requires_grad_()
+    y = raw.winograd(x, weight, winograd_weights(weight), winograd_weights(weight, back=True))
+    g = torch.randn_like(y)
+    ours = torch.autograd.grad(y, (x, weight), g, create_graph=differentiated_again)
+    theirs = torch.autograd.grad(F.conv2d(x, weight.bfloat16(), padding=1), (x, weight), g)
+    for a, b, t in zip(ours, theirs, (x, weight), strict=True):
+        assert a.dtype == t.dtype
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
 
 
 @pytest.mark.parametrize("library", [pytest.param(True, marks=needs_library), False], ids=["kernel", "reference"])
@@ -241,6 +309,10 @@ def test_wrong_arguments_never_reach_the_kernel():
             raw.winograd(bad, weight, u, u)
     with pytest.raises(ValueError, match=r"u: got .* for 8 channels"):
         raw.winograd(x[:, :8], weight, u, u)
+    with pytest.raises(ValueError, match=r"u: got \(35, 2, 256\)"):
+        raw.winograd(x, weight, u[:35], u)
+    with pytest.raises(TypeError, match=r"x: got .* on meta"):
+        winograd_launch(x.to("meta"), u)
     for bad in (u.double(), u[None], u.transpose(1, 2)):
         with pytest.raises(TypeError, match=r"u: got .* it must come from winograd_weights"):
             raw.winograd(x, weight, bad, u)
@@ -258,12 +330,36 @@ def test_wrong_arguments_never_reach_the_kernel():
 def test_failures_inside_are_told(monkeypatch):
     x, weight = case(SHAPES["whole tiles"])
     u = winograd_weights(weight)
-    kind = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 3, ctypes.c_void_p, ctypes.c_void_p)
-    monkeypatch.setattr(ops, "_torch_parallel_for", lambda: kind(lambda *_: 1))
+    call = KIND(lambda *_: 1)
+    monkeypatch.setattr(ops, "_torch_parallel_for", lambda: call)
     with pytest.raises(RuntimeError, match="parallel_for failed"):
         winograd_launch(x, u)
+    with pytest.raises(RuntimeError, match="parallel_for failed"):
+        winograd_weights(weight)
     with pytest.raises(MemoryError, match="no memory for the tiles"):
         ops._raise_for(1)
+
+
+@needs_library
+def test_no_memory_is_told():
+    """A tile of 2^42 channels has no memory anywhere; nothing of x, u or y is touched before that is known."""
+    x, u = torch.randn(1, 16, 4, 4), torch.empty(36, 1, 256)
+    shape = (ctypes.c_int64 * 5)(1, 4, 4, 2**42, 16)
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (x, u, torch.empty(256)))
+    code = ops.status()[0].ham_winograd_convolve(
+        *pointers, shape, 0, ops.lanes(), ctypes.c_int64(1), ops._torch_parallel_for()
+    )
+    assert code == 1
+
+
+raw = torch.ops.ham_kernels
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_other_dtypes(dtype):
+    weight = torch.randn(32, 16, 3, 3).to(dtype)
+    assert torch.equal(winograd_weights(weight), winograd_weights(weight.float()))
 
 
 @pytest.fixture

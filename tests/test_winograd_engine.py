@@ -65,6 +65,7 @@ def test_layers_that_it_serves():
     assert served(net()) == ["3", "5"]
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 @pytest.mark.parametrize(
     "change",
     [
@@ -73,6 +74,9 @@ def test_layers_that_it_serves():
         {"stride": 2},
         {"stride": (1, 2)},
         {"dilation": 2, "padding": 2},
+        {"dilation": 2},
+        {"dilation": 2, "padding": "same"},
+        {"in_channels": 0},
         {"padding": 0},
         {"padding": "valid"},
         {"groups": 2},
@@ -246,6 +250,64 @@ def test_nothing_of_it_stays_in_the_model(batches):  # noqa: F811
 
 
 @needs_library
+def test_nothing_of_it_stays_after_an_error_inside(batches):  # noqa: F811
+    def fail(z):
+        raise RuntimeError("mine")
+
+    for after in (2, 5):  # in the attack, in the update
+        model = Broken(net(), fail, after=after)
+        trainer = trainer_of(model, winograd="require")
+        with pytest.raises(RuntimeError, match="mine"):
+            trainer.train_step(*batches[0], epoch=1)
+        assert all("forward" not in vars(m) for m in model.modules())
+
+
+@needs_library
+def test_another_model_of_the_same_tensors():
+    """Two models may share every parameter and buffer: what is made for one holds its layers, not the other's."""
+    one, two = net(), net()
+    for a, b in zip(one.modules(), two.modules(), strict=True):
+        b._parameters, b._buffers = a._parameters, a._buffers
+    engine = Engine(EngineOptions(winograd="require"), CPU)
+    for model, other in ((one, two), (two, one), (one, two)):
+        with engine.attacking(model):
+            assert "forward" in vars(model[3])
+            assert "forward" not in vars(other[3])
+
+
+@needs_library
+@pytest.mark.parametrize("bias", [True, False])
+def test_under_autocast_it_takes_and_gives_bf16(bias, monkeypatch):
+    """As torch's convolution does: images are rounded first, and what comes out is bf16, bias and all."""
+    seen = []
+    own = torch.ops.ham_kernels.winograd
+    monkeypatch.setattr(torch.ops.ham_kernels, "winograd", lambda x, *rest: seen.append(x.dtype) or own(x, *rest))
+    conv = nn.Conv2d(16, 16, 3, padding=1, bias=bias)
+    x = torch.randn(8, 16, 8, 8)
+    with winograd.WinogradLayers(nn.Sequential(conv)).in_place(), torch.autocast("cpu", torch.bfloat16):
+        y = conv(x)
+    assert seen == [torch.bfloat16]
+    assert y.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(y, conv(x), rtol=2e-2, atol=2e-2)
+
+
+@needs_library
+def test_other_images_run_as_they_did():
+    conv = nn.Conv2d(16, 16, 3, padding=1)
+    layers = winograd.WinogradLayers(nn.Sequential(conv))
+    three = torch.randn(16, 8, 8).repeat(1, 2, 2)
+    with layers.in_place():
+        assert torch.equal(conv(three), nn.Conv2d.forward(conv, three))
+        assert layers.layers[0].suits is False
+        conv(three[None])
+        assert layers.layers[0].suits is True
+        with pytest.raises(RuntimeError, match="type"):  # torch's own words
+            conv(three[None].double())
+    assert layers.layers[0].suits is False
+
+
+@needs_library
 def test_evaluation_and_attacks_elsewhere_do_not_use_it(batches, calls):  # noqa: F811
     trainer = trainer_of(net(), winograd="require", ema_decay=0.9)
     trainer.train_step(*batches[0], epoch=1)
@@ -276,13 +338,15 @@ def gives_up(reason: str, options: dict, device=CPU, model=None):
     assert engine.active["winograd"] is False
 
 
-def test_other_devices():
-    gives_up("the model is on cuda", {}, torch.device("cuda"))
+@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+def test_other_devices(device):
+    gives_up(f"the model is on {device}", {}, torch.device(device))
 
 
-def test_fp16(monkeypatch):
+@pytest.mark.parametrize("precision", ["fp16", "require-fp16"])
+def test_fp16(precision, monkeypatch):
     monkeypatch.setattr("ham_kernels.engine.core.half_problem", lambda *_: None)
-    gives_up("it takes images in fp32 or bf16", {"precision": "fp16"})
+    gives_up("it takes images in fp32 or bf16", {"precision": precision})
 
 
 def test_without_the_library(monkeypatch):
@@ -305,6 +369,21 @@ def test_a_model_whose_images_are_too_small_there():
             model(torch.rand(rows, 1, side, side))
     with pytest.raises(EngineError, match="winograd: was required, but the images at the model's 3x3"):
         engine.attacking(model).__enter__()
+
+
+@needs_library
+def test_one_layer_that_suits_is_enough():
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.MaxPool2d(4),
+        nn.Conv2d(16, 16, 3, padding=1),
+    )
+    engine = Engine(EngineOptions(winograd="require"), CPU)
+    for _ in range(2):
+        with engine.attacking(model):
+            model(torch.rand(8, 1, 8, 8))
+            assert "forward" in vars(model[1])
 
 
 def test_an_engine_of_no_device_judges_by_the_model(monkeypatch):
