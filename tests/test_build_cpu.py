@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ham_kernels import _build, _build_cpu
+from ham_kernels import _build, _build_cpu, _native
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKS = '#!/bin/sh\n[ "$1" = --version ] && { echo "some compiler 1.0"; exit 0; }\n'
@@ -121,6 +121,18 @@ def test_ham_build_cpu(machine, monkeypatch):
     monkeypatch.setenv("HAM_BUILD_CPU", "yes")
     with pytest.raises(ValueError, match=r"HAM_BUILD_CPU='yes': allowed are 0 \(skip\), 1"):
         _build_cpu.build_library(ROOT, out_dir=machine / "out", log=lambda line: None)
+
+
+def test_what_counts_as_built(machine, monkeypatch):
+    """The CUDA extension; and the CPU library, unless it is not for this machine or was not asked for."""
+    made = {"cuda": "built", "cpu": "built"}
+    monkeypatch.setattr(_native._build, "build_extension", lambda *_, **__: {"status": made["cuda"]})
+    monkeypatch.setattr(_native._build_cpu, "build_library", lambda *_, **__: {"status": made["cpu"]})
+    for made["cuda"], made["cpu"], code in (
+        ("built", "built", 0), ("built", "skipped", 0), ("built", "failed", 1), ("skipped", "built", 1),
+    ):  # fmt: skip
+        assert _native.main([]) == code
+    assert set(_native.FILES) == {"_C.so", "_build_info.json", "_cpu.so", "_build_cpu_info.json"}
 
 
 def test_its_hash_follows_its_own_sources_only(tmp_path):

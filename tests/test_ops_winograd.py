@@ -225,6 +225,25 @@ def test_gradients_are_those_of_a_convolution(name, library, monkeypatch):
     assert torch.equal(alone, ours[0])
 
 
+def test_whose_gradient_goes_which_way(monkeypatch):
+    """To x by the op alone; to the weights by torch's convolution, in one precision with the images."""
+    seen = []
+    torchs = torch.ops.aten.convolution_backward
+
+    def spy(grad, x, weight, *rest):
+        seen.append((weight.dtype, rest[-1]))
+        return torchs(grad, x, weight, *rest)
+
+    monkeypatch.setattr(torch.ops.aten, "convolution_backward", spy)
+    x, weight = case(SHAPES["whole tiles"], torch.bfloat16)
+    u, u_back = winograd_weights(weight), winograd_weights(weight, back=True)
+    for learns in (False, True):
+        a, w = x.clone().requires_grad_(), weight.clone().requires_grad_(learns)
+        raw.winograd(a, w, u, u_back).sum().backward()
+    assert seen == [(torch.bfloat16, [False, True, False])]
+    assert not winograd_weights(w).requires_grad
+
+
 @pytest.mark.parametrize("wanted", ["x and weights", "x", "weights"])
 def test_gradients_of_gradients(wanted):
     """As of a gradient penalty: through torch's own convolution, which can be differentiated again."""

@@ -88,6 +88,13 @@ def test_titles_of_other_settings(tmp_path):
     ]
 
 
+def test_titles_of_the_engines_options(tmp_path):
+    runs = [{}, *({f"engine.{name}": "on"} for name in ("channels_last", "compile", "cuda_graphs", "winograd"))]
+    assert titles(tmp_path, *(("pgd_at", options) for options in runs)) == [
+        "PGD-AT", "PGD-AT, channels_last", "PGD-AT, compiled", "PGD-AT, CUDA graphs", "PGD-AT, Winograd",
+    ]  # fmt: skip
+
+
 def test_labels(tmp_path):
     runs = [
         fake_run(tmp_path / "0", "ham", 0, settings={"run.label": "ours"}),

@@ -318,6 +318,17 @@ def test_changed_settings_need_a_new_run(stopped, tmp_path):
         train_command.resume(tmp_path / "run", quiet=True)
 
 
+def test_how_it_runs_may_change(stopped, tmp_path, one_thread):
+    shutil.copytree(stopped, tmp_path / "run")
+    config = tmp_path / "run/config.toml"
+    text = config.read_text()
+    for name in ("channels_last", "winograd"):
+        assert f'{name} = "off"' in text
+        text = text.replace(f'{name} = "off"', f'{name} = "on"')
+    config.write_text(text)
+    assert train_command.resume(tmp_path / "run", quiet=True).epoch == 4
+
+
 def test_the_images_may_move(tmp_path, one_thread):
     """Their path is no setting of the training: data.json tells whether they are the same."""
     names = [f"{part}/{c}/{i}.png" for part, n in (("train", 60), ("test", 4)) for c in "ab" for i in range(n)]

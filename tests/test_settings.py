@@ -12,6 +12,7 @@ import pytest
 import ham_kernels as ham
 from ham_kernels import settings as settings_
 from ham_kernels.data.facts import SETS
+from ham_kernels.engine.options import SWITCHES
 from ham_kernels.presets import PRESETS, preset, rescaled
 from ham_kernels.settings import TrainSettings, from_toml, lr_factor, merge, to_toml
 
@@ -65,6 +66,14 @@ def test_trainer_options_are_what_the_trainer_takes():
     assert set(TrainSettings().trainer_options()) == taken
     plain = merge(TrainSettings(), {"method": {"name": "pgd_at"}}).trainer_options()
     assert (plain["early_drop"], plain["reweight"]) == (False, False)
+
+
+@pytest.mark.parametrize("name", ["channels_last", "compile", "cuda_graphs", "winograd"])
+def test_engine_options_reach_the_trainer(name):
+    for choice, wanted in (("off", False), ("on", True), ("require", "require")):
+        options = merge(TrainSettings(), {"engine": {name: choice}}).trainer_options()
+        assert {o for o in SWITCHES if options[o] == wanted} >= {name}
+        assert all(options[o] is False for o in SWITCHES if o != name)
 
 
 @pytest.mark.parametrize("dataset", PRESETS)
