@@ -37,7 +37,7 @@ def fake_run(
     config = json.loads(json.dumps(CONFIG))
     for name, value in {"method.name": method, "run.seed": seed, **(settings or {})}.items():
         section, key = name.split(".")
-        config[section][key] = value
+        config.setdefault(section, {})[key] = value
     (folder / "config.toml").write_text(toml(config), encoding="utf-8")
     epochs = config["optim"]["epochs"]
     status = {"state": state, "epoch": len(seconds), "epochs": epochs, "message": ""}
