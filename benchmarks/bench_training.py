@@ -62,8 +62,8 @@ NEEDED = {
 }
 TOO_SLOW = {("cpu", LARGE): {REFERENCE: "too slow for this model on a CPU, unless --arms names it"}}
 SIZES = {("cuda", LARGE): [128, 512]}
-ROUNDS = {("cpu", SMALL): 5, ("cpu", LARGE): 3, ("cuda", SMALL): 7, ("cuda", LARGE): 9}
-MINUTES = {"cpu": 14.0, "cuda": 4.0}
+ROUNDS = {("cpu", SMALL): 15, ("cpu", LARGE): 3, ("cuda", SMALL): 7, ("cuda", LARGE): 9}
+MINUTES = {"cpu": 18.0, "cuda": 4.0}
 COUNTED_ROWS = 16  # passes are counted on so few: how many there are depends on h only
 TO_CHECK = 0.3  # of the minutes, and
 TO_WARM_UP = {"cpu": 0.35, "cuda": 0.75}  # of a model's minutes, for arms without a goal
@@ -77,8 +77,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--models", nargs="+", choices=(SMALL, LARGE), default=[SMALL, LARGE])
     p.add_argument("--batch-sizes", nargs="+", type=int, metavar="N", help=f"(default 128; {LARGE} on a GPU 128 512)")
     p.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(FOREIGN)}; or {ours}")
-    p.add_argument("--rounds", type=int, help="(default: CPU 5 and 3 for the two models, GPU 7 and 9)")
-    p.add_argument("--minutes", type=float, metavar="BUDGET", help=f"{left_out} (default: CPU 14, GPU 4)")
+    p.add_argument("--rounds", type=int, help="(default: CPU 15 and 3 for the two models, GPU 7 and 9)")
+    p.add_argument("--minutes", type=float, metavar="BUDGET", help=f"{left_out} (default: CPU 18, GPU 4)")
     p.add_argument("--hard", type=float, default=0.3, metavar="H", help="share of hard rows (default 0.3)")
     p.add_argument("--data", type=Path, metavar="PATH", help="folder or tar of class folders (default: random images)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
