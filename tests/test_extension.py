@@ -163,6 +163,12 @@ def test_an_editable_build_works_in_place_and_fails_only_if_the_extension_is_req
     assert "HAM_BUILD_CUDA=1, but: nvcc ended with code 3" in done.stderr
 
 
+def test_a_wrong_value_ends_a_build_in_one_line(checkout):
+    done, _ = run_hook(checkout, "build_wheel", HAM_BUILD_CUDA="0", HAM_BUILD_CPU="yes")
+    assert done.returncode != 0
+    assert "error: HAM_BUILD_CPU='yes'" in done.stderr
+
+
 # The doctor
 
 

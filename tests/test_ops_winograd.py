@@ -332,6 +332,8 @@ def test_wrong_arguments_never_reach_the_kernel():
         raw.winograd(x, weight, u[:35], u)
     with pytest.raises(TypeError, match=r"x: got .* on meta"):
         winograd_launch(x.to("meta"), u)
+    with pytest.raises(TypeError, match=r"u: got .* on meta"):
+        winograd_launch(x, u.to("meta"))
     for bad in (u.double(), u[None], u.transpose(1, 2)):
         with pytest.raises(TypeError, match=r"u: got .* it must come from winograd_weights"):
             raw.winograd(x, weight, bad, u)
@@ -343,6 +345,15 @@ def test_wrong_arguments_never_reach_the_kernel():
     for out in (u[:, :1], u.double(), u.to("meta"), u.transpose(0, 1).contiguous().transpose(0, 1)):
         with pytest.raises(TypeError, match=r"out: got .* dense fp32 \(36, 2, 256\)"):
             winograd_weights(weight, out=out)
+
+
+@pytest.mark.parametrize("library", [pytest.param(True, marks=needs_library), False], ids=["kernel", "reference"])
+def test_transformed_weights_have_no_graph(library, monkeypatch):
+    if not library:
+        monkeypatch.setattr(ops, "status", lambda: (None, "switched off"))
+    weight = torch.randn(16, 16, 3, 3).requires_grad_()
+    assert not winograd_weights(weight).requires_grad
+    assert not winograd_weights(weight, out=torch.empty(36, 1, 256)).requires_grad
 
 
 @needs_library

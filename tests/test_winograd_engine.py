@@ -391,6 +391,17 @@ def test_an_engine_of_no_device_judges_by_the_model(monkeypatch):
     gives_up("_cpu.so is not there", {}, device=None, model=net())
 
 
+def test_an_engine_of_no_device_in_fp16():
+    gives_up("it takes images in fp32 or bf16", {"precision": "fp16"}, device=None, model=net())
+
+
+def test_what_is_given_up_is_not_in_place(monkeypatch):
+    monkeypatch.setattr(winograd, "status", lambda: (None, "_cpu.so is not there"))
+    model = net()
+    with pytest.warns(EngineWarning, match="not there"), Engine(EngineOptions(winograd=True)).attacking(model):
+        assert all("forward" not in vars(m) for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
 @needs_library
 def test_the_same_layers_twice_at_once():
     """The inner one leaves what the outer one has put in place."""

@@ -146,8 +146,8 @@ def _check_arguments(x: Tensor, u: Tensor) -> None:
     if x.dtype not in DTYPES or x.device.type != "cpu" or x.dim() != 4:
         what = f"{x.dtype} {tuple(x.shape)} on {x.device}"
         raise TypeError(f"x: got {what}; it must be fp32 or bf16 (n, c, h, w) on the CPU")
-    if u.dtype != torch.float32 or u.dim() != 3 or not u.is_contiguous():
-        raise TypeError(f"u: got {u.dtype} {tuple(u.shape)}; it must come from winograd_weights")
+    if u.dtype != torch.float32 or u.device.type != "cpu" or u.dim() != 3 or not u.is_contiguous():
+        raise TypeError(f"u: got {u.dtype} {tuple(u.shape)} on {u.device}; it must come from winograd_weights")
     if u.shape[0] != 36 or u.shape[2] != x.shape[1] * PANEL:
         wanted = f"(36, c_out / 16, {x.shape[1] * PANEL})"
         raise ValueError(f"u: got {tuple(u.shape)} for {x.shape[1]} channels; it must be {wanted}")
