@@ -90,6 +90,15 @@ def test_how_much_it_rounds(channels):
     assert rms(winograd_launch(half, u) - right) <= rms(torchs - right)
 
 
+def test_its_points_round_half_as_much_as_the_usual_ones(monkeypatch):
+    x, weight = case((8, 64, 64, 8, 8))
+    right = exact(x, weight)
+    own = rms(winograd_reference(x, winograd_weights(weight)) - right)
+    monkeypatch.setattr(ops, "_POINTS", (0.0, 1.0, -1.0, 2.0, -2.0))
+    usual = rms(winograd_reference(x, ops.winograd_weights_reference(weight, False)) - right)
+    assert own < 0.6 * usual
+
+
 @needs_library
 @pytest.mark.parametrize(
     "lay", [

@@ -1,8 +1,9 @@
 """How steps run on the hardware: modes, precision, memory, compiled passes, CUDA graphs, and what the host reads.
 
 Below: `modes` (eval and train mode, autocast), `reads` (the host's reads, clocks), `options` (what can be asked for,
-and what happens where it cannot be had), `memory`, `halves` (weights in half precision), `graphs` (capture and
-replay), `core` (Engine, which ties them together). Nothing here knows an attack or a method.
+and what happens where it cannot be had), `memory`, `halves` (weights in half precision), `winograd` (convolutions on
+the CPU), `graphs` (capture and replay), `core` (Engine, which ties them together). Nothing here knows an attack or a
+method.
 """
 
 from .core import PLAIN, Engine, plain

@@ -63,13 +63,12 @@ class _Layer:
         self.conv = conv
         self.suits: bool | None = None  # whether its images do, once they have been seen
         self.u, self.u_back = (winograd_weights(conv.weight, back=back) for back in (False, True))
-        self.forward = self._forward  # one object for good: compiled code is guarded by it
 
     def transform(self) -> None:
         winograd_weights(self.conv.weight, out=self.u)
         winograd_weights(self.conv.weight, back=True, out=self.u_back)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))

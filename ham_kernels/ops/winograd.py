@@ -128,7 +128,7 @@ def winograd_weights_launch(weight: Tensor, back: bool, u: Tensor, width: int | 
 
 def winograd_launch(x: Tensor, u: Tensor, width: int | None = None) -> Tensor:
     _check_arguments(x, u)
-    x = _channels_last(x)
+    x = x.contiguous(memory_format=torch.channels_last)
     n, c_in, h, w = x.shape
     y = _result(x, u)
     if y.numel():
@@ -151,14 +151,6 @@ def _check_arguments(x: Tensor, u: Tensor) -> None:
     if u.shape[0] != 36 or u.shape[2] != x.shape[1] * PANEL:
         wanted = f"(36, c_out / 16, {x.shape[1] * PANEL})"
         raise ValueError(f"u: got {tuple(u.shape)} for {x.shape[1]} channels; it must be {wanted}")
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """x with strides (h*w*c, 1, w*c, c), also where a size of 1 would let torch call other strides that."""
-    n, c, h, w = x.shape
-    if x.stride() == (h * w * c, 1, w * c, c):
-        return x
-    return x.new_empty(n, h, w, c).permute(0, 3, 1, 2).copy_(x)
 
 
 def _result(x: Tensor, u: Tensor) -> Tensor:
@@ -208,7 +200,7 @@ register_for_cpu(
     fake=lambda x, weight, u, u_back: _result(x, u),
 )
 # x is not looked at. Compilers keep what a backward asks for: with x they compute the mask of a ReLU before the
-# convolution from it, where they would otherwise write the mask, which takes longer than the convolution.
+# convolution from it, where they would otherwise write and read the mask, in slow loops.
 register_for_cpu(
     "winograd_backward",
     "(Tensor grad, Tensor x, Tensor u_back) -> Tensor",
