@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import _kernel_report
-import bench_training
+import _training_report
 import bench_winograd
 from _results import cells, markdown, verdict_lines
 
@@ -40,36 +40,40 @@ def machines_of(data: dict) -> str:
     return f"{'; '.join(machines)}; torch {', '.join(versions)}; {data['made'][:10]}"
 
 
-def sweep() -> str:
-    """The report's own figure and table, with the machine of its runs."""
-    folder = RESULTS / "sweep_digits"
+def report(name: str, said: str) -> str:
+    """What a report compares, kept in benchmarks/results/: its own table, and its figure where that is kept too.
+
+    `said` is the sentence above it; {seeds} and {machines} stand for those of its runs.
+    """
+    folder = RESULTS / name
     data = json.loads((folder / "data.json").read_text())
-    seeds = sorted({run["seed"] for run in data["runs"]})
     failed = [run["name"] for run in data["runs"] if run["state"] != "finished"]
-    return "\n\n".join(
-        [
-            f"A real report of this tool, made by `ham sweep ablations --seeds {' '.join(map(str, seeds))} --attacks "
-            "clean pgd20 cw20` on the digits (and `ham evaluate RUN --attacks autoattack --images 100` for PGD-AT and "
-            f"HAM, then `ham report runs/sweep-digits`); {machines_of(data)}. "
-            + (f"Did not finish: {', '.join(failed)}." if failed else "All runs finished."),
-            f"![Worst-class accuracy against training time]({folder.relative_to(ROOT)}/worst_class_time.png)",
-            (folder / "table.md").read_text().strip(),
-        ]
+    seeds = " ".join(map(str, sorted({run["seed"] for run in data["runs"]})))
+    parts = [
+        said.format(seeds=seeds, machines=machines_of(data))
+        + (f" Did not finish: {', '.join(failed)}." if failed else " All runs finished."),
+        (folder / "table.md").read_text().strip(),
+    ]
+    figure = folder / "worst_class_time.png"
+    if figure.exists():
+        parts.insert(1, f"![Worst-class accuracy against training time]({figure.relative_to(ROOT)})")
+    return "\n\n".join(parts)
+
+
+def sweep() -> str:
+    return report(
+        "sweep_digits",
+        "A real report of this tool, made by `ham sweep ablations --seeds {seeds} --attacks clean pgd20 cw20` on the "
+        "digits (and `ham evaluate RUN --attacks autoattack --images 100` for PGD-AT and HAM, then "
+        "`ham report runs/sweep-digits`); {machines}.",
     )
 
 
 def cheaper() -> str:
-    """Cheaper courses of a whole run, as the report compares them."""
-    folder = RESULTS / "sweep_cheaper"
-    data = json.loads((folder / "data.json").read_text())
-    seeds = " ".join(str(seed) for seed in sorted({run["seed"] for run in data["runs"]}))
-    return "\n\n".join(
-        [
-            f"Cheaper courses of a whole run, `ham sweep cheaper --seeds {seeds} --attacks clean pgd20 cw20` on the "
-            f"digits; {machines_of(data)}.",
-            f"![Worst-class accuracy against training time]({folder.relative_to(ROOT)}/worst_class_time.png)",
-            (folder / "table.md").read_text().strip(),
-        ]
+    return report(
+        "sweep_cheaper",
+        "Cheaper courses of a whole run, `ham sweep cheaper --seeds {seeds} --attacks clean pgd20 cw20` on the digits; "
+        "{machines}.",
     )
 
 
@@ -81,7 +85,7 @@ def newest(pattern: str) -> dict | None:
 
 def training() -> str:
     result = newest("bench_training_*.json")
-    return "" if result is None else bench_training.readme_section(result)
+    return "" if result is None else _training_report.readme_section(result)
 
 
 def kernels() -> str:

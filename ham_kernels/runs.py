@@ -25,9 +25,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import settings as settings_
 from .checkpoint import CheckpointError, Checkpoints, load, read, save, write_atomically
-from .settings import TrainSettings
+from .config_file import from_toml, to_toml
+from .settings import TrainSettings, lr_factor
 
 if TYPE_CHECKING:
     from .history import EpochReport
@@ -49,7 +49,7 @@ class RunFolder:
         run = cls(path)
         run.check_free()
         aside = run.path / f".config.{os.getpid()}.partial"
-        write_atomically(aside, settings_.to_toml(settings).encode())
+        write_atomically(aside, to_toml(settings).encode())
         try:
             os.link(aside, run.path / "config.toml")  # unlike a rename it fails where another process was faster
         except FileExistsError:
@@ -106,7 +106,7 @@ class RunFolder:
             return not _lock(file)
 
     def settings(self) -> TrainSettings:
-        return settings_.from_toml(self.path / "config.toml", TrainSettings())
+        return from_toml(self.path / "config.toml", TrainSettings())
 
     def set_data_facts(self, facts: dict[str, Any]) -> None:
         """Notes what the images are; a run that goes on must find them as they were. Raises: ValueError."""
@@ -234,7 +234,7 @@ def metrics_of(report: EpochReport, settings: TrainSettings) -> dict[str, Any]:
         **values,
         "hard_fraction": report.hard_fraction,
         "images_per_s": report.n / report.seconds if report.seconds else None,
-        "lr": settings.optim.lr * settings_.lr_factor(settings.optim, report.epoch),
+        "lr": settings.optim.lr * lr_factor(settings.optim, report.epoch),
         **val,
     }
 

@@ -5,22 +5,13 @@ Imports no torch, so that the command line can print its help at once.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-import sys
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -314,84 +305,3 @@ def lr_factor(optim: OptimSettings, epoch: int) -> float:
     if optim.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
     return min(done / 0.4, (1 - done) / 0.6)
-
-
-# ---------------------------------------------------------------- TOML
-def to_dict(settings: TrainSettings) -> dict[str, dict[str, Any]]:
-    """Sections of plain values. TOML has no None: it is false where the default is another value, else left out."""
-    default = dataclasses.asdict(TrainSettings())
-    return {
-        section: {
-            k: list(v) if isinstance(v, tuple) else False if v is None else v
-            for k, v in values.items()
-            if v is not None or default[section][k] is not None
-        }
-        for section, values in dataclasses.asdict(settings).items()
-    }
-
-
-def to_toml(settings: TrainSettings) -> str:
-    import tomli_w
-
-    return tomli_w.dumps(to_dict(settings))
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """The sections of a TOML file. Raises: FileNotFoundError, ValueError naming the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"config: {path} is not a file; give a TOML file of settings")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: {path}: {error}") from error
-
-
-def from_toml(path: str | Path, base: TrainSettings) -> TrainSettings:
-    """`base` with what the file says instead. Raises: FileNotFoundError, ValueError naming the file and the key."""
-    sections = read_toml(path)
-    try:
-        return merge(base, sections)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"config: {path}: {error}") from error
-
-
-def merge(base: TrainSettings, sections: dict[str, Any]) -> TrainSettings:
-    """`base` with other values, given as {section: {field: value}}; false stands for None where None is allowed."""
-    known = {f.name: f for f in dataclasses.fields(base)}
-    changed = {}
-    for section, values in sections.items():
-        if section not in known:
-            raise ValueError(f"{section}: is no section; allowed are {', '.join(known)}")
-        if not isinstance(values, dict):
-            raise ValueError(f"{section}: got {values!r}; it is a section, with keys of its own")
-        old = getattr(base, section)
-        hints = typing.get_type_hints(type(old))
-        unknown = sorted(set(values) - set(hints))
-        if unknown:
-            raise ValueError(f"{section}.{unknown[0]}: is no setting; allowed are {', '.join(hints)}")
-        new = {k: _convert(f"{section}.{k}", v, hints[k]) for k, v in values.items()}
-        changed[section] = dataclasses.replace(old, **new)
-    return dataclasses.replace(base, **changed)
-
-
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    """A TOML value as the type of its field."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):  # X | None
-        if value is None or value is False:
-            return None
-        return _convert(name, value, next(a for a in args if a is not type(None)))
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"{name}: got {value!r}; allowed are {', '.join(map(repr, args))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(f"{name}: got {value!r}; it must be a list")
-        return tuple(_convert(name, v, args[0]) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); it must be {hint.__name__}")
-    return value

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import _floor  # noqa: E402
 import _results  # noqa: E402
 import _steps  # noqa: E402
+import _training_report  # noqa: E402
 import bench_training  # noqa: E402
 
 MACHINE = {
@@ -98,7 +99,7 @@ def test_wrong_results_are_not_said_to_be_fast():
     assert quick["over_torchattacks"] is None
     assert right["over_torchattacks"] == 2.0
     assert _floor.fastest(made, "pgd_at") is right
-    assert "WRONG" in _results.markdown(bench_training.cells(made))
+    assert "WRONG" in _results.markdown(_training_report.cells(made))
 
 
 # ------------------------------------------------------------ goals
@@ -161,7 +162,7 @@ def test_goals_of_a_gpu():
 def test_readme_section():
     made = result_of(CPU, *cpu_cases(1.06, 3.1, 1.9))
     made["cases"][1]["left_out"]["reference"] = "too slow"
-    text = bench_training.readme_section(json.loads(json.dumps(made)))
+    text = _training_report.readme_section(json.loads(json.dumps(made)))
     tables = [block for block in text.split("\n\n") if block.startswith("| ")]
     assert len(tables) == 2
     for table in tables:
@@ -397,4 +398,4 @@ def test_end_to_end(tmp_path):
     assert result["wrong"] == {}
     assert len(result["goals"]) == len(_floor.GOALS)
     assert "ours, plain: HAM" in done.stdout
-    assert "random images" in bench_training.readme_section(result)
+    assert "random images" in _training_report.readme_section(result)

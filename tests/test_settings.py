@@ -11,10 +11,11 @@ import pytest
 
 import ham_kernels as ham
 from ham_kernels import settings as settings_
+from ham_kernels.config_file import from_toml, merge, to_toml
 from ham_kernels.data.facts import SETS
 from ham_kernels.engine.options import SWITCHES
 from ham_kernels.presets import PRESETS, preset, rescaled
-from ham_kernels.settings import TrainSettings, from_toml, lr_factor, merge, to_toml
+from ham_kernels.settings import TrainSettings, lr_factor
 
 
 def test_every_data_set_has_a_preset_that_is_sound():

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from ..config_file import from_toml, read_toml
 from ..presets import preset, rescaled
-from ..settings import EvaluateSettings, TrainSettings, from_toml, read_toml
+from ..settings import EvaluateSettings, TrainSettings
 
 T = TypeVar("T")
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from .. import _check, checkpoint
+from ..config_file import to_dict
 from ..history import EpochReport, StepReport
 from ..runs import RunFolder, metrics_of
-from ..settings import TrainSettings, to_dict
+from ..settings import TrainSettings
 from ..trainer import HAMTrainer
 from .assemble import check_takes, device_of, facts_of, images_of, loaders_of, model_of, scheduler_of, trainer_of
 from .progress import TrainProgress, duration
