@@ -77,6 +77,16 @@ def cheaper() -> str:
     )
 
 
+def numerics() -> str:
+    return report(
+        "sweep_numerics",
+        "What precision and Winograd do to accuracy: `ham sweep baseline --seeds {seeds} --attacks clean pgd20 cw20 "
+        "--out runs/numerics/fp32` on the digits, `ham sweep ham` with the same flags, both again with "
+        "`--winograd require`, with `--precision bf16`, and with both, each kind in a folder of its own, then "
+        "`ham report` of the four folders; {machines}.",
+    )
+
+
 def newest(pattern: str) -> dict | None:
     """The result of a GPU where there is one, else that of a CPU."""
     found = sorted(RESULTS.glob(pattern), key=lambda p: (p.stem.endswith("_cpu"), p.name))
@@ -118,6 +128,7 @@ SECTIONS = {
     "costs": costs,
     "training": training,
     "winograd": winograd,
+    "numerics": numerics,
     "cheaper": cheaper,
     "kernels": kernels,
 }
