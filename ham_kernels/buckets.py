@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .active import PGD, ActiveSet, take_look, take_step
 from .engine import BatchGuard, Engine
-from .engine.graphs import CaptureError, ambient, place
+from .engine.graphs import CaptureError, ambient, no_autocast_cache, place
 
 
 def bucket_for(model: nn.Module, active: ActiveSet, pgd: PGD, track: bool, engine: Engine, what: str) -> Bucket | None:
@@ -50,7 +50,7 @@ class Bucket:
             stays("x_adv"), stays("x"), stays("y"), like.eps, stays("eps_rows"), like.step_size, stays("step_rows"),
             batch=rows,
         )  # fmt: skip
-        with torch.no_grad():
+        with torch.no_grad(), no_autocast_cache():  # as in the capture: a compiled model has a form for each
             _, z = take_look(model, self.rows, False, engine)
         self.logits = torch.zeros_like(z)
         self.hard = torch.zeros(rows, dtype=torch.bool, device=z.device)

@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from nets import Broken, sgd, small_cnn
+from test_engine import Compiler
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -673,6 +674,44 @@ def test_a_required_capture_that_fails_raises(batches, fails_at):
     assert [p.requires_grad for p in model.parameters()] == [False] + [True] * (len(list(model.parameters())) - 1)
 
 
+def test_the_warning_names_what_went_wrong_first(batches):
+    """The end of a capture that failed raises an error of its own; what the caller is handling is no cause."""
+
+    def capture(fn, device, pool):
+        try:
+            raise RuntimeError("the cause")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    trainer = trainer_of(small_cnn(), capture)
+    try:
+        raise KeyError("the caller's")
+    except KeyError:
+        with pytest.warns(EngineWarning, match=r"the capture failed \(RuntimeError: the cause\)"):
+            trainer.train_step(*batches[0], epoch=1)
+
+
+def test_a_compiled_model_has_one_form_for_what_is_captured(batches, monkeypatch):
+    """The look at a new bucket, the runs before its captures and the captures compile nothing anew."""
+
+    def rerun_as_captured(fn, device, pool):
+        for _ in range(graphs_module.WARM_UP_RUNS + 1):
+            fn()
+
+        def replay():
+            with graphs_module.no_autocast_cache():
+                fn()
+
+        return replay
+
+    compiler = Compiler().install(monkeypatch)
+    trainer = trainer_of(small_cnn(), rerun_as_captured, compile="require")
+    for epoch in (1, 1, 2, 2):
+        for x, y in batches:
+            trainer.train_step(x, y, epoch=epoch)
+    assert compiler.compiled == 2  # forward alone, and with its backward
+
+
 @pytest.mark.parametrize("wanted", [True, "require"])
 @pytest.mark.parametrize("only_train", [False, True], ids=["attack", "update"])
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -884,6 +923,34 @@ def test_on_a_gpu_a_failed_capture_is_given_up_and_leaves_cuda_usable(on_gpu, ex
     assert int(ours.model.inner[2].num_batches_tracked) == int(theirs.model.inner[2].num_batches_tracked)
     another, eager = gpu_pair()  # and graphs of other models can still be captured
     assert_close_steps(another, eager, on_gpu[:1], (1, 1, 1, 2, 2))
+
+
+class Spoiling(nn.Module):
+    """Waits for the device within a capture only, which ends it from inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = small_cnn()
+
+    def forward(self, x):
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return self.inner(x)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_spoiled_capture_leaves_random_numbers_and_other_graphs(on_gpu, exact_convolutions):
+    other, eager = gpu_pair()
+    assert_close_steps(other, eager, on_gpu[:1], (1, 1, 1, 2, 2))
+    model = Spoiling().cuda()
+    ours = ham.HAMTrainer(model, sgd(model), cuda_graphs=True, **ON_GPU)
+    with pytest.warns(EngineWarning, match="cuda_graphs: the capture failed") as caught:
+        ours.train_step(*on_gpu[0], epoch=1)
+    assert "previous error" not in str(caught[0].message)
+    assert torch.isfinite(torch.rand(8, device="cuda")).all()
+    captured = len(other.engine.graphs)
+    assert_close_steps(other, eager, on_gpu[:1], (1, 2))
+    assert len(other.engine.graphs) == captured
 
 
 @pytest.mark.gpu

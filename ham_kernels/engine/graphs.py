@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
@@ -45,13 +47,24 @@ def cuda_capture(fn: Callable[[], None], device: torch.device, pool) -> Replay:
         try:
             with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 fn()
-        except BaseException:  # torch before 2.15 leaves its stream and the pool as they were in the capture
+        except BaseException:  # torch before 2.15 leaves all as it was in the capture
             torch.cuda.set_stream(here)
             with suppress(AttributeError, RuntimeError):
                 torch._C._cuda_endAllocateToPool(index, pool)
                 torch._C._cuda_releasePool(index, pool)
+            _end_capture_of_generators(side, device)
             raise
     return graph.replay
+
+
+def _end_capture_of_generators(side: torch.cuda.Stream, device: torch.device) -> None:
+    """CUDA's random generator takes a capture that failed for one under way, and refuses numbers to everybody, until
+    another one has ended well.
+    """
+    with suppress(Exception):  # what led here is the error to tell of
+        another = torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side, capture_error_mode="thread_local")
+        with another:
+            torch.zeros(1, device=device)
 
 
 @functools.cache
@@ -62,7 +75,9 @@ def _side_stream(index: int) -> torch.cuda.Stream:
 @contextmanager
 def _waiting_raises() -> Iterator[None]:
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch tells once that this is a prototype, which is no user's business
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
@@ -138,21 +153,32 @@ class Graphs:
         if self._pool is None and on_gpu:
             self._pool = torch.cuda.graph_pool_handle()
         devices = [self._device] if on_gpu else []
-        with torch.random.fork_rng(devices=devices, device_type="cuda"), _no_autocast_cache():
+        before = sys.exc_info()[1]
+        with torch.random.fork_rng(devices=devices, device_type="cuda"), no_autocast_cache():
             try:
                 return self._capture(fn, self._device, self._pool)
             except Exception as error:
                 self._pool = None
                 if not isinstance(error, torch.OutOfMemoryError):
                     fn()
-                raise CaptureError(reason("the capture failed", error)) from error
+                raise CaptureError(reason("the capture failed", _first(error, before))) from error
 
     def __len__(self) -> int:
         return len(self._kept)
 
 
+def _first(error: BaseException, before: BaseException | None) -> BaseException:
+    """What went wrong first: the end of a capture that failed raises an error of its own, which names no cause.
+
+    `before` was under way already.
+    """
+    while error.__context__ is not None and error.__context__ is not before:
+        error = error.__context__
+    return error
+
+
 @contextmanager
-def _no_autocast_cache() -> Iterator[None]:
+def no_autocast_cache() -> Iterator[None]:
     """Within a caller's autocast, weights may have been cast before: a capture must not take those over."""
     enabled = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
