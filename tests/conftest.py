@@ -25,12 +25,19 @@ settings.load_profile("ham")
 
 
 # ---------------------------------------------------------------- GPU tests
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
 def pytest_collection_modifyitems(items):
-    if not HAS_GPU:
-        skip = pytest.mark.skip(reason="needs a CUDA device")
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(skip)
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if HAS_GPU and "device" in item.fixturenames and _is_fixture(item):
+            item.add_marker(pytest.mark.gpu)
+        elif not HAS_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def _is_fixture(item) -> bool:
+    """Whether its `device` is the fixture below, and no parameter of its own."""
+    return "device" not in getattr(getattr(item, "callspec", None), "params", ())
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -41,8 +48,17 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where launchers run: on the GPU, or in Triton's interpreter on CPU tensors."""
+    """Where launchers run: on the GPU, or in Triton's interpreter on CPU tensors. There its tests are GPU tests."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(scope="module")
+def no_gpu():
+    """Device "auto" is the CPU, in processes started too: for what is compared bit by bit, or with a CPU's run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
 
 
 # ---------------------------------------------------------------- seeds

@@ -1,12 +1,21 @@
-"""Tensors in every memory layout, and comparisons with their reasons."""
+"""Tensors in every memory layout, comparisons with their reasons, environments of processes."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "channels_last", "every other row", "every other channel", "transposed")
+
+
+def environment(*folders: Path, **more: str) -> dict[str, str]:
+    """This process's, with these folders before those that PYTHONPATH has."""
+    paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | more
 
 
 def in_layout(t: Tensor, layout: str) -> Tensor:

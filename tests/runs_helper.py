@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from helpers import environment
 
 from ham_kernels.runs import RunFolder
 
@@ -23,8 +23,8 @@ TINY = (
 
 def ham(*arguments: str, cwd: Path, **options) -> subprocess.Popen:
     """`ham ...` as a process, on one thread, with its output kept."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python"), env.get("PYTHONPATH", "")])
+    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    env = environment(ROOT, ROOT / "python", **alone)
     return subprocess.Popen(
         [sys.executable, "-m", "ham_kernels", *arguments], cwd=cwd, env=env, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def test_verdict_follows_the_goals(goal, code, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_run, "GOAL_SHARE", goal)
     monkeypatch.setattr(bench_run, "GOAL_HELP", 60.0)
     monkeypatch.setattr(sys, "argv", ["bench_run.py", *TINY, "--out", str(tmp_path)])
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]), prepend=os.pathsep)
     monkeypatch.chdir(tmp_path)
     assert bench_run.main() == code
     assert ("a goal is missed" in capsys.readouterr().err) == bool(code)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import environment
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -266,8 +266,7 @@ print(fresh, kept, returned, min(faults() for _ in range(5)))
 
 
 def test_returned_memory_is_as_if_none_had_been_kept():
-    path = os.pathsep.join(str(ROOT / part) for part in (".", "python", "benchmarks"))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    env = environment(ROOT, ROOT / "python", ROOT / "benchmarks", OMP_NUM_THREADS="1")
     done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, timeout=200, env=env)
     fresh, kept, returned, again = map(int, done.stdout.split())
     assert returned > 0.9 * fresh > 0, done
@@ -383,8 +382,7 @@ def test_end_to_end(tmp_path):
     arms = ["natural", "torchattacks", "plain"]
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_training.py"), "--quick", "--batch-sizes", "8"]
     command += ["--rounds", "1", "--device", "cpu", "--arms", *arms, "--out", str(tmp_path), "--check"]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "python")])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    env = environment(ROOT, ROOT / "python", OMP_NUM_THREADS="1")
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "bench_training_cpu.json").read_text())

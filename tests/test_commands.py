@@ -23,7 +23,7 @@ from ham_kernels.presets import preset
 from ham_kernels.runs import RunFolder
 from ham_kernels.settings import EvaluateSettings
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
 QUICK = EvaluateSettings(attacks=("clean", "pgd3"), masking_images=32, analysis_images=64)
 
 

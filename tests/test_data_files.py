@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import textwrap
@@ -11,6 +10,7 @@ from pathlib import Path
 import pictures
 import pytest
 import torch
+from helpers import environment
 from pictures import SPLIT, write_folder, write_photos, write_tar
 from PIL import Image
 
@@ -229,8 +229,7 @@ def test_workers_do_not_hold_the_interpreter(photos):
         next(kept)
         print("end", flush=True)
     """)
-    root = str(Path(__file__).resolve().parents[1])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    env = environment(Path(__file__).resolve().parents[1], OMP_NUM_THREADS="1")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60, env=env
     )

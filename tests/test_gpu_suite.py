@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -56,10 +57,6 @@ def script(folder: Path, body: str) -> list[str]:
         "with Slot(60, 1.0) as slot:\n    sys.exit(gpu_suite.Suite(Options(out), plan, slot).run())\n"
     )
     return [sys.executable, str(path)]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(BENCHMARKS)}
 
 
 def wait_for(condition) -> None:
@@ -209,7 +206,7 @@ plan = [Stage("quick", 0, quick), Stage("long", 0, long)]
 
 def test_a_killed_suite_loses_the_running_stage_only_and_leaves_no_command_behind(tmp_path):
     command = script(tmp_path, SLEEPER)
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment(BENCHMARKS), stdout=subprocess.DEVNULL)
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip())
     process.kill()
     process.wait()
@@ -218,12 +215,14 @@ def test_a_killed_suite_loses_the_running_stage_only_and_leaves_no_command_behin
     assert state(tmp_path, "long") is None
     assert (tmp_path / "summary.md").exists()
     (tmp_path / "on").touch()
-    assert subprocess.run(command, env=environment(), stdout=subprocess.DEVNULL).returncode == 0
+    assert subprocess.run(command, env=environment(BENCHMARKS), stdout=subprocess.DEVNULL).returncode == 0
     assert (tmp_path / "count").read_text().split() == ["quick", "long", "long"]
 
 
 def test_a_signal_ends_the_slot_in_order(tmp_path):
-    process = subprocess.Popen(script(tmp_path, SLEEPER), env=environment(), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        script(tmp_path, SLEEPER), env=environment(BENCHMARKS), stdout=subprocess.PIPE, text=True
+    )
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip())
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=30)

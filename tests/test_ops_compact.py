@@ -64,8 +64,7 @@ def test_flags_made_of_other_bytes(device):
 
 
 @given(flags=st.lists(st.booleans(), max_size=200))
-def test_any_flags(flags):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def test_any_flags(device, flags):
     flags = torch.tensor(flags, dtype=torch.bool, device=device)
     check(compact_launch(flags), flags)
     index, count = ops.compact(flags)

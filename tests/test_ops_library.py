@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import in_layout
+from helpers import environment, in_layout
 
 from ham_kernels import ops
 from ham_kernels.ops import _library
@@ -147,9 +146,9 @@ def test_bad_shapes_are_still_caught_while_compiling():
 
 
 # ---------------------------------------------------------------- backends
-def in_new_process(code: str, **environment: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+def in_new_process(code: str, **more: str) -> subprocess.CompletedProcess:
+    env = environment(ROOT, **more)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
 
 
 STEP = """

@@ -161,14 +161,13 @@ def test_gradient_is_that_of_the_summed_cross_entropy(n, classes, device):
 
 
 @given(data=st.data())
-def test_any_logits(data):
+def test_any_logits(device, data):
     """Few distinct values make ties common."""
     n, classes = data.draw(st.integers(0, 6)), data.draw(st.integers(2, 6))
     value = st.sampled_from([0.0, 1.0, -2.0, 3.5, NAN, INF, -INF])
     rows = data.draw(st.lists(st.lists(value, min_size=classes, max_size=classes), min_size=n, max_size=n))
     labels = data.draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n))
     dtype, probs = data.draw(st.sampled_from(DTYPES)), data.draw(st.booleans())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     z = torch.tensor(rows, dtype=dtype, device=device).view(n, classes)
     y = torch.tensor(labels, dtype=torch.int64, device=device)
     prev = z.roll(1, 0) if data.draw(st.booleans()) else None

@@ -218,11 +218,10 @@ def test_launcher_moves_the_version(device):
 
 
 @given(data=st.data())
-def test_any_step(data):
+def test_any_step(device, data):
     """Random shapes, dtypes, layouts and active sets: kernel == reference, and the result is valid."""
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31), "seed"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = tuple(draw(st.tuples(st.integers(0, 5), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))))
     n = shape[0]
     dtype, norm = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(["linf", "l2"]))

@@ -132,14 +132,13 @@ def test_the_same_picture_in_any_layout(layout, norm, device, seed):
 
 
 @given(data=st.data())
-def test_any_start(data):
+def test_any_start(device, data):
     draw = data.draw
     seed = draw(st.integers(-(2**63), 2**63 - 1), "seed")
     torch.manual_seed(seed % 2**31)
     shape = draw(st.tuples(st.integers(0, 4), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)))
     norm, layout = draw(st.sampled_from(["linf", "l2"])), draw(st.sampled_from(LAYOUTS))
     eps = torch.rand(shape[0]) if draw(st.booleans()) else draw(st.floats(0, 1, width=32))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x = torch.rand(shape).to(draw(st.sampled_from(DTYPES)))
     step = draw(st.integers(0, 2**31 - 1))
     check(*start_both(x, device, eps=eps, seed=seed, step=step, norm=norm, layout=layout), norm)

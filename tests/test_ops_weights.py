@@ -214,13 +214,12 @@ def test_no_rows_no_loss(weights, device):
 
 
 @given(data=st.data())
-def test_any_loss(data):
+def test_any_loss(device, data):
     n, classes = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 6))
     number = st.floats(-50, 50, width=32)
     rows = data.draw(st.lists(st.lists(number, min_size=classes, max_size=classes), min_size=n, max_size=n))
     labels = data.draw(st.lists(st.integers(0, classes - 1), min_size=n, max_size=n))
     weights = data.draw(st.lists(st.floats(0, 10, width=32), min_size=n, max_size=n))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     z, y, w = (
         torch.tensor(rows, device=device),
         torch.tensor(labels, device=device),

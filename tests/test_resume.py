@@ -19,7 +19,7 @@ from ham_kernels.commands import train as train_command
 from ham_kernels.commands.flags import parse_train
 from ham_kernels.runs import RunFolder
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("no_gpu")]
 
 
 def settings(*more: str):

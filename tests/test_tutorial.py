@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,8 +28,7 @@ def test_every_command_of_the_tutorial_runs(tmp_path):
         shim = programs / name
         shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" {start}"$@"\n')
         shim.chmod(shim.stat().st_mode | stat.S_IXUSR)
-    env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    env = environment(ROOT, ROOT / "python", PATH=f"{programs}{os.pathsep}{os.environ['PATH']}")
     work = tmp_path / "work"
     work.mkdir()
     for block in blocks:
