@@ -10,7 +10,7 @@ compaction is no slower than CUB's DeviceSelect, and 3 times as fast as torch.no
 
 Every time is the median over rounds in which all competitors take turns, with what lies between the fastest and the
 slowest round as a share of it (±). On a GPU each call is timed in three ways, on random inputs that rotate through
-more memory than the L2 cache holds:
+more memory than the L2 cache holds (or 32 sets of them: small ones stay in it, for all competitors alike):
     call   Triton's do_bench: events around one call, the L2 cache flushed before it
     graph  calls one after another in a CUDA graph, per call: no gap between launches, no host
     host   until the call has returned to Python; the device may still be at work
@@ -168,8 +168,9 @@ class CudaClock:
         """A graph of whole turns through the inputs: for about `ms`, and at most 200 calls or one turn."""
 
         def turn() -> None:
-            for call in calls:
-                call()
+            # results stay until the end: one memory for all of them would not leave the cache
+            kept = [call() for call in calls]
+            del kept
 
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

@@ -79,6 +79,8 @@ CASES = {
     "linf one pixel": lambda: pgd(F32, (1, 1, 1, 1)),  # sizes and strides of 1 become constants
     "linf one pixel rows": lambda: pgd(F32, (8, 1, 1, 1), active=True, rows=True),
     "l2 fp32": lambda: pgd(F32, l2=True),
+    "l2 fp32 large": lambda: pgd(F32, (8, 3, 224, 224), l2=True),
+    "l2 index count rows fp16 large": lambda: pgd(F16, (8, 3, 224, 224), active=True, rows=True, l2=True),
     "l2 index count rows fp16": lambda: pgd(F16, active=True, rows=True, l2=True),
     "l2 one pixel": lambda: pgd(BF16, (8, 1, 1, 1), l2=True),
     "start linf fp32": lambda: start(F32),
@@ -87,6 +89,10 @@ CASES = {
     "start linf long seed": lambda: start(F32, seed=2**60),
     "start linf negative seed": lambda: start(BF16, seed=-1),
     "start l2 fp32": lambda: start(F32, l2=True),
+    "start l2 large": lambda: start(F32, (2, 3, 224, 224), l2=True),
+    "start l2 large channels_last rows bf16": lambda: start(
+        BF16, (2, 3, 224, 224), channels_last=True, rows=True, l2=True
+    ),
     "start l2 channels_last rows bf16": lambda: start(BF16, channels_last=True, rows=True, seed=2**60, l2=True),
     "start l2 one pixel": lambda: start(F32, (8, 1, 1, 1), l2=True),
     "margin fp32 10": lambda: margin(F32, 10),

@@ -54,7 +54,7 @@ def test_no_kernel_is_forgotten(report):
         assert {row["kernel"] for row in report if row["arch"] == arch} == kernels
 
 
-@pytest.mark.parametrize("case", ["linf flat", "linf index count", "l2 fp32", "l2 index count"])
+@pytest.mark.parametrize("case", ["linf flat", "linf index count", "l2 fp32", "l2 index count", "start linf fp32"])
 def test_images_move_in_16_byte_pieces(report, case):
     """All image traffic is wide; what is narrow is index, count, eps and step_size: one number each."""
     for row in rows_of(report, case):

@@ -28,7 +28,7 @@ SHAPES = [
     (2, 1, 1, 4096),
     (2, 1, 1, 4097),
     (4, 3, 32, 32),
-    (1, 3, 96, 96),  # many blocks
+    (1, 3, 96, 96),  # many blocks; in L2 a large row
 ]
 # L2: logarithm, cosine and the sum of squares differ in their last bits between libraries, by some 1e-6 of a
 # noise below 0.5, and a number near 0 under the logarithm is known to about 1e-4 of its (tiny) self; then one

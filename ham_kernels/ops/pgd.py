@@ -181,14 +181,16 @@ def pgd_step_launch(
     flat = all(t is None for t in per_row) and all(stride == numel for stride in strides)
     if not l2 and flat and rows * numel <= 2**30:  # offsets inside a row are 32-bit
         rows, numel = 1, rows * numel  # one long row: no program is left half empty by small images
-    block = min(1024, max(16, triton.next_power_of_2(numel)))
+    large = l2 and numel > 16384  # one program per row: a large one gets as many threads as it can
+    block = 4096 if large else min(1024, max(16, triton.next_power_of_2(numel)))
     grid = (rows if l2 else rows * triton.cdiv(numel, block),)  # one axis: the others end at 65535 programs
     kernel = _pgd_l2_kernel if l2 else _pgd_linf_kernel
     with on_device_of(x_adv):
         kernel[grid](
             adv, x, grad, index, count, eps_rows, step_rows, *strides, numel, eps, step_size, lo, hi,
             HAS_INDEX=index is not None, HAS_COUNT=count is not None, EPS_ROWS=eps_rows is not None,
-            STEP_ROWS=step_rows is not None, BLOCK_SIZE=block, num_warps=4, enable_fp_fusion=False,
+            STEP_ROWS=step_rows is not None, BLOCK_SIZE=block, num_warps=16 if large else 4,
+            enable_fp_fusion=False,
         )  # fmt: skip
     if adv is not x_adv:
         x_adv.copy_(adv)
@@ -215,6 +217,7 @@ def pgd_step(
     linf: x_adv + step_size * sign(grad), projected on |x_adv - x| <= eps. A NaN in grad moves nothing.
     l2:   x_adv + step_size * grad / |grad|, projected on |x_adv - x| <= eps, norms per row. A NaN or an infinity
           in grad counts as 0.
+    A NaN in the images comes out as one on the CPU, as `lo` on CUDA.
     Nothing is differentiated through: x_adv may be a leaf that requires grad.
 
     Args:

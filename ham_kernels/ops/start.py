@@ -46,13 +46,12 @@ def _normal4(seed, c0, row, step):
 
 
 @jit
-def _start_lane(out_ptr, x_ptr, noise, element, numel, channels, area, lo, hi, CHANNELS_LAST: tl.constexpr):
+def _start_lane(out_ptr, x_ptr, noise, element, mask, channels, area, lo, hi, CHANNELS_LAST: tl.constexpr):
     # `element` counts in C,H,W order, so that a row's noise is the same picture in either memory format
     if CHANNELS_LAST:
         offset = (element % area) * channels + element // area
     else:
         offset = element
-    mask = element < numel
     x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     value = tl.minimum(tl.maximum(x + noise, lo), hi)
     tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
@@ -69,11 +68,12 @@ def _random_start_linf_kernel(
     radius = tl.load(eps_ptr + row) if EPS_ROWS else eps
     out_ptr += row.to(tl.int64) * out_row_stride
     x_ptr += row.to(tl.int64) * x_row_stride
-    limit = tl.where(c0 < quarter, numel, 0)
     u = uniform4(seed, c0, row, step, 0)
     for lane in tl.static_range(4):
+        element = c0 + lane * quarter
+        mask = (c0 < quarter) & (element < numel)  # two comparisons that the compiler sees through: wide accesses
         noise = (2.0 * u[lane] - 1.0) * radius
-        _start_lane(out_ptr, x_ptr, noise, c0 + lane * quarter, limit, channels, area, lo, hi, CHANNELS_LAST)
+        _start_lane(out_ptr, x_ptr, noise, element, mask, channels, area, lo, hi, CHANNELS_LAST)
 
 
 @jit(do_not_specialize=["seed", "step"])
@@ -90,9 +90,9 @@ def _random_start_l2_kernel(
     for start in range(0, quarter, BLOCK_SIZE):
         c0 = start + tl.arange(0, BLOCK_SIZE)
         g = _normal4(seed, c0, row, step)
-        limit = tl.where(c0 < quarter, numel, 0)
         for lane in tl.static_range(4):
-            total += tl.where(c0 + lane * quarter < limit, g[lane] * g[lane], 0.0)
+            mask = (c0 < quarter) & (c0 + lane * quarter < numel)
+            total += tl.where(mask, g[lane] * g[lane], 0.0)
     length = tl.maximum(tl.sqrt(tl.sum(total)), 1e-12)
     zero = tl.zeros([1], tl.int32)
     u, _, _, _ = uniform4(seed, zero, row, step, 1)
@@ -101,10 +101,10 @@ def _random_start_l2_kernel(
     for start in range(0, quarter, BLOCK_SIZE):
         c0 = start + tl.arange(0, BLOCK_SIZE)
         g = _normal4(seed, c0, row, step)
-        limit = tl.where(c0 < quarter, numel, 0)
         for lane in tl.static_range(4):
             element = c0 + lane * quarter
-            _start_lane(out_ptr, x_ptr, g[lane] * scale, element, limit, channels, area, lo, hi, CHANNELS_LAST)
+            mask = (c0 < quarter) & (element < numel)
+            _start_lane(out_ptr, x_ptr, g[lane] * scale, element, mask, channels, area, lo, hi, CHANNELS_LAST)
 
 
 def random_start_launch(
@@ -118,14 +118,17 @@ def random_start_launch(
     numel = math.prod(x.shape[1:])
     quarter = (numel + 3) // 4
     channels = x.shape[1] if layout == "channels_last" else 1
+    large = l2 and quarter > 4096  # one program per row: a large one gets as many threads as it can
     block = min(256 if l2 else 1024, triton.next_power_of_2(quarter))  # sine and cosine need the registers
+    if large:
+        block = 1024
     grid = (x.shape[0],) if l2 else (x.shape[0], triton.cdiv(quarter, block))
     kernel = _random_start_l2_kernel if l2 else _random_start_linf_kernel
     with on_device_of(x):
         kernel[grid](
             target, source, eps_rows, target.stride(0), source.stride(0), numel, quarter, channels,
             numel // channels, eps, seed, step, lo, hi, EPS_ROWS=eps_rows is not None,
-            CHANNELS_LAST=layout == "channels_last", BLOCK_SIZE=block, num_warps=4,
+            CHANNELS_LAST=layout == "channels_last", BLOCK_SIZE=block, num_warps=16 if large else 4,
             enable_fp_fusion=False,  # x + d*eps must round as on the CPU, so that both start at the same point
         )  # fmt: skip
     return out if target is out else out.copy_(target)

@@ -38,7 +38,7 @@ def step_size_weights_launch(max_step: Tensor, lam: float) -> Tensor:
         block = min(2048, max(16, triton.next_power_of_2(n)))
         with on_device_of(max_step):
             _step_size_weights_kernel[(1,)](
-                max_step, out, n, lam, BLOCK_SIZE=block, num_warps=4, enable_fp_fusion=False
+                max_step, out, n, lam, BLOCK_SIZE=block, num_warps=16 if n > block else 4, enable_fp_fusion=False
             )
     return out
 
