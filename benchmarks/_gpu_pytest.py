@@ -1,13 +1,19 @@
 """pytest plugin of gpu_suite.py: each outcome is on disk at once, and tests that have one are not run again.
 
-A CUDA error spoils every later test of its process, so the session ends at the first one; the suite starts another.
+A CUDA error can spoil every later test of its process: then the session ends, and the suite starts another. So it does
+where one test hangs, which no Python exception ends that waits for a device: after HAM_SUITE_PATIENCE seconds.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 LINES = 15  # of a failure that are kept
 SPOILED = ("CUDA error", "cudaError", "CUDA driver error", "device-side assert")
@@ -62,13 +68,42 @@ class _Recorder:
     def _failed(self, report) -> None:
         text = str(report.longreprtext)
         write(_path(), test=report.nodeid, outcome="failed", text="\n".join(text.splitlines()[-LINES:]))
-        if any(word in text for word in SPOILED):
+        if any(word in text for word in SPOILED) and _cuda_is_lost():
             self.session.shouldstop = "a CUDA error spoils this process"
+
+
+def _cuda_is_lost() -> bool:
+    """Most errors end with their call, such as those of a capture; after the others every call raises."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
+
+
+class _Watch:
+    """Ends the process of a test that takes longer, with the stacks of its threads on the standard error."""
+
+    def __init__(self, patience: float):
+        self.patience, self.stderr = patience, os.dup(2)  # before pytest captures it
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self) -> Iterator[None]:
+        faulthandler.dump_traceback_later(self.patience, exit=True, file=self.stderr)
+        try:
+            return (yield)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_configure(config) -> None:
     if not hasattr(config, "workerinput"):  # under xdist the controller hears of every test
         config.pluginmanager.register(_Recorder(config))
+    if patience := os.environ.get("HAM_SUITE_PATIENCE"):
+        config.pluginmanager.register(_Watch(float(patience)))
 
 
 def pytest_collection_modifyitems(config, items) -> None:

@@ -62,7 +62,9 @@ ARMS = {
 # The comparison with ham_reference: this budget puts many rows near the boundary, so that the attack decides which are
 # hard, and what an update changed shows in the losses after it.
 CHECK_ROWS, CHECK_EPS, CHECK_LR, CHECK_KINDS = 64, 0.016, 0.05, (HAM, PGD_AT, HAM)
-TOLERANCE = {"fp32": (0, 1e-4), "bf16": (3, 0.03)}  # hard rows; the loss, relative
+# Hard rows; the loss, relative. Another number of rows may take a GPU to another algorithm, whose rounding makes
+# gradients that are exactly zero move their pixel.
+TOLERANCE = {"cpu": {"fp32": (0, 1e-4), "bf16": (3, 0.03)}, "cuda": {"fp32": (1, 2e-3), "bf16": (3, 0.03)}}
 
 
 # ------------------------------------------------------------ names
@@ -288,13 +290,14 @@ class FreedMemory:
 # ------------------------------------------------------------ are the results right?
 @contextmanager
 def full_fp32() -> Iterator[None]:
-    """Convolutions without TF32, which differs from kernel to kernel by more than the tolerance."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    """Convolutions without TF32, and by one algorithm: others differ by more than the tolerance."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.deterministic
+    cudnn.allow_tf32, cudnn.deterministic = False, True
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        cudnn.allow_tf32, cudnn.deterministic = before
 
 
 class Check:
@@ -314,7 +317,7 @@ class Check:
                 self._expected[group] = [r for kind in CHECK_KINDS for r in reference.group_step(kind, x, y, group)]
             trainer = Ours(name, self.model, CHECK_LR, CHECK_EPS).trainer
             reports = [r for kind in CHECK_KINDS for r in trainer.train_group([(x, y)] * group, EPOCH[kind])]
-        tolerance = TOLERANCE["bf16" if "bf16" in name.split("+") else "fp32"]
+        tolerance = TOLERANCE[x.device.type]["bf16" if "bf16" in name.split("+") else "fp32"]
         return difference([(r.n_hard, r.loss) for r in reports], self._expected[group], *tolerance)
 
 

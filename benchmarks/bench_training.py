@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -142,6 +144,7 @@ class Contest:
         self.needed = NEEDED[x.device.type]
         self.arms: dict[str, Arm] = {}
         self.names, self.left_out = names, dict(left_out)  # reasons, by name
+        self.broken: dict[str, str] = {}  # by name, what no arm should raise
         self.warm_up_s: dict[str, float] = {}
         self._memory = FreedMemory()
 
@@ -160,10 +163,13 @@ class Contest:
                 for x, y in self.batches.values():
                     for kind in arm.kinds * steps:
                         arm.step(kind, x[:rows], y[:rows])
+                synchronise(self.device)
             except (EngineError, ImportError) as error:
                 self.left_out[name] = str(error)
                 continue
-            synchronise(self.device)
+            except Exception as error:  # one arm's mistake must not cost the others their times
+                self._break(name, error)
+                continue
             self.arms[name], self.warm_up_s[name] = arm, time.perf_counter() - start
         self.arms = {name: self.arms[name] for name in names if name in self.arms}
 
@@ -176,21 +182,27 @@ class Contest:
         for name, arm in self.arms.items():
             if name not in FOREIGN and arm.keeps_memory:
                 bare.setdefault(setting_of(name), BarePass(arm, x))
-        cost = {name: self._estimate(arm, x, y) for name, arm in self.arms.items()}
+        cost = {}
+        for name, arm in list(self.arms.items()):
+            with self._breaking(name):
+                cost[name] = self._estimate(arm, x, y)
         for r in range(rounds):
             planned = plan(cost, self.needed, (end - time.perf_counter()) / (rounds - r))
             turn, units = r % max(len(planned), 1), {}
             for name in planned[turn:] + planned[:turn]:
                 arm, setting = self.arms[name], setting_of(name)
-                self._settle(arm, x, y)
-                start = time.perf_counter()
-                for kind in arm.kinds:
-                    lane = lanes[name, kind]
-                    seconds, lane["h"] = self._timed(arm, kind, x, y, lane["seconds"])
-                    lane["seconds"].append(seconds)
-                cost[name] = time.perf_counter() - start
-                if setting in bare and setting not in units and arm.keeps_memory:
-                    units[setting] = bare[setting].forward_seconds(n)
+                with self._breaking(name):
+                    self._settle(arm, x, y)
+                    start = time.perf_counter()
+                    for kind in arm.kinds:
+                        lane = lanes[name, kind]
+                        seconds, lane["h"] = self._timed(arm, kind, x, y, lane["seconds"])
+                        lane["seconds"].append(seconds)
+                    cost[name] = time.perf_counter() - start
+                    if setting in bare and setting not in units and arm.keeps_memory:
+                        units[setting] = bare[setting].forward_seconds(n)
+            cost = {name: seconds for name, seconds in cost.items() if name in self.arms}
+            lanes = {key: lane for key, lane in lanes.items() if key[0] in self.arms}
             for (name, _), lane in lanes.items():
                 lane["unit_s"].append(units.get(setting_of(name)))
                 lane["seconds"] += [] if name in planned else [None]
@@ -203,6 +215,18 @@ class Contest:
             "left_out": self.left_out | late, "warm_up_s": self.warm_up_s,
             "floor_rows": {setting: b.rows for setting, b in bare.items()},
         }  # fmt: skip
+
+    @contextmanager
+    def _breaking(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._break(name, error)
+
+    def _break(self, name: str, error: Exception) -> None:
+        self.left_out[name] = self.broken[name] = told(error)
+        self.arms.pop(name, None)
+        print(f"{title(name)}: {self.broken[name]}", flush=True)
 
     def _estimate(self, arm: Arm, x: Tensor, y: Tensor) -> float:
         """Seconds of all steps of an arm, on a CPU from a few rows."""
@@ -224,6 +248,10 @@ class Contest:
         return seconds / arm.group, sum(hard for hard, _ in done) / sum(n for _, n in done)
 
 
+def told(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+
+
 def check(names: list[str], x: Tensor, end: float) -> tuple[dict[str, str], dict[str, str]]:
     """By arm of ours what is wrong with its results, and why it was not looked at."""
     needed = NEEDED[x.device.type]
@@ -237,6 +265,8 @@ def check(names: list[str], x: Tensor, end: float) -> tuple[dict[str, str], dict
         except EngineError as error:
             unchecked[name] = str(error)
             continue
+        except Exception as error:
+            problem = told(error)
         if problem:
             wrong[name] = problem
             print(f"{title(name)}: wrong results: {problem}", flush=True)
@@ -259,7 +289,7 @@ def run(args: argparse.Namespace) -> dict:
             "threads": torch.get_num_threads(),
             "capability": torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0,
         },
-        "cases": [],
+        "cases": [], "broken": {},
     }  # fmt: skip
     print("; ".join(f"{key} {value}" for key, value in about.items()))
     print(setup(result), flush=True)
@@ -282,9 +312,14 @@ def run(args: argparse.Namespace) -> dict:
             if device.type == "cuda" and lane and "bf16" in lane["arm"]:
                 case["attack"] = attack_rate(contest.arms[lane["arm"]], *contest.batches[n])
             result["cases"].append(case)
-    result["goals"] = judge(result)
-    result["seconds"] = time.perf_counter() - start
+            result["broken"] |= contest.broken
+            result["goals"], result["seconds"] = judge(result), time.perf_counter() - start
+            write_json(path_of(args), result)  # who ends this now keeps what is measured
     return result
+
+
+def path_of(args: argparse.Namespace) -> Path:
+    return args.out / f"bench_training_{torch.device(args.device).type}.json"
 
 
 def main() -> int:
@@ -298,10 +333,11 @@ def main() -> int:
     print(f"\nforwards of a full batch, counted (cost model): {'; '.join(counted)}")
     for goal in result["goals"]:
         print("goal: " + verdict(goal).replace("**", ""))
-    path = args.out / f"bench_training_{result['device']['type']}.json"
+    path = path_of(args)
     write_json(path, result)
     print(f"written: {path}; {result['seconds']:.0f} s in all")
     failed = [f"{title(name)}: wrong results: {problem}" for name, problem in result["wrong"].items()]
+    failed += [f"{title(name)}: {problem}" for name, problem in result["broken"].items()]
     failed += [f"{title(c['arm'])}: {c['counted']} forwards counted" for c in result["counts"] if not c["right"]]
     if args.check:
         failed += [f"--check: {goal['goal']}: missed" for goal in result["goals"] if goal["state"] == "missed"]

@@ -42,7 +42,8 @@ def case(*lanes: dict, model: str = "preact_resnet18", n: int = 128, wrong: dict
 
 def result_of(device: dict, *cases: dict) -> dict:
     out = {
-        "machine": MACHINE, "device": device, "cases": list(cases), "wrong": {}, "counts": [], "seconds": 1.0,
+        "machine": MACHINE, "device": device, "cases": list(cases), "counts": [], "seconds": 1.0,
+        "wrong": {}, "broken": {},
         "settings": {"images": "random images", "hard": 0.3, "minutes": 14.0, "quick": False},
     }  # fmt: skip
     out["goals"] = _floor.judge(out)
@@ -176,11 +177,14 @@ def test_readme_section():
 
 
 @pytest.mark.parametrize(
-    ("flags", "ham", "wrong", "code"),
-    [([], 1.06, {}, 0), (["--check"], 1.06, {}, 1), (["--check"], 1.0, {}, 0), ([], 1.0, {"plain": "update 1"}, 1)],
-)
-def test_exit_code(flags, ham, wrong, code, tmp_path, monkeypatch, capsys):
-    made = {**result_of(CPU, *cpu_cases(ham, 3.0, 1.5)), "wrong": wrong}
+    ("flags", "ham", "problem", "code"),
+    [
+        ([], 1.06, {}, 0), (["--check"], 1.06, {}, 1), (["--check"], 1.0, {}, 0),
+        ([], 1.0, {"wrong": {"plain": "update 1"}}, 1), ([], 1.0, {"broken": {"plain": "RuntimeError: no"}}, 1),
+    ],
+)  # fmt: skip
+def test_exit_code(flags, ham, problem, code, tmp_path, monkeypatch, capsys):
+    made = result_of(CPU, *cpu_cases(ham, 3.0, 1.5)) | problem
     monkeypatch.setattr(bench_training, "run", lambda args: made)
     monkeypatch.setattr(sys, "argv", ["bench_training.py", *flags, "--out", str(tmp_path)])
     assert bench_training.main() == code
@@ -241,6 +245,45 @@ def test_memory_is_kept_for_ours_and_returned_for_the_others(monkeypatch):
     assert log == [*first, *again, "keep"]
     assert [len(found["seconds"]) for found in made["lanes"]] == [2, 2, 2]
     assert {found["h"] for found in made["lanes"]} == {0.25}
+
+
+class Breaks(Fake):
+    """Works for some steps, then no more."""
+
+    def __init__(self, name: str, log: list, steps: int):
+        super().__init__(name, True, log)
+        self.steps = steps
+
+    def step(self, kind, x, y):
+        if self.steps == 0:
+            raise RuntimeError("CUDA error: out of patience\nwith more lines")
+        self.steps -= 1
+        return super().step(kind, x, y)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3], ids=["its estimate", "its first step", "a later round"])
+def test_an_arm_that_breaks_costs_no_other_its_times(steps, monkeypatch):
+    log: list[str] = []
+    monkeypatch.setattr(bench_training, "times_for", lambda *_: 1)
+    contest = contest_of(log, ("natural", True))
+    contest.arms["torchattacks"] = Breaks("torchattacks", log, steps)
+    made = contest.case(32, 4, float("inf"))
+    assert [(found["arm"], len(found["seconds"])) for found in made["lanes"]] == [("natural", 4)]
+    assert made["left_out"] == contest.broken == {"torchattacks": "RuntimeError: CUDA error: out of patience"}
+
+
+def test_an_arm_that_cannot_be_built_breaks_no_other(monkeypatch):
+    def build(name, model, trainers):
+        if name == "plain":
+            raise RuntimeError("no")
+        return Fake(name, True, [])
+
+    monkeypatch.setattr(bench_training, "build", build)
+    contest = contest_of([])
+    contest.names = ["plain", "natural"]
+    contest.warm_up(float("inf"))
+    assert list(contest.arms) == ["natural"]
+    assert contest.broken == {"plain": "RuntimeError: no"}
 
 
 PAGES = """

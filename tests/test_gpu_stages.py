@@ -27,13 +27,24 @@ def fails(shell: Shell) -> dict:
 
 # ---------------------------------------------------------------- tests, sanitizer, build, benchmarks
 CASES = """
-import os, signal, pytest
+import os, signal, sys, time, types, pytest
 def test_good(): pass
 def test_bad(): assert 1 == 2
 def test_skipped(): pytest.skip("no reason")
 def test_dies(): os.kill(os.getpid(), signal.SIGSEGV)
 def test_after(): pass
-def test_spoils(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_fails_alone(): raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+def test_same_process(): os.environ["HERE"] = "yes"
+def test_spoils():
+    assert os.environ.pop("HERE") == "yes"
+    def refuse(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    sys.modules["torch"] = types.SimpleNamespace(
+        cuda=types.SimpleNamespace(is_initialized=lambda: True, synchronize=refuse))
+    refuse()
+def test_in_another(): assert "HERE" not in os.environ
+def test_hangs():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])  # as a call that Python cannot interrupt
+    time.sleep(600)
 def test_last(): pass
 """
 
@@ -47,24 +58,40 @@ def shell_for(tmp_path: Path, **env: str) -> Shell:
 def test_a_test_that_ends_or_spoils_its_process_costs_no_other(tmp_path):
     (tmp_path / "test_cases.py").write_text(CASES)
     o = Options(tmp_path)
-    run = partial(_gpu_stages.tests, o, "tests-gpu", "they pass", [str(tmp_path / "test_cases.py")], 1)
+    cases, patient = [str(tmp_path / "test_cases.py")], {"HAM_SUITE_PATIENCE": "5"}
+    run = partial(_gpu_stages.tests, o, "tests-gpu", "they pass", cases, patient)
     result = run(shell_for(tmp_path))
-    assert result["line"] == "3 passed, 3 failed, 1 skipped"
+    assert result["line"] == "5 passed, 5 failed, 1 skipped"
     texts = {f["test"].rpartition("::")[2]: f["text"] for f in result["failures"]}
-    assert set(texts) == {"test_bad", "test_dies", "test_spoils"}
+    assert set(texts) == {"test_bad", "test_dies", "test_fails_alone", "test_spoils", "test_hangs"}
     assert "assert 1 == 2" in texts["test_bad"]
-    assert texts["test_dies"] == "the process died of SIGSEGV"
+    assert texts["test_dies"] == "the process died of SIGSEGV; see the log"
+    assert texts["test_hangs"] == "the process ended with 1; see the log"
+    assert "Timeout (0:00:05)!" in (tmp_path / "stage.log").read_text()
+    assert "in test_hangs" in (tmp_path / "stage.log").read_text()
     assert result["goals"][0]["state"] == "missed"
     assert result["skipped"] == [("no reason", 1)]
     log = (tmp_path / "stage.log").read_text()
     assert run(shell_for(tmp_path))["line"] == result["line"]
     added = (tmp_path / "stage.log").read_text().removeprefix(log)
-    assert "7 deselected" in added, "tests that have an outcome were run again"
+    assert "11 deselected" in added, "tests that have an outcome were run again"
 
 
 def test_a_suite_of_tests_that_cannot_start_has_failed(tmp_path):
     with pytest.raises(Failed, match="pytest ended with 4"):
-        _gpu_stages.tests(Options(tmp_path), "tests", "", [str(tmp_path / "none.py")], 1, shell_for(tmp_path))
+        _gpu_stages.tests(Options(tmp_path), "tests", "", [str(tmp_path / "none.py")], {}, shell_for(tmp_path))
+
+
+def test_tests_that_end_one_process_after_another_are_not_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(_gpu_stages, "ROUNDS", 2)
+    (tmp_path / "test_cases.py").write_text(
+        "import os, pytest\n@pytest.mark.parametrize('i', range(4))\ndef test_dies(i): os._exit(7)\n"
+    )
+    run = partial(_gpu_stages.tests, Options(tmp_path), "tests", "", [str(tmp_path / "test_cases.py")], {})
+    for failed in (2, 4):
+        with pytest.raises(Failed, match=rf"ended 2 processes; so far {{'failed': {failed}}}"):
+            run(shell_for(tmp_path))
+    assert run(shell_for(tmp_path))["counts"] == {"failed": 4}
 
 
 @pytest.mark.parametrize(
