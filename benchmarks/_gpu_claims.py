@@ -207,7 +207,8 @@ def _setup(s: dict) -> str:
     return (
         f"The paper's settings in {o.get('epochs')} epochs, learning rate one_cycle, engine {o.get('engine')}; images: "
         f"{counts}, slightly lossy copies of the published ones. The weight average and the last weights are judged "
-        f"in fp32 (convolutions in TF32, torch's default). {auto}The arms of a seed share their warm-up, whose time counts in each."
+        f"in fp32 (convolutions in TF32, torch's default). {auto}The arms of a seed share their warm-up, whose time "
+        "counts in each."
     )
 
 
