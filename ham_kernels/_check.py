@@ -10,7 +10,7 @@ import math
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -238,3 +238,17 @@ def _range(low, high) -> str:
 def _show(value) -> str:
     text = repr(value)
     return f"{type(value).__name__}" if len(text) > 40 else f"{text} ({type(value).__name__})"
+
+
+# ---------------------------------------------------------------- states
+def state_fits(name: str, model: nn.Module, state: dict[str, Tensor]) -> None:
+    """A state dict of this model's architecture."""
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    other = {k: tuple(v.shape) for k, v in state.items()}
+    wrong = sorted(k for k in own.keys() | other.keys() if own.get(k) != other.get(k))
+    if wrong:
+        k = wrong[0]
+        raise ValueError(
+            f"state: {name} has another architecture than this trainer's ({len(wrong)} entries differ, the first is "
+            f"{k}: {other.get(k, 'missing')} for {own.get(k, 'none')})"
+        )

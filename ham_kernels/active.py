@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,6 +38,12 @@ class PGD:
             value = getattr(self, name)
             if not isinstance(value, Tensor):  # a tensor is checked against the batch that it belongs to
                 _check.real(name, value)
+        if self.norm == "linf" and not isinstance(self.eps, Tensor) and self.eps > 1:
+            warnings.warn(
+                f"eps: got {self.eps:g}, but images are in [0, 1], where an L-inf eps of 1 allows anything; is it in "
+                "units of 1/255?",
+                stacklevel=2,
+            )
         _check.integer("steps", self.steps, 0)
         _check.norm(self.norm)
         _check.flag("random_start", self.random_start)

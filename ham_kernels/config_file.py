@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from ._fields import convert
 from .settings import TrainSettings
 
 if sys.version_info >= (3, 11):
@@ -70,28 +70,6 @@ def merge(base: TrainSettings, sections: dict[str, Any]) -> TrainSettings:
         unknown = sorted(set(values) - set(hints))
         if unknown:
             raise ValueError(f"{section}.{unknown[0]}: is no setting; allowed are {', '.join(hints)}")
-        new = {k: _convert(f"{section}.{k}", v, hints[k]) for k, v in values.items()}
+        new = {k: convert(f"{section}.{k}", v, hints[k]) for k, v in values.items()}
         changed[section] = dataclasses.replace(old, **new)
     return dataclasses.replace(base, **changed)
-
-
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    """A TOML value as the type of its field."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):  # X | None
-        if value is None or value is False:
-            return None
-        return _convert(name, value, next(a for a in args if a is not type(None)))
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"{name}: got {value!r}; allowed are {', '.join(map(repr, args))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(f"{name}: got {value!r}; it must be a list")
-        return tuple(_convert(name, v, args[0]) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); it must be {hint.__name__}")
-    return value

@@ -54,7 +54,7 @@ PRESETS: dict[str, TrainSettings] = {
 def preset(dataset: str, epochs: int | None = None) -> TrainSettings:
     """The settings of a data set; with other `epochs`, start_epoch and milestones keep their share of the run.
 
-    Raises: ValueError naming what there is.
+    Raises: TypeError, ValueError naming the argument.
     """
     if dataset not in PRESETS:
         raise ValueError(f"dataset: got {dataset!r}; allowed are {', '.join(PRESETS)}")
@@ -64,6 +64,8 @@ def preset(dataset: str, epochs: int | None = None) -> TrainSettings:
 
 def rescaled(settings: TrainSettings, epochs: int) -> TrainSettings:
     """The same course in another number of epochs: epoch e of E becomes 1 + (e - 1) * epochs / E, rounded."""
+    if not isinstance(epochs, int) or isinstance(epochs, bool):
+        raise TypeError(f"epochs: got {epochs!r}; it must be an integer")
     if epochs < 1:
         raise ValueError(f"epochs: got {epochs}; it must be >= 1")
     factor = epochs / settings.optim.epochs

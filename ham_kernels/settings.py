@@ -5,6 +5,7 @@ Imports no torch, so that the command line can print its help at once.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+
+from . import _fields
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,10 @@ class TrainSettings:
     run: RunSettings = field(default_factory=RunSettings)
 
     def check(self) -> None:
-        """What can be told wrong without data or model. Raises: ValueError naming the field and its value."""
+        """What can be told wrong without data or model. Raises: TypeError, ValueError naming field and value."""
+        _fields.check(self)
+        for section in dataclasses.fields(self):
+            _fields.check(getattr(self, section.name), f"{section.name}.")
         optim, method = self.optim, self.method
         for section, names in _AT_LEAST.items():
             for name, low in names.items():
@@ -264,15 +270,13 @@ class EvaluateSettings:
     """Confidence from which an adversarial example counts as over-confident."""
 
     def check(self) -> None:
-        """What can be told wrong without a run. Raises: ValueError naming the field and its value."""
+        """What can be told wrong without a run. Raises: TypeError, ValueError naming the field and its value."""
+        _fields.check(self)
         low = {"images": 1, "restarts": 1, "batch_size": 1, "seed": 0, "masking_images": 2, "analysis_images": 1}
         for name, least in low.items():
             _at_least(name, getattr(self, name), least)
         _at_least("eps", self.eps, 0)
         _at_least("step_size", self.step_size, 0)
-        for name, allowed in (("part", ("test", "val", "train")), ("precision", ("fp32", "bf16"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; allowed are {', '.join(allowed)}")
         if not 0.5 < self.threshold <= 1:
             raise ValueError(f"threshold: got {self.threshold}; it must be in (0.5, 1]")
         if not self.attacks:

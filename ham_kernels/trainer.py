@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +19,7 @@ from .engine import Engine, EngineOptions, NonFiniteError, Stopwatch, model_devi
 from .feeding import in_groups, rest_of_epoch, unpack
 from .history import EpochReport, RunningEpoch, StepReport
 from .judging import ClassAccuracy, evaluate
+from .judging.attacks import plans
 from .phases import Phases
 from .recipes import Recipe, ham
 from .update import Updater
@@ -41,7 +42,7 @@ class HAMTrainer:
         norm: "linf" or "l2".
         freeze_bn: from start_epoch on, BatchNorm uses (and keeps) its running statistics, so that it does not shift
             to those of hard examples.
-        ema_decay: in (0, 1), e.g. 0.99: `ema_model` follows the weights, averaged after every update. None: off.
+        ema_decay: in [0, 1), e.g. 0.99: `ema_model` follows the weights, averaged after every update. None: off.
         device: moves the model there; None leaves it where it is.
         precision: "fp32", or "bf16" or "fp16" (autocast; fp16 scales the loss and waits once more per step).
         channels_last: weights and images in NHWC order.
@@ -82,6 +83,9 @@ class HAMTrainer:
             raise TypeError(f"model: got {type(model).__name__}; it must be a torch.nn.Module")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: got {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
+        own = {id(p) for p in model.parameters()}
+        if own.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("optimizer: holds none of the model's parameters; make it from model.parameters()")
         pgd = PGD(_check.real("eps", eps), _check.real("step_size", step_size), steps, norm)
         mining: Recipe = ham(
             pgd, screen_steps, lam, early_drop=early_drop, reweight=reweight, rows=rows, bn_rows=bn_rows,
@@ -100,8 +104,8 @@ class HAMTrainer:
         if round_to > 1 and group > 1 and group_updates == "each":
             raise ValueError(f"round_to: got {round_to} with group={group}; rows are rounded for one update of a group")
         self.seed = _check.integer("seed", seed, 0, 2**63 - 1)
-        if ema_decay is not None:
-            _check.real("ema_decay", ema_decay, 0.0, 1.0)
+        if ema_decay is not None and _check.real("ema_decay", ema_decay, 0.0, 1.0) == 1.0:
+            raise ValueError("ema_decay: got 1.0; it must be below 1, or the average would never move")
         self.model = model if device is None else model.to(device)
         self.device = torch.device(device) if device is not None else model_device(model) or torch.device("cpu")
         self.engine = Engine(options, self.device)
@@ -209,6 +213,8 @@ class HAMTrainer:
                 f"start_epoch: is {self.start_epoch}, beyond epochs={epochs}, so mining would never start; lower it, "
                 "or ask for plain PGD-AT with early_drop=False, reweight=False"
             )
+        if val_loader is not None:
+            self._check_validation(val_loader, val_attacks, epochs - self.epoch)
         while self.epoch < epochs:
             report = self._train_epoch(train_loader, self.epoch + 1, on_batch_end)
             if val_loader is not None:
@@ -278,6 +284,15 @@ class HAMTrainer:
         x, y = unpack(batch)
         return x.to(self.device), y.to(self.device)
 
+    def _check_validation(self, loader: Iterable, attacks: Sequence[str], epochs: int) -> None:
+        """What would else show after an epoch only."""
+        plans(attacks, eps=self._pgd.eps, step_size=self._pgd.step_size, norm=self._pgd.norm)
+        passes = epochs if self._ema is None else 2 * epochs
+        if isinstance(loader, Iterator) and passes > 1:
+            raise ValueError(
+                f"val_loader: is an iterator, which is spent after one of {passes} passes; give a list or a DataLoader"
+            )
+
     def _evaluate(self, model: nn.Module, loader: Iterable, attacks: Sequence[str]) -> dict[str, ClassAccuracy]:
         pgd = self._pgd
         return evaluate(
@@ -312,9 +327,9 @@ class HAMTrainer:
         if (state["ema"] is None) != (self._ema is None):
             ours, theirs = ("without", "with") if self._ema is None else ("with", "without")
             raise ValueError(f"ema_decay: this trainer is {ours} a weight average, the state {theirs} one")
-        _check_fits("model", self.model, state["model"])
+        _check.state_fits("model", self.model, state["model"])
         if self._ema is not None:
-            _check_fits("ema", self.ema_model, state["ema"])
+            _check.state_fits("ema", self.ema_model, state["ema"])
         running = None if state["running"] is None else RunningEpoch.from_dict(state["running"])
         history = [EpochReport.from_dict(report) for report in state["history"]]
         self._phases.load_state_dict(state.get("overfitting"))  # this and the next check before they change anything
@@ -332,15 +347,3 @@ def _step(scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
         # An epoch resumed behind its last batch, or of batches without a hard row, has no optimizer.step before this.
         warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
         scheduler.step()
-
-
-def _check_fits(name: str, model: nn.Module, state: dict[str, Tensor]) -> None:
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    other = {k: tuple(v.shape) for k, v in state.items()}
-    wrong = sorted(k for k in own.keys() | other.keys() if own.get(k) != other.get(k))
-    if wrong:
-        k = wrong[0]
-        raise ValueError(
-            f"state: {name} has another architecture than this trainer's ({len(wrong)} entries differ, the first is "
-            f"{k}: {other.get(k, 'missing')} for {own.get(k, 'none')})"
-        )

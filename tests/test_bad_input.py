@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -101,6 +102,7 @@ TRAINER_SETTINGS = [
     *SETTINGS,
     ({"start_epoch": 0}, ValueError, r"start_epoch: got 0; it must be >= 1"),
     ({"freeze_bn": "yes"}, TypeError, r"freeze_bn: got 'yes'"),
+    ({"ema_decay": 1.0}, ValueError, r"ema_decay: got 1.0; it must be below 1"),
     ({"ema_decay": 1.5}, ValueError, r"ema_decay: got 1.5; it must be finite and in \[0.0, 1.0\]"),
     ({"precision": "fp8"}, ValueError, r"precision: got 'fp8'; allowed are 'fp32', 'bf16'"),
     ({"seed": -1}, ValueError, r"seed: got -1"),
@@ -148,6 +150,8 @@ def test_model_and_optimizer_of_the_wrong_kind():
         ham.HAMTrainer(lambda x: x, sgd(model))
     with pytest.raises(TypeError, match=r"optimizer: got generator"):
         ham.HAMTrainer(model, model.parameters())
+    with pytest.raises(ValueError, match=r"optimizer: holds none of the model's parameters"):
+        ham.HAMTrainer(model, sgd(small_cnn()))
 
 
 def trainer(**choices):
@@ -170,6 +174,32 @@ def trainer(**choices):
 def test_bad_fit(loader, epochs, error, message):
     with pytest.raises(error, match=message):
         trainer().fit(loader, epochs)
+
+
+@pytest.mark.parametrize(
+    ("val_loader", "val_attacks", "choices", "message"),
+    [
+        ([(X, Y)], ("clean", "foo"), {}, "attacks: got 'foo'"),
+        (iter([(X, Y)]), ("clean",), {"ema_decay": 0.9}, "val_loader: is an iterator, which is spent after one of 2"),
+    ],
+    ids=["no such attack", "spent"],
+)
+def test_bad_validation_is_told_before_anything_is_trained(val_loader, val_attacks, choices, message):
+    t = trainer(**choices)
+    before = [p.detach().clone() for p in t.model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        t.fit([(X, Y)], 1, val_loader, val_attacks=val_attacks)
+    assert t.position == (1, 0)
+    assert all(torch.equal(p, q) for p, q in zip(t.model.parameters(), before, strict=True))
+
+
+def test_eps_in_units_of_255_is_asked_about():
+    with pytest.warns(UserWarning, match="eps: got 8, but images are in"):
+        ham.pgd_attack(small_cnn(), X, Y, eps=8, step_size=2, steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ham.pgd_attack(small_cnn(), X, Y, eps=1.0, step_size=0.1, steps=1)
+        ham.pgd_attack(small_cnn(), X, Y, eps=2.0, step_size=0.1, steps=1, norm="l2")
 
 
 def test_start_epoch_beyond_epochs():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 
@@ -244,3 +245,23 @@ def test_the_same_files_on_a_gpu(photos):
     )
     assert all(t.is_cuda for pair in there for t in pair)
     assert same(here, [(x.cpu(), y.cpu()) for x, y in there])
+
+
+def test_a_tar_that_is_cut_short_is_no_smaller_data_set(tmp_path):
+    """Wherever it is cut: tarfile itself takes half a header for the end."""
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.add(write_folder(tmp_path / "set", SPLIT), arcname="set")
+    whole = (tmp_path / "set.tar").read_bytes()
+    assert load(tmp_path / "set.tar").counts == {"train": 6, "test": 6}
+    end = len(whole.rstrip(b"\0"))
+    for length in range(0, end, 211):
+        (tmp_path / "cut.tar").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"path: .*cut\.tar is not a readable tar"):
+            load(tmp_path / "cut.tar")
+
+
+def test_a_class_that_a_part_lacks_is_named(tmp_path):
+    names = [f"train/{label}/{i}.png" for label in "abc" for i in range(2)] + ["test/a/0.png", "test/c/0.png"]
+    with pytest.warns(UserWarning, match="has no image of class 'b' in its test part"):
+        images = load(write_folder(tmp_path, names))
+    assert images.classes == ("a", "b", "c")

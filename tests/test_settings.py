@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,7 @@ from ham_kernels.config_file import from_toml, merge, to_toml
 from ham_kernels.data.facts import SETS
 from ham_kernels.engine.options import SWITCHES
 from ham_kernels.presets import PRESETS, preset, rescaled
-from ham_kernels.settings import TrainSettings, lr_factor
+from ham_kernels.settings import EvaluateSettings, TrainSettings, lr_factor
 
 
 def test_every_data_set_has_a_preset_that_is_sound():
@@ -125,6 +126,34 @@ def test_missing_toml():
 def test_unsound_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         merge(preset("cifar10"), changes).check()
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("optim", {"schedule": "foo"}, "optim.schedule: got 'foo'; allowed are 'step'"),
+        ("run", {"best_by": "foo"}, "run.best_by: got 'foo'"),
+        ("optim", {"epochs": "3"}, r"optim.epochs: got '3' \(str\); it must be int"),
+        ("attack", {"eps": "0.1"}, "attack.eps: got '0.1'"),
+        ("method", {"name": "HAM"}, "method.name: got 'HAM'"),
+        ("data", {"workers": True}, "data.workers: got True"),
+    ],
+)
+def test_settings_of_python_are_checked_as_those_of_a_file(section, change, message):
+    s = preset("digits")
+    wrong = replace(s, **{section: replace(getattr(s, section), **change)})
+    with pytest.raises((TypeError, ValueError), match=message):
+        wrong.check()
+
+
+def test_bad_settings_objects():
+    with pytest.raises(TypeError, match="data: got 'digits'"):
+        TrainSettings(data="digits").check()
+    with pytest.raises(ValueError, match="part: got 'all'"):
+        EvaluateSettings(part="all").check()
+    with pytest.raises(TypeError, match="epochs: got '4'; it must be an integer"):
+        preset("digits", epochs="4")
+    EvaluateSettings(transfer_from="runs/other", eps=1).check()
 
 
 def test_settings_and_flags_wait_for_no_torch():

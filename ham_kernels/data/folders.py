@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import os
 import tarfile
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -99,9 +100,22 @@ def _from_tar(path: Path, size: int | None) -> ImageSet:
     return ImageSet(path.name, classes, **_fields("x", torch.stack([images[name] for name in names]), parts))
 
 
+class _Header(tarfile.TarInfo):
+    """tarfile takes a header that is cut off or damaged for the end, and what lies behind for nothing."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _Header:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # the mark at the end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error}, {tar.offset} bytes from its beginning: cut short or damaged") from error
+
+
 def _in_tar(path: Path) -> Iterator[tuple[str, str, bytes]]:
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, tarinfo=_Header) as tar:
             for member in tar:
                 name = PurePosixPath(member.name)
                 hidden = any(p.startswith(".") and p != "." for p in name.parts)
@@ -168,6 +182,14 @@ def _arranged(path: Path, names: list[str]) -> Arranged:
         strange = sorted(set(labels.tolist()) - set(parts["train"][1].tolist()))
         if strange:
             raise ValueError(f"path: {path} has class {classes[strange[0]]!r} in its {part} part but not in train/")
+    for part, (_, labels) in parts.items():
+        missing = [classes[i] for i in sorted(set(range(len(classes))) - set(labels.tolist()))]
+        if missing:
+            warnings.warn(
+                f"path: {path} has no image of class {', '.join(map(repr, missing))} in its {part} part; what is said "
+                "of classes leaves it out",
+                stacklevel=4,
+            )
     return classes, parts
 
 
