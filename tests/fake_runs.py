@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,22 @@ def easy(stay_shares: list) -> dict:
 
 
 def masking(suspicious: bool, why: str = "") -> dict:
-    check = {"name": "steps", "title": "More steps are stronger", "values": {}, "suspicious": suspicious, "why": why}
+    check = {
+        "name": "steps", "title": "More steps are stronger", "values": {"fgsm": 0.5}, "suspicious": suspicious,
+        "why": why,
+    }  # fmt: skip
     return {"suspicious": suspicious, "checks": [check]}
 
 
 # ---------------------------------------------------------------- files
+def change_evaluation(run: Path, change: Callable[[dict], None], weights: str = "ema") -> None:
+    """Rewrites evaluation/WEIGHTS.json with what `change` does to it in place."""
+    path = run / "evaluation" / f"{weights}.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    change(raw)
+    write_json(path, raw)
+
+
 def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), encoding="utf-8")

@@ -8,8 +8,8 @@ import pytest
 from fake_runs import fake_run, interval, write_json
 
 from ham_kernels import report
+from ham_kernels.report.folders import read_runs
 from ham_kernels.report.groups import sections
-from ham_kernels.report.runs import read_runs
 
 ACCURACY = {"clean": [0.9, 0.8], "pgd20": [0.5, 0.3]}
 
@@ -86,6 +86,16 @@ def test_titles_of_other_settings(tmp_path):
         "PGD-AT, 8 epochs, lr=0.1, no EMA, normalize=False",
         "PGD-AT, 8 epochs, lr=0.05, EMA=0.97, normalize=True",
     ]
+
+
+def test_titles_name_what_scales_with_the_epochs_only_among_equal_epochs(tmp_path):
+    short = {"optim.epochs": 4, "optim.milestones": [3], "method.start_epoch": 2, "warm_up.natural_epochs": 1}
+    long = {"optim.epochs": 24, "optim.milestones": [18], "method.start_epoch": 9, "warm_up.natural_epochs": 4}
+    found = titles(tmp_path / "a", ("pgd_at", long), ("ham", short), ("ham", long))
+    assert found == ["PGD-AT, 24 epochs", "HAM, 4 epochs", "HAM, 24 epochs"]
+    later = {**long, "optim.milestones": [20]}
+    found = titles(tmp_path / "b", ("ham", short), ("ham", long), ("ham", later))
+    assert found == ["HAM, 4 epochs", "HAM, 24 epochs, milestones=[18]", "HAM, 24 epochs, milestones=[20]"]
 
 
 def test_titles_of_the_engines_options(tmp_path):

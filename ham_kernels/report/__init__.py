@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .folders import lost_cells, read_runs
 from .groups import sections
-from .runs import Run, read_run, read_runs
+from .runs import MARKS, Run, read_run
 
 __all__ = ["Run", "build", "read_run", "read_runs"]
 
@@ -24,8 +25,8 @@ def build(
     """Writes index.html (needs no other file), table.md, table.tex, data.json and figures/*.png.
 
     Args:
-        runs: run folders; what is missing or unreadable in one is said in the page.
-        out: folder of the report, made where it is missing. Files of an earlier report there are replaced.
+        runs: run folders, or folders of them such as a sweep's; what is missing or unreadable is said in the page.
+        out: folder of the report, no run folder, made where it is missing. An earlier report's files are replaced.
         title: of the page.
         baseline: title of the group that others are compared with; None takes PGD-AT.
     Returns: the path of index.html.
@@ -34,13 +35,15 @@ def build(
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file; it must be a folder")
+    if any((out / mark).exists() for mark in MARKS):  # both have a data.json
+        raise ValueError(f"out: {out} is a run folder, whose data.json a report would replace; try {out / 'report'}")
     for name, value in (("title", title), ("baseline", baseline)):
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); it must be text")
     found = sections(read_runs(runs), baseline)
     from . import drawn, page, summary, tables  # matplotlib loads here
 
-    data = _described(summary.summarise(found), title)
+    data = _described({**summary.summarise(found), "lost": lost_cells(runs)}, title)
     plots, absent = drawn.plots(data)
     data["figures"] = [plot.file for section in plots for plot in section]
     papers = [tables.paper_table(section) for section in data["sections"]]

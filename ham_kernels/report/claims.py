@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .alike import same_images, unlike
 from .evaluations import WEIGHTS
 from .spread import difference
 from .wording import attack_title
@@ -38,10 +39,14 @@ def _times(group: dict, base: dict) -> list[dict]:
     seeds = min(group["time"]["n"], base["time"]["n"])
     whole = group["relative_time"]
     phase = _mining_phase(group["curves"], base["curves"])
+    apart = unlike((group["training"], base["training"]))
     out = []
     for where, ratio in (("whole run", whole), ("mining epochs alone", phase)):
         claim = f"training time {100 * TIME:+.0f} %, {where}".replace("-", "−")
-        if ratio is None:
+        if apart:
+            why = ", ".join(f"{what} ({' and '.join(values)})" for what, values in apart.items())
+            out.append(_entry(claim, f"not judged: trained unlike in {why}", None, None, seeds))
+        elif ratio is None:
             out.append(_entry(claim, "not judged: no training times of both", None, None, seeds))
         else:
             out.append(
@@ -78,12 +83,16 @@ def _fairness(group: dict, base: dict, attacks: Sequence[str]) -> list[dict]:
         seeds = min(ours["worst"]["n"], theirs["worst"]["n"])
         gain = difference(ours["worst"], theirs["worst"], same_seeds(group, base))
         where = f"{WEIGHTS[weights]}, {attack_title(attack)}"
+        if not same_images((ours, theirs)):
+            why = f"not judged: on {_counts(ours)} images against {_counts(theirs)} of the baseline"
+            out += [_entry(claim, why, None, None, seeds) for claim in (_worst_claim(where), _std_claim(where))]
+            continue
         out += [_worst(gain, ours, theirs, where, seeds), _std(ours, theirs, where, seeds)]
     return out
 
 
 def _worst(gain: dict, ours: dict, theirs: dict, where: str, seeds: int) -> dict:
-    claim = f"worst class +{100 * WORST:.1f} points ({where})"
+    claim = _worst_claim(where)
     if gain["mean"] is None:
         return _entry(claim, "not judged: no value", None, None, seeds)
     error = "" if gain["std"] is None else f" ± {100 * gain['std']:.1f}"
@@ -95,13 +104,25 @@ def _worst(gain: dict, ours: dict, theirs: dict, where: str, seeds: int) -> dict
 
 
 def _std(ours: dict, theirs: dict, where: str, seeds: int) -> dict:
-    claim = f"std over classes −{-100 * STD:.0f} % ({where})"
+    claim = _std_claim(where)
     if ours["std"]["mean"] is None or theirs["std"]["mean"] is None:
         return _entry(claim, "not judged: no value", None, None, seeds)
     if theirs["std"]["mean"] == 0:
         return _entry(claim, "not judged: the baseline's std is 0", None, None, seeds)
     change = ours["std"]["mean"] / theirs["std"]["mean"] - 1
     return _entry(claim, _signed(100 * change, " %", 0), change, change <= STD + ROUNDING, seeds)
+
+
+def _worst_claim(where: str) -> str:
+    return f"worst class +{100 * WORST:.1f} points ({where})"
+
+
+def _std_claim(where: str) -> str:
+    return f"std over classes −{-100 * STD:.0f} % ({where})"
+
+
+def _counts(accuracy: dict) -> str:
+    return ", ".join("unknown" if n is None else str(n) for n in accuracy["images"])
 
 
 def _entry(claim: str, measured: str, value: float | None, holds: bool | None, seeds: int) -> dict:

@@ -84,16 +84,17 @@ def easy(section: Section, styles: Styles) -> Figure | None:
                 error = 100 * np.array([reach(value) for _, value in points]).T
                 mean = [100 * value["mean"] for _, value in points]
                 axes.errorbar(
-                    [m for m, _ in points], mean, error, markersize=4, capsize=2, elinewidth=0.8,
-                    label=shortened(group["title"]), **look,
+                    [m for m, _ in points], mean, error if np.isfinite(error).any() else None, markersize=4,
+                    capsize=2, elinewidth=0.8, label=shortened(group["title"]), **look,
                 )  # fmt: skip
     left.plot(EASY_M, 100 * EASY_STAY, "*", color="black", markersize=11, label="paper: 75 % at M=3")
     last = {group["easy"]["steps"] for group in found} - {None}
     steps = f"all {last.pop()} steps" if len(last) == 1 else "all steps"
     left.set(xlabel="M, attack steps", ylabel=f"of those easy at M,\nresist {steps}, %", ylim=(None, 101))
     right.set(xlabel="M, attack steps", ylabel="easy at M, % of all", ylim=(0, 101))
+    ends = [entry["m"] for group in found for entry in group["easy"]["by_m"]]
     for axes in (left, right):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xticks(_counts(max([*ends, EASY_M])))
     star, *handles = left.get_legend_handles_labels()[0]  # lines come before error bars
     handles.append(star)
     labels = [handle.get_label() for handle in handles]
@@ -133,6 +134,11 @@ def _mark_start(axes: Axes, groups: list[dict]) -> None:
         starts |= set(mining[:1])
     if len(starts) == 1:
         axes.axvline(starts.pop() - 0.5, color="#444444", linewidth=0.8, linestyle="dotted")
+
+
+def _counts(last: int) -> list[int]:
+    """Ticks at 1 to `last`, all of a few, and at the paper's M in any case."""
+    return sorted({EASY_M, *range(1, last + 1, 1 + last // 13)})
 
 
 def _numbers(values: list, scale: float) -> np.ndarray:

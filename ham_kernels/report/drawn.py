@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import curves, figures
+from . import by_class, curves, figures
 from .page import Plot
 from .wording import attack_title
 
@@ -19,6 +19,7 @@ class _Entry(NamedTuple):
     title: str
     draw: Callable
     caption: Callable[[Section], str]
+    of_many: str = ""  # its title where the classes are too many to show all
 
 
 def plots(data: dict[str, Any]) -> tuple[list[list[Plot]], list[list[str]]]:
@@ -35,8 +36,9 @@ def plots(data: dict[str, Any]) -> tuple[list[list[Plot]], list[list[str]]]:
                 if figure is None:
                     absent[-1].append(entry.title)
                     continue
-                caption = entry.caption(section)
-                drawn[-1].append(Plot(f"figures/{prefix}{entry.name}.png", entry.title, caption, _png(figure)))
+                title = entry.of_many if entry.of_many and _many(section) else entry.title
+                file = f"figures/{prefix}{entry.name}.png"
+                drawn[-1].append(Plot(file, title, entry.caption(section), _png(figure)))
     return drawn, absent
 
 
@@ -68,6 +70,10 @@ def _mapped(section: Section, key: str) -> bool:
 MAPPED = "Means over seeds; their errors are in data.json."
 
 
+def _many(section: Section) -> bool:
+    return len(section["classes"]) > by_class.MANY_CLASSES
+
+
 def _bars(section: Section) -> str:
     if _mapped(section, "accuracy"):
         return f"Accuracy of each class under {attack_title(section['attack'])}. {MAPPED}"
@@ -81,6 +87,12 @@ def _differences(section: Section) -> str:
     what = (
         f"Accuracy under {attack_title(section['attack'])} minus that of {section['baseline']}, for the same weights."
     )
+    if _many(section):
+        several = sum(bool(g["differences"]) for g in section["groups"]) > 1
+        what += (
+            f" The {by_class.of_extremes(len(section['classes']))}{', by the mean of the methods' if several else ''}: "
+            "of many classes, the extremes owe part of their size to chance."
+        )
     if _mapped(section, "differences"):
         return f"{what} {MAPPED}"
     return (
@@ -126,11 +138,17 @@ def _easy(section: Section) -> str:
 
 
 ENTRIES = (
-    _Entry("class_accuracy", "Robust accuracy of each class", figures.class_bars, _bars),
-    _Entry("class_differences", "What each class gains or loses", figures.class_differences, _differences),
+    _Entry("class_accuracy", "Robust accuracy of each class", by_class.class_bars, _bars),
+    _Entry(
+        "class_differences",
+        "What each class gains or loses",
+        by_class.class_differences,
+        _differences,
+        "Classes that gain or lose most",
+    ),
     _Entry("worst_class_time", "Worst class against training time", figures.worst_against_time, _time),
     _Entry("confidence", "Confidence at adversarial examples", figures.confidence, _confidence),
-    _Entry("overconfident", "Over-confident adversarial examples", figures.overconfident, _overconfident),
+    _Entry("overconfident", "Over-confident adversarial examples", by_class.overconfident, _overconfident),
     _Entry("hard_fraction", "Hard fraction over epochs", curves.hard_fraction, _band),
     _Entry("training", "Training curves", curves.training, _band),
     _Entry("easy", "Do easy examples stay easy?", curves.easy, _easy),

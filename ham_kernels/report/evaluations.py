@@ -63,6 +63,11 @@ class Check:
     why: str
     values: Mapping[str, Any]
 
+    @property
+    def ran(self) -> bool:
+        """A check that lacks what it needs, such as another model, is written down without values."""
+        return self.suspicious or (bool(self.values) and not self.why.startswith("not run"))
+
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -53,7 +53,11 @@ def _made(data: dict) -> str:
 
 def _attention(data: dict) -> str:
     """What is missing or broken, and the command that helps."""
-    lines = []
+    lines = [
+        f"<li><strong>{escape(cell['run'])}</strong> has no run folder in {escape(cell['folder'])}: "
+        f"{escape(cell['problem'])}</li>"
+        for cell in data["lost"]
+    ]
     for run in data["runs"]:
         for gap in run["missing"]:
             command = f": <code>{escape(gap['command'])}</code>" if gap["command"] else ""
@@ -164,12 +168,15 @@ def _masking(section: dict) -> str:
     rows = []
     for group in section["groups"]:
         for check in group["masking"]:
-            bad = len(check["suspicious"])
+            bad, left_out = len(check["suspicious"]), len(check["not_run"])
             verdict = f'<span class="fails">suspicious in {bad}</span>' if bad else '<span class="holds">passed</span>'
-            why = "; ".join(f"{run}: {reason}" for run, reason in zip(check["suspicious"], check["why"], strict=True))
+            verdict = f"{verdict} of {check['runs']}" if check["runs"] else ""
+            verdict += f"{', ' if verdict else ''}not run in {left_out}" if left_out else ""
+            why = [f"{run}: {reason}" for run, reason in zip(check["suspicious"], check["why"], strict=True)]
+            why = "; ".join([*why, *dict.fromkeys(filter(None, check["not_run"]))])
             rows.append(
-                f"<td>{escape(group['title'])}</td><td>{escape(check['check'])}</td><td>{verdict} "
-                f"of {check['runs']}</td><td>{escape(why)}</td>"
+                f"<td>{escape(group['title'])}</td><td>{escape(check['check'])}</td><td>{verdict}</td>"
+                f"<td>{escape(why)}</td>"
             )
     if not rows:
         return '<p class="muted">Not made for these runs. <code>ham evaluate RUN</code> makes them.</p>'

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ else:
 
 EVALUATE = "ham evaluate {run}"
 RESUME = "ham train --resume {run}"
+OTHERS = "reports show no other evaluations, of which it has"
 VAL_MEASURES = ("accuracy", "worst_class")
-_MARKS = ("config.toml", "status.json", "metrics.jsonl", "evaluation")
+MARKS = ("config.toml", "status.json", "metrics.jsonl", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Run:
     epochs: list[Epoch] = field(default_factory=list)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    busy: bool = False  # a process works on it
+    others: list[str] = field(default_factory=list)  # evaluations of another budget, precision, part or seed
 
     def _scalar(self, section: str, key: str, kind: type | tuple[type, ...]) -> Any:
         """A setting, or None where it is not there or of another type."""
@@ -95,9 +99,10 @@ class Run:
 
     @property
     def state(self) -> str:
-        """Of status.json; without one it is told from the epochs logged."""
+        """Of status.json; without one it is told from the epochs logged. A killed process leaves "running" behind."""
         if self.status.get("state"):
-            return str(self.status["state"])
+            state = str(self.status["state"])
+            return "stopped" if state == "running" and not self.busy else state
         done = bool(self.epochs) and self.epochs[-1].epoch == self.planned_epochs
         return "finished" if done else "unknown"
 
@@ -126,35 +131,11 @@ class Run:
         elif self.seconds is None:
             out.append(("no training time: epochs are missing in metrics.jsonl", None))
         if not self.evaluations:
-            out.append(("not evaluated", self._command(EVALUATE)))
+            what = "not evaluated"
+            if self.others:
+                what += f" on test images at its own budget in fp32 with seed 0 ({OTHERS}: {', '.join(self.others)})"
+            out.append((what, self._command(EVALUATE)))
         return out
-
-
-def read_runs(folders: Sequence[str | Path]) -> list[Run]:
-    """Each run once, in the order given; a folder of run folders, such as a sweep's, stands for all of them.
-
-    Raises: TypeError, ValueError, FileNotFoundError naming `runs`.
-    """
-    if isinstance(folders, (str, Path)) or not isinstance(folders, Sequence):
-        raise TypeError(f"runs: got {type(folders).__name__}; it must be a list of run folders")
-    if not folders:
-        raise ValueError("runs: got none; give at least one run folder")
-    folders = [run for folder in folders for run in _runs_in(Path(folder))]
-    unique = {f.resolve(): f for f in reversed(folders)}
-    runs = [read_run(unique[path]) for path in dict.fromkeys(f.resolve() for f in folders)]
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = str(run.folder)
-    return runs
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    """The folder itself, or the run folders directly in it where it is none but holds some."""
-    if not folder.is_dir() or any((folder / mark).exists() for mark in _MARKS):
-        return [folder]
-    inside = [p for p in folder.iterdir() if (p / "config.toml").is_file() and not p.name.startswith(".")]
-    return sorted(inside, key=lambda p: (len(p.name), p.name)) or [folder]  # plain methods before their variants
 
 
 def read_run(folder: str | Path) -> Run:
@@ -162,18 +143,21 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"runs: {folder} is not a folder; give run folders, as `ham train` makes them")
-    if not any((folder / mark).exists() for mark in _MARKS):
+    if not any((folder / mark).exists() for mark in MARKS):
         raise FileNotFoundError(
-            f"runs: {folder} is no run folder, nor a folder of them: it holds none of {', '.join(_MARKS)}"
+            f"runs: {folder} is no run folder, nor a folder of them: it holds none of {', '.join(MARKS)}"
         )
     run = Run(folder, folder.resolve().name)
-    run.config = _read_mapping(folder / "config.toml", run.notes)
-    run.environment = _read_mapping(folder / "environment.json", run.notes)
-    run.status = _read_mapping(folder / "status.json", run.notes)
+    run.config = read_mapping(folder / "config.toml", run.notes)
+    run.environment = read_mapping(folder / "environment.json", run.notes)
+    run.status = read_mapping(folder / "status.json", run.notes)
     run.epochs = _read_metrics(folder / "metrics.jsonl", run.notes)
+    run.busy = _locked(folder / ".lock")
+    names = (path.name for path in (folder / "evaluation").glob("[!.]*.json"))
+    run.others = sorted(name for name in names if name.removesuffix(".json") not in WEIGHTS)
     for weights in WEIGHTS:
         path = folder / "evaluation" / f"{weights}.json"
-        raw = _read_mapping(path, run.notes)
+        raw = read_mapping(path, run.notes)
         if raw:
             try:
                 judged = run.evaluations[weights] = read_evaluation(weights, raw, run.notes)
@@ -192,7 +176,20 @@ def _shown(path: Path) -> str:
     return f"evaluation/{path.name}" if path.parent.name == "evaluation" else path.name
 
 
-def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
+def _locked(path: Path) -> bool:
+    """Whether a process holds the run's lock, as RunFolder.busy tells; that room needs torch, and writes."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
+    """A TOML or JSON file; {} where there is none. What keeps it from being read goes to `notes`."""
     try:
         text = path.read_bytes().decode("utf-8")
         value = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)

@@ -53,8 +53,10 @@ def difference(ours: Spread, base: Spread, paired: bool) -> Spread:
 
 
 def reach(value: Spread) -> tuple[float, float]:
-    """How far a spread reaches below and above its mean. 0 on a side where it does not: the bootstrap interval of a
-    worst class may lie below its value."""
+    """How far a spread reaches below and above its mean; NaN, of which nothing is drawn, where that is not known.
+
+    0 on a side where it does not: the bootstrap interval of a worst class may lie below its value.
+    """
     if value["low"] is None or value["high"] is None:
-        return 0.0, 0.0
+        return math.nan, math.nan
     return max(0.0, value["mean"] - value["low"]), max(0.0, value["high"] - value["mean"])

@@ -6,12 +6,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .alike import machine_of, training_of
 from .claims import claims, same_seeds
 from .evaluations import WEIGHTS, Attack, Interval
-from .groups import Group, Section, machine_of
+from .groups import Group, Section
 from .runs import VAL_MEASURES, Run
 from .spread import Spread, difference, spread
-from .wording import margin_attack
+from .wording import base_attack, margin_attack, steps_of
 
 
 def summarise(sections: Sequence[Section]) -> dict[str, Any]:
@@ -55,17 +56,15 @@ def headline_attack(groups: Sequence[Group]) -> str | None:
 
 def _judging(groups: Sequence[Group], headline: str | None) -> list[str]:
     """The attacks that claims are held against: the headline's, the CW loss and AutoAttack, as far as they were run."""
-    run = {name for g in groups for e in g.evaluated(g.weights) for name in e.attacks}
+    run = [name for g in groups for name in {n for e in g.evaluated(g.weights) for n in e.attacks}]
     return [a for a in dict.fromkeys((headline, margin_attack(run), "autoattack")) if a in run]
 
 
-def _preference(attack: str) -> tuple[int, int]:
-    steps = int(attack[3:]) if attack.startswith("pgd") and attack[3:].isdecimal() else 0
-    if attack == "pgd20":
-        return 4, 0
+def _preference(attack: str) -> tuple[int, int, int]:
+    steps, (base, restarts) = steps_of(attack, "pgd"), base_attack(attack)
     if steps:
-        return 3, steps
-    return (2 if attack.startswith("autoattack") else 1 if attack.startswith("cw") else 0), 0
+        return 4 if base == "pgd20" else 3, steps, restarts
+    return (2 if attack.startswith("autoattack") else 1 if attack.startswith("cw") else 0), 0, restarts
 
 
 def _val_attack(groups: Sequence[Group]) -> str | None:
@@ -91,6 +90,7 @@ def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
         "settings": group.settings,
         "weights": group.weights,
         "time": spread([run.seconds for run in group.counted]),
+        "training": training_of(group.settings, group.counted),
         "relative_time": 1.0 if is_baseline else None,
         "accuracy": {w: _accuracies(group, w) for w in WEIGHTS if group.evaluated(w)},
         "differences": None,
@@ -117,6 +117,7 @@ def _accuracies(group: Group, weights: str) -> dict[str, Any]:
             "std": over_seeds(name, lambda a: a.std),
             "nstd": over_seeds(name, lambda a: a.nstd),
             "per_class": [over_seeds(name, lambda a, c=c: a.per_class[c]) for c in range(classes)],
+            "images": sorted({e.attacks[name].n for e in found if e and name in e.attacks}, key=str),
         }
         for name in names
     }
@@ -198,12 +199,17 @@ def _easy(parts: Sequence, steps: Sequence[int | None]) -> dict[str, Any] | None
 
 
 def _masking(group: Group) -> list[dict[str, Any]]:
-    """One entry per check: of how many runs it was suspicious, and why."""
+    """One entry per check: for how many runs it was run, in which it was suspicious, and why; or why it was not run."""
     found: dict[str, dict[str, Any]] = {}
     for run in group.counted:
         evaluation = run.evaluations.get(group.weights) if group.weights else None
         for check in (evaluation and evaluation.masking) or ():
-            entry = found.setdefault(check.title, {"check": check.title, "runs": 0, "suspicious": [], "why": []})
+            entry = found.setdefault(
+                check.title, {"check": check.title, "runs": 0, "suspicious": [], "why": [], "not_run": []}
+            )
+            if not check.ran:
+                entry["not_run"].append(check.why)
+                continue
             entry["runs"] += 1
             if check.suspicious:
                 entry["suspicious"].append(run.name)

@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
+from .alike import same_images, same_work
 from .evaluations import WEIGHTS
 from .wording import NONE, attack_title, margin_attack, mean_std, mean_std_time
 
@@ -34,12 +35,14 @@ def paper_table(section: dict[str, Any]) -> Table:
     """Method, average and worst class of clean accuracy and that under each attack, std, nstd, time; best marked."""
     groups = [g for g in section["groups"] if g["accuracy"] or g["time"]["mean"] is not None]
     columns = _columns(section, groups)
-    table = Table([("", "Method"), *((span, name) for span, name, _, _ in columns)], caption=_caption(section, groups))
+    table = Table([("", "Method"), *((c.span, c.name) for c in columns)], caption=_caption(section, groups, columns))
     mixed = len({g["weights"] for g in groups} - {None}) > 1
-    table.rows = [[Cell(_method(g, mixed)), *(cell(g) for _, _, cell, _ in columns)] for g in groups]
+    table.rows = [[Cell(_method(g, mixed)), *(c.cell(g) for c in columns)] for g in groups]
     judged = [i for i, g in enumerate(groups) if g["finished"]]
-    for column, (_, _, _, best) in enumerate(columns, 1):
-        _mark_best(table, column, judged, best)
+    for i, column in enumerate(columns, 1):
+        ranked = [g for g in judged if table.rows[g][i].value is not None]
+        if len(ranked) > 1 and column.alike([groups[g] for g in ranked]):
+            _mark_best(table, i, ranked, column.best)
     return table
 
 
@@ -61,32 +64,59 @@ def all_accuracies(section: dict[str, Any]) -> Table:
 
 
 # ---------------------------------------------------------------- columns of the paper's table
-def _columns(section: dict, groups: Sequence[dict]) -> list[tuple[str, str, Callable[[dict], Cell], Callable]]:
-    """(span, name, cell of a group, max or min) of each column that has a value in some group."""
+class _Column(NamedTuple):
+    span: str
+    name: str
+    cell: Callable[[dict], Cell]  # of a group
+    best: Callable  # max or min
+    alike: Callable[[Sequence[dict]], bool]  # whether these groups may be ranked
+    attack: str | None = None
+
+
+def _columns(section: dict, groups: Sequence[dict]) -> list[_Column]:
+    """Those that have a value in some group."""
     robust = section["attack"]
-    judged_by = {a for g in groups for a in g["accuracy"].get(g["weights"], {})}
+    judged_by = [a for g in groups for a in g["accuracy"].get(g["weights"], {})]
     attacks = [a for a in dict.fromkeys(("clean", robust, margin_attack(judged_by), "autoattack")) if a in judged_by]
-    columns: list[tuple] = []
+    columns: list[_Column] = []
     for attack in attacks:
         span = "Clean, %" if attack == "clean" else f"{attack_title(attack)}, %"
-        columns.append((span, "avg", _accuracy(attack, "average"), max))
-        columns.append((span, "worst", _accuracy(attack, "worst"), max))
+        columns.append(_accuracy(span, "avg", max, attack, "average"))
+        columns.append(_accuracy(span, "worst", max, attack, "worst"))
     if robust in attacks:
-        columns.append((f"{attack_title(robust)} over classes", "std", _accuracy(robust, "std"), min))
-        columns.append((f"{attack_title(robust)} over classes", "nstd", _accuracy(robust, "nstd", 1, 3), min))
+        span = f"{attack_title(robust)} over classes"
+        columns.append(_accuracy(span, "std", min, robust, "std"))
+        columns.append(_accuracy(span, "nstd", min, robust, "nstd", 1, 3))
     if any(g["time"]["mean"] is not None for g in groups):
-        columns.append(("Training", "time", lambda g: Cell(*mean_std_time(g["time"]), g["time"]["mean"]), min))
+        columns.append(_Column("Training", "time", _time, min, _same_work))
     if any(g["relative_time"] is not None and not g["baseline"] for g in groups):
-        columns.append(("Training", f"/ {section['baseline']}", _relative, min))
+        columns.append(_Column("Training", f"/ {section['baseline']}", _relative, min, _same_work))
     return columns
 
 
-def _accuracy(attack: str, measure: str, scale: float = 100.0, digits: int = 1) -> Callable[[dict], Cell]:
+def _accuracy(
+    span: str, name: str, best: Callable, attack: str, measure: str, scale: float = 100.0, digits: int = 1
+) -> _Column:
     def cell(group: dict) -> Cell:
-        found = group["accuracy"].get(group["weights"], {}).get(attack)
+        found = _judged(group, attack)
         return Cell(*mean_std(found[measure], scale, digits), found[measure]["mean"]) if found else Cell(NONE)
 
-    return cell
+    def alike(groups: Sequence[dict]) -> bool:
+        return same_images(_judged(g, attack) for g in groups)
+
+    return _Column(span, name, cell, best, alike, attack)
+
+
+def _judged(group: dict, attack: str) -> dict:
+    return group["accuracy"].get(group["weights"], {}).get(attack) or {}
+
+
+def _same_work(groups: Sequence[dict]) -> bool:
+    return same_work(g["training"] for g in groups)
+
+
+def _time(group: dict) -> Cell:
+    return Cell(*mean_std_time(group["time"]), group["time"]["mean"])
 
 
 def _relative(group: dict) -> Cell:
@@ -99,7 +129,7 @@ def _method(group: dict, mixed: bool) -> str:
     return f"{group['title']}{weights}{'' if group['finished'] else ' (not finished)'}"
 
 
-def _caption(section: dict, groups: Sequence[dict]) -> str:
+def _caption(section: dict, groups: Sequence[dict], columns: Sequence[_Column]) -> str:
     counts = sorted({len(g["runs"]) for g in groups})
     if not counts:
         return section["title"]
@@ -107,14 +137,24 @@ def _caption(section: dict, groups: Sequence[dict]) -> str:
     spread = "" if counts == [1] else ", mean ± standard deviation"
     weights = {g["weights"] for g in groups} - {None}
     of = f"; {WEIGHTS[next(iter(weights))]}" if len(weights) == 1 else ""
-    return f"{section['title']}; {many}{spread}{of}. Best values in bold."
+    return f"{section['title']}; {many}{spread}{of}{_images(groups, columns)}. Best values in bold."
 
 
-def _mark_best(table: Table, column: int, judged: Sequence[int], best: Callable) -> None:
+def _images(groups: Sequence[dict], columns: Sequence[_Column]) -> str:
+    """Where attacks or methods differ in them: "; images: 517 (Clean, PGD-20), 40 to 60 (AutoAttack)"."""
+    counts: dict[str, list[str]] = {}
+    for attack in dict.fromkeys(c.attack for c in columns if c.attack):
+        found = {n for g in groups for n in _judged(g, attack).get("images", ())} - {None}
+        words = " to ".join(str(n) for n in sorted({min(found), max(found)})) if found else "unknown"
+        counts.setdefault(words, []).append("Clean" if attack == "clean" else attack_title(attack))
+    if len(counts) < 2 and not any(" to " in words for words in counts):
+        return ""
+    return "; images: " + ", ".join(f"{words} ({', '.join(attacks)})" for words, attacks in counts.items())
+
+
+def _mark_best(table: Table, column: int, ranked: Sequence[int], best: Callable) -> None:
     """The best value, and all that look the same at the digits shown."""
-    cells = {i: table.rows[i][column] for i in judged if table.rows[i][column].value is not None}
-    if len(cells) < 2:
-        return
+    cells = {i: table.rows[i][column] for i in ranked}
     winner = best(cells.values(), key=lambda cell: cell.value)
     for i, cell in cells.items():
         table.rows[i][column] = replace(cell, best=cell.text == winner.text)
@@ -122,7 +162,7 @@ def _mark_best(table: Table, column: int, judged: Sequence[int], best: Callable)
 
 # ---------------------------------------------------------------- Markdown
 def markdown(table: Table) -> str:
-    names = [f"{span.split(',')[0]} {name}" if span else name for span, name in table.head]
+    names = [f"{span.removesuffix(', %')} {name}" if span else name for span, name in table.head]
     lines = [f"| {' | '.join(map(_md, names))} |", f"|---|{'---:|' * (len(names) - 1)}"]
     for row in table.rows:
         cells = [f"**{_md(c.text)}**{c.error}" if c.best else _md(c.text) + c.error for c in row]

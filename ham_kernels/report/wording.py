@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Any
 
 NONE = "–"
@@ -12,8 +12,8 @@ def attack_title(name: str | None) -> str:
     """ "pgd20" -> "PGD-20", "pgd20-r5" -> "PGD-20, 5 restarts"; a name not known stays as it is."""
     if name is None:
         return "no attack"
-    base, _, restarts = name.partition("-r")
-    if restarts.isdecimal():
+    base, restarts = base_attack(name)
+    if base != name:
         return f"{attack_title(base)}, {restarts} restarts"
     known = {"fgsm": "FGSM", "autoattack": "AutoAttack"}
     for prefix in ("pgd", "cw"):
@@ -22,10 +22,22 @@ def attack_title(name: str | None) -> str:
     return known.get(name, name)
 
 
-def margin_attack(attacks: Collection[str]) -> str | None:
-    """The CW attack with the most steps."""
-    steps = [int(a[2:]) for a in attacks if a.startswith("cw") and a[2:].isdecimal()]
-    return f"cw{max(steps)}" if steps else None
+def base_attack(name: str) -> tuple[str, int]:
+    """ "pgd20-r5" -> ("pgd20", 5), "pgd20" -> ("pgd20", 1)."""
+    base, _, restarts = name.partition("-r")
+    return (base, int(restarts)) if restarts.isdecimal() else (name, 1)
+
+
+def steps_of(name: str, family: str) -> int:
+    """Steps of "pgd20" or "pgd20-r5" in the family "pgd"; 0 where it is of another one."""
+    steps = base_attack(name)[0].removeprefix(family)
+    return int(steps) if name.startswith(family) and steps.isdecimal() else 0
+
+
+def margin_attack(attacks: Sequence[str]) -> str | None:
+    """The CW attack with the most steps; with that many, what is there most often, with more restarts before fewer."""
+    found = [a for a in attacks if steps_of(a, "cw")]
+    return max(sorted(set(found)), key=lambda a: (steps_of(a, "cw"), found.count(a), base_attack(a)[1]), default=None)
 
 
 def shortened(text: str, length: int = 40) -> str:

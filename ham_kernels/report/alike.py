@@ -1,0 +1,120 @@
+"""What groups must share before they are compared: images judged, and what decides training time beside the method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .evaluations import WEIGHTS
+from .runs import Run
+from .wording import attack_title
+
+if TYPE_CHECKING:
+    from .groups import Section
+
+Training = dict[str, list[str]]  # see `training_of`
+
+# Times of other work, or of another machine, are not ranked.
+WORK = {
+    "epochs": "optim.epochs", "model": "model.name", "training images": "data.train_images",
+    "image size": "data.size", "batch size": "data.batch_size",
+}  # fmt: skip
+PLACE = ("device", "machine")
+# The same work done faster is ranked, but what HAM gains is not told from what these gain.
+MEANS = {
+    "attack steps": "attack.steps", "precision": "run.precision",
+    **{name: f"engine.{name}" for name in ("channels_last", "compile", "cuda_graphs", "winograd", "keep_memory")},
+}  # fmt: skip
+UNKNOWN = "unknown machine"
+ALL = (*WORK, *PLACE, *MEANS)
+_SWITCH = {None: "off", False: "off", True: "on", "require": "on"}
+
+
+def training_of(settings: Mapping[str, Any], runs: Sequence[Run]) -> Training:
+    """{what: its values, one for most} of a group's runs, in words: WORK, PLACE and MEANS."""
+    out = {what: [_value(what, settings.get(key))] for what, key in (WORK | MEANS).items()}
+    out["device"] = sorted({_device(settings.get("run.device"), run) for run in runs})
+    out["machine"] = sorted({machine_of(run) for run in runs})
+    return out
+
+
+def unlike(trainings: Iterable[Training], names: Iterable[str] = ALL) -> dict[str, list[str]]:
+    """{what: its values} where they are more than one."""
+    trainings = list(trainings)
+    found = {name: sorted({value for t in trainings for value in t[name]}, key=_as_number) for name in names}
+    return {name: values for name, values in found.items() if len(values) > 1}
+
+
+def same_work(trainings: Iterable[Training]) -> bool:
+    """Whether the fastest of these may be called so."""
+    return not unlike(trainings, (*WORK, *PLACE))
+
+
+def same_images(accuracies: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether accuracies under one attack are all of equally many images."""
+    return len({n for accuracy in accuracies for n in accuracy["images"]}) < 2
+
+
+def _value(what: str, value: Any) -> str:
+    if what == "precision":
+        return str(value).removeprefix("require-")
+    if MEANS.get(what, "").startswith("engine.") and isinstance(value, (bool, str, type(None))):
+        return str(_SWITCH.get(value, value))
+    if value is None:
+        return {"training images": "all", "image size": "as it is"}.get(what, "unknown")
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _device(told: Any, run: Run) -> str:
+    """ "auto" is the GPU where there is one."""
+    machine = machine_of(run)
+    if told == "auto" and machine != UNKNOWN:
+        return "cpu" if machine.endswith("GPU: none") else "cuda"
+    return str(told).split(":")[0]
+
+
+def _as_number(text: str) -> tuple[float, str]:
+    return (float(text) if text.replace(".", "", 1).isdecimal() else float("inf")), text
+
+
+# ---------------------------------------------------------------- in words
+def limits(section: Section) -> list[str]:
+    """What a reader must know before comparing the groups of a section."""
+    notes = []
+    shown = [run.evaluations[g.weights] for g in section.groups for run in g.counted if g.weights in run.evaluations]
+    for what, values in (
+        ("test images", {(e.part, e.images) for e in shown}),
+        ("the attack's step size", {e.step_size for e in shown}),
+        ("the precision of the evaluation", {e.precision for e in shown}),
+        ("weights", {e.weights for e in shown}),
+    ):
+        if len(values) > 1:
+            notes.append(f"Not alike in {what}: {'; '.join(sorted(_plain(v) for v in values))}. Compare with care.")
+    for attack in sorted({name for e in shown for name in e.attacks}):
+        images = {e.attacks[attack].n for e in shown if attack in e.attacks}
+        if len(images) > 1:
+            counts = ", ".join(str(n) for n in sorted(images, key=str))
+            notes.append(f"Not alike in images under {attack_title(attack)}: {counts}. Compare with care.")
+    told = [training_of(g.settings, g.counted) for g in section.groups if g.settings]
+    for what, values in unlike(told, [name for name in ALL if name != "machine"]).items():
+        notes.append(f"Trained unlike in {what}: {'; '.join(values)}. Claims on time are judged between equals only.")
+    machines = {machine_of(run) for g in section.groups for run in g.counted}
+    if len(machines) > 1:
+        notes.append(f"Trained on different machines, so times do not compare: {'; '.join(sorted(machines))}.")
+    return notes
+
+
+def machine_of(run: Run) -> str:
+    """CPU, cores, GPU in one line."""
+    machine = run.environment.get("machine")
+    if not isinstance(machine, dict) or not machine:
+        return UNKNOWN
+    cores = f", cores: {machine['cores']}" if machine.get("cores") else ""
+    gpu = machine.get("gpu")
+    return f"{machine.get('cpu') or 'unknown CPU'}{cores}, GPU: {gpu or 'none'}"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(str(v) for v in value if v is not None)
+    return WEIGHTS.get(value, str(value))

@@ -1,0 +1,155 @@
+"""Figures with one value per class: (section of data.json, styles) -> matplotlib Figure, or None without data."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .figures import MANY_GROUPS, Section, Styles, legend_below, shown, style_of
+from .spread import reach
+from .wording import attack_title, shortened
+
+MANY_CLASSES = 20  # above: classes sorted, or only those that change most
+
+
+def class_bars(section: Section, styles: Styles) -> Figure | None:
+    """Robust accuracy of each class; dashed: each group's worst class."""
+    rows = [(g, acc["per_class"], acc["worst"]["mean"]) for g in section["groups"] if (acc := shown(g, section))]
+    return _by_class(rows, section, styles, f"accuracy under {attack_title(section['attack'])}, %") if rows else None
+
+
+def class_differences(section: Section, styles: Styles) -> Figure | None:
+    """What each class gains or loses against the baseline, in points."""
+    rows = [(g, g["differences"], None) for g in section["groups"] if g["differences"]]
+    label = f"{attack_title(section['attack'])}: gain over {shortened(section['baseline'] or '', 24)}, points"
+    return _by_class(rows, section, styles, label, signed=True) if rows else None
+
+
+def overconfident(section: Section, styles: Styles) -> Figure | None:
+    """Share of each class's adversarial examples that are over-confident."""
+    rows = [(g, g["confidence"]["overconfident"], None) for g in section["groups"] if g["confidence"]]
+    return _by_class(rows, section, styles, "over-confident adversarial examples, %") if rows else None
+
+
+def _by_class(rows: list[tuple], section: Section, styles: Styles, label: str, signed: bool = False) -> Figure:
+    names, order = section["classes"], list(range(len(section["classes"])))
+    if len(names) > MANY_CLASSES:
+        order = _extremes(rows) if signed else _worst_first(section, rows)
+    below = "class"
+    if len(order) > MANY_CLASSES:
+        below = f"{len(order)} classes, sorted by the first method's accuracy"
+    elif len(order) < len(names):
+        below = f"class: the {of_extremes(len(names))}"
+    if len(rows) > MANY_GROUPS:
+        return _heat_map(rows, [names[c] for c in order], order, label, below, signed)
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    if len(order) > MANY_CLASSES:
+        _steps(axes, rows, order, styles)
+    else:
+        _bars(axes, rows, order, styles)
+        _name_classes(axes, [names[c] for c in order])
+    if signed:
+        axes.axhline(0, color="black", linewidth=0.8)
+    else:
+        axes.set_ylim(0, 104)  # bars and errors at 100 are seen whole
+        axes.set_yticks(range(0, 101, 20))
+    axes.grid(axis="x", visible=False)
+    axes.set(xlabel=below, ylabel=label)
+    legend_below(figure, axes, [g for g, _, _ in rows])
+    return figure
+
+
+def _worst_first(section: Section, rows: list[tuple]) -> list[int]:
+    """Classes from the one with the lowest robust accuracy of the first group on; those without a value last."""
+    first = next((acc["per_class"] for g in section["groups"] if (acc := shown(g, section))), rows[0][1])
+    values = [np.inf if spread["mean"] is None else spread["mean"] for spread in first]
+    return sorted(range(len(values)), key=lambda c: values[c])
+
+
+def _extremes(rows: list[tuple]) -> list[int]:
+    """Classes with the largest losses, then those with the largest gains, by the mean over the rows."""
+    found = {}
+    for c in range(len(rows[0][1])):
+        known = [spreads[c]["mean"] for _, spreads, _ in rows if spreads[c]["mean"] is not None]
+        if known:
+            found[c] = statistics.fmean(known)
+    order = sorted(found, key=found.__getitem__)
+    half = MANY_CLASSES // 2
+    return order if len(order) <= MANY_CLASSES else [*order[:half], *order[-half:]]
+
+
+def of_extremes(classes: int) -> str:
+    """What a figure of differences shows of many classes."""
+    half = MANY_CLASSES // 2
+    return f"{half} largest losses and {half} largest gains of {classes} classes"
+
+
+def _bars(axes: Axes, rows: list[tuple], order: Sequence[int], styles: Styles) -> None:
+    width = 0.84 / len(rows)
+    for i, (group, spreads, worst) in enumerate(rows):
+        look = style_of(group, styles)
+        at = np.arange(len(order)) + (i - (len(rows) - 1) / 2) * width
+        mean, error = _percent([spreads[c] for c in order])
+        axes.bar(at, mean, width * 0.94, color=look["color"], label=shortened(group["title"]))
+        axes.errorbar(at, mean, error, fmt="none", ecolor="#333333", elinewidth=0.8, capsize=min(2.0, 16 * width))
+        if worst is not None:
+            axes.axhline(100 * worst, color=look["color"], linewidth=1, linestyle="dashed")
+    for position, c in enumerate(order):
+        if all(spreads[c]["mean"] is None for _, spreads, _ in rows):
+            axes.text(position, 0, " no value", rotation=90, ha="center", va="bottom", fontsize=7, color="#555555")
+
+
+def _steps(axes: Axes, rows: list[tuple], order: Sequence[int], styles: Styles) -> None:
+    for group, spreads, worst in rows:
+        look = style_of(group, styles)
+        mean, error = _percent([spreads[c] for c in order])
+        at = np.arange(len(order))
+        line = {"color": look["color"], "linestyle": look["linestyle"]}
+        axes.step(at, mean, where="mid", label=shortened(group["title"]), **line)
+        axes.fill_between(at, mean - error[0], mean + error[1], step="mid", color=look["color"], alpha=0.12, lw=0)
+        if worst is not None:
+            axes.axhline(100 * worst, color=look["color"], linewidth=1, linestyle="dashed")
+    axes.set_xlim(-0.5, len(order) - 0.5)
+
+
+def _heat_map(
+    rows: list[tuple], names: list[str], order: Sequence[int], label: str, below: str, signed: bool
+) -> Figure:
+    values = np.array([_percent([spreads[c] for c in order])[0] for _, spreads, _ in rows])
+    figure = Figure(figsize=(6.5, 1.6 + 0.26 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    top = np.nanmax(np.abs(values), initial=1.0)
+    limits = {"cmap": "PuOr", "vmin": -top, "vmax": top} if signed else {"cmap": "viridis", "vmin": 0, "vmax": 100}
+    image = axes.imshow(values, aspect="auto", **limits)
+    axes.grid(visible=False)
+    axes.set_yticks(range(len(rows)), [shortened(g["title"], 30) for g, _, _ in rows])
+    if len(names) <= MANY_CLASSES:
+        _name_classes(axes, names)
+    axes.set_xlabel(below)
+    if len(names) <= 12:
+        for (i, j), value in np.ndenumerate(values):
+            dark = abs(value) > 0.6 * top if signed else value < 55
+            if np.isfinite(value):
+                ink = "white" if dark else "black"
+                axes.text(j, i, f"{round(value)}", ha="center", va="center", fontsize=7, color=ink)
+    figure.colorbar(image, ax=axes, label=label, location="top", shrink=0.7, aspect=40)
+    return figure
+
+
+def _percent(spreads: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """Means (n,) and errors below and above (2, n) in percent; NaN where there is none."""
+    mean = np.array([np.nan if s["mean"] is None else 100 * s["mean"] for s in spreads])
+    error = np.array([(np.nan, np.nan) if s["mean"] is None else reach(s) for s in spreads]).reshape(-1, 2).T
+    return mean, 100 * error
+
+
+def _name_classes(axes: Axes, names: Sequence[str]) -> None:
+    names = [shortened(name, 16) for name in names]
+    crowded = (max(map(len, names)) + 1) * len(names) > 80
+    turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+    axes.set_xticks(range(len(names)), names, **turned)
