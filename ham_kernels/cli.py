@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Bad input is told in one line; with HAM_TRACEBACK=1 in the environment, with the whole way to it.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal without a λ gets a ?, rather than nothing at all
+        sys.stdout.reconfigure(errors="replace")
     argv = sys.argv[1:] if argv is None else argv
     command, *rest = argv or ["--help"]
     if command in ("-h", "--help"):

@@ -178,7 +178,7 @@ class RunFolder:
         save(self.path / "checkpoints" / f"{weights}.pt", state)
 
     def load_weights(self, weights: str) -> dict[str, Any]:
-        """{"model": state_dict, "epoch", "sha256"} of one of WEIGHTS.
+        """{"model": state_dict, "epoch", "sha256", "path" of the checkpoint} of one of WEIGHTS.
 
         Raises: ValueError for another name or weights that the run has not; FileNotFoundError; CheckpointError.
         """
@@ -192,15 +192,20 @@ class RunFolder:
                     f"{', no weight average' if weights == 'best_ema' else ''}, or no epoch is done yet"
                 )
             state, digest = read(path)
-            return {"model": state["model"], "epoch": state["epoch"], "sha256": digest}
+            return {"model": state["model"], "epoch": state["epoch"], "sha256": digest, "path": path}
         newest = self.checkpoints.load_newest()
         if newest is None:
             raise FileNotFoundError(f"weights: {self.path} has no checkpoint yet")
-        _, state, digest = newest
+        path, state, digest = newest
         key = "model" if weights == "last" else "ema"
         if state["trainer"][key] is None:
             raise ValueError("weights: got 'ema', but the run keeps no weight average (ema_decay)")
-        return {"model": state["trainer"][key], "epoch": state["trainer"]["epoch"], "sha256": digest}
+        return {"model": state["trainer"][key], "epoch": state["trainer"]["epoch"], "sha256": digest, "path": path}
+
+    def damaged_after(self, path: Path) -> list[str]:
+        """Names of the checkpoints newer than this one, which is the newest intact one."""
+        folder = self.checkpoints.folder
+        return sorted(p.name for p in folder.glob("step_*") if p.suffix in (".pt", ".damaged") and p.stem > path.stem)
 
     def drop_best_after(self, epoch: int) -> None:
         """Removes best weights of epochs that a resume from an earlier checkpoint has thrown away."""

@@ -105,6 +105,13 @@ def test_without_another_model_transfer_is_not_run():
     assert not transfer["suspicious"]
 
 
+def test_progress_is_told_check_by_check():
+    told = []
+    result = masking(small_cnn(), digit_batches(32), **HOW, progress=lambda *what: told.append(what))
+    assert told == [("masking", done, 5) for done in range(6)]
+    assert len(result["checks"]) == 5
+
+
 def test_takes_the_first_images_only_and_costs_what_it_says():
     model = Counting(small_cnn())
     data = [(torch.rand(20, 1, 8, 8), torch.arange(20) % 10)] * 3

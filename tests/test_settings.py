@@ -172,3 +172,8 @@ def test_sections_are_all_dataclasses_with_help():
         assert dataclasses.is_dataclass(section)
         assert type(section).__doc__
     assert settings_.EvaluateSettings().attacks == ("clean", "fgsm", "pgd20", "cw20")
+
+
+def test_train_takes_settings_only():
+    with pytest.raises(TypeError, match="settings: got 'digits'; it must be TrainSettings"):
+        ham.train("digits")

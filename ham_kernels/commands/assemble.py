@@ -79,11 +79,14 @@ def check_takes(model: nn.Module, name: str, loader) -> None:
 
 
 def model_of(settings: TrainSettings, classes: int, channels: int) -> nn.Module:
-    """The classifier with its first weights, which depend on the seed."""
+    """The classifier with its first weights, which depend on the seed. Raises: ValueError naming the model."""
     facts = data.SETS.get(settings.data.dataset) if settings.model.normalize else None
     mean, std = (facts.mean, facts.std) if facts else (None, None)
     torch.manual_seed(settings.run.seed)
-    return models.create(settings.model.name, classes, channels=channels, mean=mean, std=std)
+    try:
+        return models.create(settings.model.name, classes, channels=channels, mean=mean, std=std)
+    except ValueError as error:  # the flag is --model, whatever the argument of `create`
+        raise ValueError(f"model: {str(error).removeprefix('name: ')}") from error
 
 
 def load_model(run: str | Path, weights: str = "ema", device: torch.device | str = "auto") -> nn.Module:

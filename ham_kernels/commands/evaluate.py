@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import data, environment, judging
+from ..checkpoint import write_atomically
 from ..judging.attacks import plans
 from ..runs import RunFolder
 from ..settings import EvaluateSettings, TrainSettings
 from .assemble import device_of, facts_of, images_of, load_model, trained_model
-from .verdict import print_verdict
+from .progress import on_terminal, say
+from .verdict import verdict
 
 FORMAT = 1
 
@@ -26,7 +29,8 @@ def evaluate_run(path: str | Path, settings: EvaluateSettings | None = None, *, 
 
     The file is WEIGHTS.json for the test images under the run's own budget, in fp32, with seed 0; any other choice
     has a file of its own. A second call adds further attacks, each on its own number of images; an attack that was
-    judged on as many images or more stays. Stopped or killed, the same call goes on after the last batch.
+    judged on as many images or more stays. Stopped or killed, the same call goes on after the last batch. What was
+    found of later weights, whose checkpoint is damaged now, is not overwritten.
     Raises: FileNotFoundError, ValueError, TypeError naming what is wrong, before any attack; BlockingIOError while
         another process judges the run; CheckpointError.
     """
@@ -38,23 +42,25 @@ def evaluate_run(path: str | Path, settings: EvaluateSettings | None = None, *, 
     plans(settings.attacks, restarts=settings.restarts, **{k: how[k] for k in ("eps", "step_size", "norm")})
     if settings.masking and 0 in (how["eps"], how["step_size"]):
         raise ValueError("eps: got 0 for it or step_size; there is no gradient to examine, give --no-masking")
-    states = {kind: run.load_weights(kind) for kind in _kinds(settings, run, told)}
     device = device_of(settings.device)
+    other = None if settings.transfer_from is None else _other_model(settings.transfer_from, run, device)
+    states = {kind: run.load_weights(kind) for kind in _kinds(settings, run, told)}
     images = images_of(told)
     run.check_data_facts(facts_of(images))  # other images may be split anew, and test what was trained on
     if settings.part not in images.counts:
         raise ValueError(f"part: got {settings.part!r}, but {run.path} was trained without validation images")
-    other = None if settings.transfer_from is None else _other_model(settings.transfer_from, run, device)
-    written = []
     with run.alone("evaluation/.lock"):
-        for kind, state in states.items():
-            model = trained_model(told, run.data_facts(), state["model"], device)
-            judge = _Judge(run, kind, state, told, settings, how, images, model, other, device, quiet)
-            result = judge.work()
-            written.append(run.path / judge.name)
+        judges = [
+            _Judge(run, kind, state, told, settings, how, images, other, device, quiet)
+            for kind, state in states.items()
+        ]
+        for judge in judges:
+            judge.begin()
+        for judge in judges:
+            judge.work()
             if not quiet:
-                print_verdict(result, run.path)
-    return written
+                say(verdict(judge.result, run.path))
+    return [judge.path for judge in judges]
 
 
 def _how(settings: EvaluateSettings, told: TrainSettings) -> dict[str, Any]:
@@ -74,8 +80,14 @@ def _kinds(settings: EvaluateSettings, run: RunFolder, told: TrainSettings) -> t
 
 def _other_model(path: Path, run: RunFolder, device: torch.device) -> nn.Module:
     """The averaged (else last) weights of another run, which must know the same classes."""
-    other = RunFolder.open(path)
-    if any(other.data_facts()[k] != run.data_facts()[k] for k in ("classes", "channels")):
+    try:
+        other = RunFolder.open(path)
+        facts = other.data_facts()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"transfer_from: {str(error).removeprefix('run: ')}") from error
+    if other.path.samefile(run.path):
+        raise ValueError(f"transfer_from: {path} is the run itself; give one that was trained apart from it")
+    if any(facts[k] != run.data_facts()[k] for k in ("classes", "channels")):
         raise ValueError(f"transfer_from: {path} was trained on other classes or images than {run.path}")
     kind = "last" if other.settings().run.ema_decay is None else "ema"
     return load_model(path, kind, device)
@@ -86,10 +98,10 @@ class _Judge:
 
     def __init__(
         self, run: RunFolder, kind: str, state: dict, told: TrainSettings, settings: EvaluateSettings, how: dict,
-        images, model: nn.Module, other: nn.Module | None, device: torch.device, quiet: bool,
+        images, other: nn.Module | None, device: torch.device, quiet: bool,
     ):  # fmt: skip
-        self.run, self.settings, self.how, self.images = run, settings, how, images
-        self.model, self.other, self.device, self.quiet = model, other, device, quiet
+        self.run, self.state, self.told, self.settings, self.how, self.images = run, state, told, settings, how, images
+        self.other, self.device, self.progress = other, device, _Progress(quiet)
         self.steps, self.workers = told.attack.steps, told.data.workers
         of_part = images.counts[settings.part]
         self.n = min(settings.images or of_part, of_part)
@@ -97,17 +109,19 @@ class _Judge:
         special = f".{settings.part}-eps{how['eps']:g}-step{how['step_size']:g}-{how['precision']}-seed{how['seed']}"
         self.stem = kind + ("" if usual else special)
         self.name = f"evaluation/{self.stem}.json"
+        self.path = run.path / self.name
+        self.result: dict[str, Any] = {}
         self.identity = {
             "weights": kind, "checkpoint_sha256": state["sha256"], "epoch": state["epoch"],
             "dataset": told.data.path or told.data.dataset, "part": settings.part, "images": of_part, **how,
         }  # fmt: skip
 
-    def work(self) -> dict[str, Any]:
-        s = self.settings
-        result = self._begin()
+    def work(self) -> None:
+        s, result = self.settings, self.result
+        self.model = trained_model(self.told, self.run.data_facts(), self.state["model"], self.device)
         facts = environment.machine()
         on = {"cpu": facts["cpu"], "gpu": facts["gpu"], "torch": torch.__version__, "commit": environment.commit()}
-        with _Progress(self.quiet) as progress:
+        with self.progress as progress:
             loader = self._loader(s.part, self.n)
             for attack in s.attacks:
                 name = f"{attack}-r{s.restarts}" if s.restarts > 1 and attack.startswith(("pgd", "cw")) else attack
@@ -127,31 +141,50 @@ class _Judge:
                 key = {"images": s.analysis_images, "part": "train", "steps": self.steps, "threshold": s.threshold}
                 self._once(result, "confidence", key, self._confidence)
                 self._once(result, "easy", key, self._easy)
-        return result
+        del self.model  # the next kind of weights may need its memory
 
-    def _begin(self) -> dict[str, Any]:
-        """The file's earlier results, where they are of the same weights."""
-        fresh = {
+    def begin(self) -> None:
+        """Takes over the file's earlier results, where they are of the same weights.
+
+        Those of earlier weights are kept beside it. Raises: ValueError naming the file where they are of later ones.
+        """
+        self.result = fresh = {
             "format": FORMAT, **self.identity, "classes": list(self.images.classes), "machine": environment.machine(),
             "versions": environment.versions("torchattacks"), "commit": environment.commit(), "attacks": {},
         }  # fmt: skip
-        path = self.run.path / self.name
-        if path.exists():
-            try:
-                old = json.loads(path.read_text())
-                if all(old.get(k) == v for k, v in self.identity.items()):
-                    return {**old, **{k: v for k, v in fresh.items() if k != "attacks"}}
-                print(f"{path} is of epoch {old.get('epoch')}, the weights are of epoch {fresh['epoch']}: judged anew",
-                      file=sys.stderr)  # fmt: skip
-            except (ValueError, AttributeError):
-                print(f"{path} cannot be read and is made anew", file=sys.stderr)
-        return fresh
+        if not self.path.exists():
+            return
+        try:
+            old = dict(json.loads(self.path.read_text()))
+        except (TypeError, ValueError):
+            say(f"{self.path} cannot be read and is made anew", sys.stderr)
+            return
+        if all(old.get(k) == v for k, v in self.identity.items()):
+            self.result = {**old, **{k: v for k, v in fresh.items() if k != "attacks"}}
+            return
+        epoch, have = old.get("epoch"), self.identity["epoch"]
+        if isinstance(epoch, int) and epoch > have:
+            raise ValueError(self._later(epoch, have))
+        kept = self.path.with_name(f"{self.path.name}.epoch{epoch}-{str(old.get('checkpoint_sha256'))[:8]}")
+        write_atomically(kept, self.path.read_bytes())
+        say(
+            f"{self.path} is of epoch {epoch}, the weights are of epoch {have}: judged anew, the old file is {kept}",
+            sys.stderr,
+        )
+
+    def _later(self, epoch: int, have: int) -> str:
+        """Why a damaged checkpoint's judgement stays."""
+        path = self.state["path"]
+        damaged = self.run.damaged_after(path) if self.identity["weights"] in ("last", "ema") else []
+        why = f"{', '.join(damaged)} is damaged, and {path.name}" if damaged else path.name
+        return (
+            f"weights: {self.path} judges those of epoch {epoch}; {why} has those of epoch {have}. Go on with "
+            f"`ham train --resume {shlex.quote(str(self.run.path))}`, or move the file away to judge these"
+        )
 
     def _once(self, result: dict, name: str, key: dict, make) -> None:
         if result.get(name, {}).get("key") == key:
             return
-        if not self.quiet:
-            print(f"{name} ...", file=sys.stderr, flush=True)
         result[name] = {"key": key, **make()}
         self.run.write_json(self.name, result)
 
@@ -159,10 +192,12 @@ class _Judge:
         s = self.settings
         loader = self._loader(s.part, s.masking_images)
         return judging.masking(
-            self.model, loader, device=self.device, other=self.other, images=s.masking_images, **self.how
-        )
+            self.model, loader, device=self.device, other=self.other, images=s.masking_images,
+            progress=self.progress, **self.how,
+        )  # fmt: skip
 
     def _confidence(self) -> dict:
+        self.progress.begin("confidence")
         loader = self._loader("train", self.settings.analysis_images)
         found = judging.confidence(
             self.model, loader, steps=self.steps, threshold=self.settings.threshold, device=self.device, **self.how
@@ -170,6 +205,7 @@ class _Judge:
         return {"part": "train", **found}
 
     def _easy(self) -> dict:
+        self.progress.begin("easy")
         loader = self._loader("train", self.settings.analysis_images)
         found = judging.easy_stays_easy(self.model, loader, steps=self.steps, device=self.device, **self.how)
         return {"part": "train", **found}
@@ -183,9 +219,9 @@ class _Progress:
     """A bar per attack on a terminal, else a line per attack."""
 
     def __init__(self, quiet: bool):
-        self._quiet, self._lines = quiet, not sys.stderr.isatty()
+        self._quiet, self._bars = quiet, on_terminal()
         self._bar: tqdm | None = None
-        self._attack = ""
+        self._name = ""
 
     def __enter__(self) -> _Progress:
         return self
@@ -193,17 +229,26 @@ class _Progress:
     def __exit__(self, *_) -> None:
         if self._bar is not None:
             self._bar.close()
+            self._bar = None
 
-    def __call__(self, attack: str, done: int, total: int | None) -> None:
+    def begin(self, name: str) -> None:
+        """A line for what comes next, behind the bar before it."""
+        if self._quiet or name == self._name:
+            return
+        self._name = name
+        self.__exit__()
+        say(f"{name} ...", sys.stderr)
+
+    def __call__(self, name: str, done: int, total: int | None) -> None:
         if self._quiet:
             return
-        if attack != self._attack:
-            self._attack = attack
-            if self._lines:
-                print(f"{attack} ...", file=sys.stderr, flush=True)
-            else:
-                self.__exit__()
-                self._bar = tqdm(total=total, desc=attack, unit="image", dynamic_ncols=True)
-        if self._bar is not None:
-            self._bar.total = total or self._bar.total  # known after the first attack
-            self._bar.update(done - self._bar.n)
+        if not self._bars:
+            self.begin(name)
+            return
+        if self._bar is None or name != self._name:
+            self._name = name
+            self.__exit__()
+            unit = "check" if name == "masking" else "image"
+            self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True)
+        self._bar.total = total or self._bar.total  # known after the first attack
+        self._bar.update(done - self._bar.n)

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sys
 import time
+from typing import TextIO
 
 from tqdm import tqdm
 
 from ..history import EpochReport, StepReport
+
+
+def say(text: str = "", file: TextIO | None = None) -> None:
+    """Prints a line to `file` (None: standard output). Where nobody reads any more, it and all after it are dropped:
+    the work is in files, and goes on.
+    """
+    file = sys.stdout if file is None else file
+    try:
+        print(text, file=file, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a terminal that is gone
+            raise
+        with contextlib.suppress(OSError):  # else what is still in the buffer would fail again at exit
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, file.fileno())
+            os.close(nowhere)
+
+
+def on_terminal() -> bool:
+    """Whether somebody can see a bar."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 class TrainProgress:
@@ -22,7 +47,7 @@ class TrainProgress:
         self._started = time.perf_counter()
         self._new = 0  # batches done by this process
         self._images = 0
-        self._lines = not quiet and not sys.stderr.isatty()
+        self._lines = not quiet and not on_terminal()
         self._bar = tqdm(
             total=epochs * batches, initial=done, unit="batch", dynamic_ncols=True, smoothing=0.05,
             disable=quiet or self._lines,
@@ -46,9 +71,10 @@ class TrainProgress:
             return
         line = f"epoch {report.epoch}/{self._epochs}  {epoch_line(report)}"
         if self._lines:
-            print(f"{line}  left {duration(self._left())}{'  (best)' if best else ''}", flush=True)
+            say(f"{line}  left {duration(self._left())}{'  (best)' if best else ''}")
         else:
-            self._bar.write(f"{line}{'  (best)' if best else ''}")
+            with self._bar.external_write_mode():
+                say(f"{line}{'  (best)' if best else ''}")
 
     def close(self) -> None:
         self._bar.close()

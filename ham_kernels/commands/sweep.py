@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import report
+from ..judging.attacks import plans
 from ..runs import RunFolder
 from ..settings import MethodSettings, TrainSettings
+from .assemble import device_of, images_of, model_of
 from .experiments import Cell, cells
 from .flags import Sweep
-from .progress import duration
+from .progress import duration, say
 from .signals import StopRequest
 
 WARM_UPS = "warm-ups"  # one level deeper than the runs, so that reports of the folder leave them out
@@ -25,8 +27,9 @@ def sweep(wanted: Sweep) -> int:
     """Trains and judges what is missing of an experiment, then writes its report.
 
     Finished runs are kept, stopped ones go on, failed ones are tried again. Runs of one seed with the same warm-up
-    share it: it is trained once, and its time counts in each.
-    Returns: 0, or 1 where a run failed. Raises: Stopped after a signal; ValueError naming the setting.
+    share it: it is trained once, and its time counts in each. sweep.json holds how all runs of the folder ended.
+    Returns: 0, or 1 where a run failed. Raises: Stopped after a signal; and, before anything is trained, ValueError,
+        FileNotFoundError, ImportError naming what would fail in every run.
     """
     wanted.settings.check()
     folder = wanted.out or Path("runs") / f"sweep-{wanted.settings.data.source}"
@@ -35,8 +38,10 @@ def sweep(wanted: Sweep) -> int:
         cell.settings.check()
         _check_unchanged(folder / cell.name, cell.settings)
         _check_unchanged(_warm_up_folder(folder, cell.settings), _warm_up_settings(cell.settings))
-    print(f"{folder}: {wanted.experiment}, {len(plan)} runs", flush=True)
-    failed = []
+    _outcome(folder)
+    _check_for_all(wanted)
+    say(f"{folder}: {wanted.experiment}, {len(plan)} runs")
+    failed = 0
     with StopRequest() as stop:
         worker = _Worker(folder, wanted, stop)
         for i, cell in enumerate(plan, 1):
@@ -44,15 +49,14 @@ def sweep(wanted: Sweep) -> int:
             start = time.monotonic()
             problem = worker.bring_to_end(cell)
             took = duration(time.monotonic() - start)
-            print(f"[{i}/{len(plan)}] {cell.name}: {problem or _summary(folder / cell.name)}  ({took})", flush=True)
-            if problem:
-                failed.append({"run": cell.name, "problem": problem})
-    _write_outcome(folder, wanted.experiment, plan, failed)
-    if len(failed) == len(plan):
-        print("every run failed: there is nothing to report")
+            _note(folder, wanted.experiment, cell.name, problem)
+            say(f"[{i}/{len(plan)}] {cell.name}: {problem or _summary(folder / cell.name)}  ({took})")
+            failed += bool(problem)
+    if failed == len(plan):
+        say("every run failed: there is nothing to report")
         return 1
     page = report.build([folder], folder / "report", title=f"Sweep: {wanted.settings.data.source}")
-    print(f"written: {page}" + (f"; {len(failed)} of {len(plan)} runs failed" if failed else ""))
+    say(f"written: {page}" + (f"; {failed} of {len(plan)} runs failed" if failed else ""))
     return 1 if failed else 0
 
 
@@ -71,7 +75,8 @@ class _Worker:
                 self._run(path, "train", "--resume", str(path), "--quiet")
             self._run(path, "evaluate", str(path), "--attacks", *self.wanted.attacks, "--no-masking", "--quiet")
         except (OSError, ValueError, RuntimeError) as error:
-            if (path / "config.toml").exists():
+            # A judgement that failed takes nothing from a training that is finished.
+            if (path / "config.toml").exists() and RunFolder(path).status()["state"] != "finished":
                 RunFolder(path).mark_failed(str(error))
             return f"FAILED: {error}"
         return ""
@@ -81,7 +86,7 @@ class _Worker:
         said = False
         while RunFolder(path).busy():
             if not said:
-                print(f"{path.name}: another process works on it; waiting", flush=True)
+                say(f"{path.name}: another process works on it; waiting")
             said = True
             self.stop.check()
             time.sleep(1)
@@ -166,9 +171,36 @@ def _check_unchanged(path: Path, settings: TrainSettings) -> None:
         raise ValueError(f"out: {path} was begun with other settings; give another --out, or remove it")
 
 
-def _write_outcome(folder: Path, experiment: str, plan: list[Cell], failed: list[dict]) -> None:
-    broken = {f["run"] for f in failed}
-    runs = {cell.name: "failed" if cell.name in broken else "finished" for cell in plan}
+def _check_for_all(wanted: Sweep) -> None:
+    """What would end every run alike: the attacks, the device, the images (downloaded here, once), the model."""
+    settings = wanted.settings
+    attack = settings.attack
+    plans(wanted.attacks, eps=attack.eps, step_size=attack.step_size, norm=attack.norm)
+    device_of(settings.run.device)
+    images = images_of(settings)
+    model_of(settings, len(images.classes), images.channels)
+
+
+def _outcome(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """How the runs of the folder ended so far, and what went wrong: {name: state}, {name: problem}."""
+    path = folder / "sweep.json"
+    if not path.exists():
+        return {}, {}
+    try:
+        noted = json.loads(path.read_text())
+        return dict(noted["runs"]), {f["run"]: f["problem"] for f in noted["failed"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"out: {path} cannot be read ({type(error).__name__}: {error}); move it away") from error
+
+
+def _note(folder: Path, experiment: str, name: str, problem: str) -> None:
+    """One more run in sweep.json, at once: a run that failed before it had a folder is named nowhere else."""
+    runs, problems = _outcome(folder)
+    runs[name] = "failed" if problem else "finished"
+    problems.pop(name, None)
+    if problem:
+        problems[name] = problem
+    failed = [{"run": run, "problem": why} for run, why in problems.items()]
     RunFolder(folder).write_json("sweep.json", {"experiment": experiment, "runs": runs, "failed": failed})
 
 

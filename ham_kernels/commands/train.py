@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 
 from .. import _check, checkpoint
-from ..config_file import to_dict
 from ..history import EpochReport, StepReport
 from ..runs import RunFolder, metrics_of
 from ..settings import TrainSettings
 from ..trainer import HAMTrainer
 from .assemble import check_takes, device_of, facts_of, images_of, loaders_of, model_of, scheduler_of, trainer_of
-from .progress import TrainProgress, duration
+from .progress import TrainProgress, duration, say
 from .signals import Stopped, StopRequest
+from .unchanged import check_unchanged, noted
 
 
 def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool = False) -> HAMTrainer:
@@ -30,6 +30,8 @@ def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool
     kill. Raises: FileExistsError if there is a run in `out`; ValueError, TypeError, FileNotFoundError naming the
     setting, before anything is written; Stopped after a signal.
     """
+    if not isinstance(settings, TrainSettings):
+        raise TypeError(f"settings: got {settings!r}; it must be TrainSettings, such as ham_kernels.preset('digits')")
     settings.check()
     if out is not None:
         RunFolder(out).check_free()
@@ -100,7 +102,7 @@ class _Job:
         if trainer.epoch >= self.until:
             run.set_status("finished" if trainer.epoch >= epochs else "interrupted", trainer.epoch, epochs)
             if not quiet:
-                print(f"{run.path}: {trainer.epoch} of {epochs} epochs are done already")
+                say(f"{run.path}: {trainer.epoch} of {epochs} epochs are done already")
             return trainer
         if not quiet:
             self._say_what(found is not None)
@@ -129,7 +131,7 @@ class _Job:
         if not quiet:
             seconds = sum(report.seconds for report in trainer.history)
             path = shlex.quote(str(run.path))
-            print(f"finished in {duration(seconds)} of training; judge it with `ham evaluate {path}`")
+            say(f"finished in {duration(seconds)} of training; judge it with `ham evaluate {path}`")
         return trainer
 
     def _note_failure(self, error: BaseException) -> None:
@@ -201,21 +203,14 @@ class _Job:
             "scheduler": self.scheduler.state_dict(),
             "random": checkpoint.random_states(),
             "best": dict(self.best),
-            "settings": _fixed(self.settings),
+            **noted(self.settings),
             "threads": torch.get_num_threads(),
         }
         self.run.checkpoints.save(state, self.trainer.steps_done)
         self._saved_at = time.monotonic()
 
     def _take_over(self, state: dict) -> None:
-        for section, values in _fixed(self.settings).items():
-            for name, value in values.items():
-                then = state["settings"].get(section, {}).get(name)
-                if then != value:
-                    raise ValueError(
-                        f"{section}.{name}: the checkpoint is of a run with {then}, config.toml says {value}; "
-                        "such a change needs a new run"
-                    )
+        check_unchanged(state, self.settings)
         self.trainer.load_state_dict(state["trainer"])
         self.scheduler.load_state_dict(state["scheduler"])
         checkpoint.set_random_states(state["random"])
@@ -233,35 +228,17 @@ class _Job:
         m = s.method
         mining = f"HAM (M {m.screen_steps}, λ {m.lam:g}, from epoch {m.start_epoch})"
         millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-        print(
+        say(
             f"{self.run.path}: {s.data.path or s.data.dataset}, {s.model.name} ({millions:.2f} M parameters), "
             f"{'PGD-AT' if m.name == 'pgd_at' else mining}"
         )
-        print(
+        say(
             f"eps {s.attack.eps:g}, step {s.attack.step_size:g}, K {s.attack.steps}, {s.attack.norm}; {s.optim.epochs} "
             f"epochs of {len(self.loaders.train)} batches on {trainer.device}, {s.run.precision}, seed {s.run.seed}"
         )
         if resumed:
             epoch, batches = trainer.position
-            print(f"goes on in epoch {epoch} after {batches} batches")
-
-
-_FREE = {
-    "data": ("path", "root", "download", "workers"),  # data.json tells whether the images are the same
-    "optim": ("epochs",),
-    "run": ("device", "label", "checkpoint_minutes"),
-    "engine": ("channels_last", "compile", "cuda_graphs", "winograd", "keep_memory"),  # how, not what
-}
-
-
-def _fixed(settings: TrainSettings) -> dict[str, dict]:
-    """What a checkpoint belongs to. The method may differ: until start_epoch all methods train alike."""
-    sections = to_dict(settings)
-    return {
-        section: {k: v for k, v in values.items() if k not in _FREE.get(section, ())}
-        for section, values in sections.items()
-        if section != "method"
-    }
+            say(f"goes on in epoch {epoch} after {batches} batches")
 
 
 def _tensorboard(folder: Path, first_epoch: int):

@@ -8,45 +8,66 @@ from typing import Any
 from ..report.wording import attack_title
 
 
-def print_verdict(result: dict[str, Any], run: Path) -> None:
+def verdict(result: dict[str, Any], run: Path) -> str:
+    """The text of what evaluation/*.json holds, empty line first."""
     what = f"weights {result['weights']} (epoch {result['epoch']}), {result['part']} images, eps {result['eps']:g}"
-    print(f"\n{run}, {what}")
-    print("accuracy in %, 95 % bootstrap interval over images; std, nstd over classes\n")
-    print(f"{'attack':<14}{'accuracy':>22}{'worst class':>26}{'std':>8}{'nstd':>8}{'images':>8}")
-    for name, a in result["attacks"].items():
-        worst = _worst(a, result["classes"])
-        print(
-            f"{attack_title(name):<14}{_interval(a['accuracy']):>22}{worst + ' ' + _interval(a['worst_class']):>26}"
-            f"{_percent(a['std']['value']):>8}{_number(a['nstd']['value']):>8}{a['n']:>8}"
-        )
-    print("\nper class")
-    names = list(result["attacks"])
-    width = max(12, *(len(c) + 2 for c in result["classes"]))
-    print(" " * width + "".join(f"{attack_title(n):>14}" for n in names))
-    for i, c in enumerate(result["classes"]):
-        row = "".join(f"{_percent(result['attacks'][n]['per_class'][i]['value']):>14}" for n in names)
-        print(f"{c:<{width}}{row}")
+    lines = ["", f"{run}, {what}", "accuracy in %, 95 % bootstrap interval over images; std, nstd over classes", ""]
+    lines += [*_attacks(result), "", "per class", *_classes(result)]
     if "masking" in result:
-        masked = result["masking"]
-        print(f"\ngradient masking: {'SUSPICIOUS' if masked['suspicious'] else 'no sign of it'}")
-        for check in masked["checks"]:
-            print(f"  {'!!' if check['suspicious'] else 'ok'}  {check['title']}: {check['why']}")
+        lines += ["", *_masking(result["masking"])]
     if "confidence" in result:
         c = result["confidence"]
         shares = [s for s in c["overconfident"] if s is not None]
-        print(
-            f"\nover-confident adversarial examples (true class >= {c['threshold']:g}, training images): "
-            f"{100 * c['overconfident_all']:.1f} %, by class {100 * min(shares):.1f} to {100 * max(shares):.1f} %"
-        )
+        lines += [
+            "",
+            f"over-confident adversarial examples (true class >= {c['threshold']:g}, training images): "
+            f"{100 * c['overconfident_all']:.1f} %, by class {100 * min(shares):.1f} to {100 * max(shares):.1f} %",
+        ]
     if "easy" in result:
-        print(f"easy after M steps and still easy after K = {result['easy']['steps']} (training images):")
-        print(
-            "  "
-            + ", ".join(
-                f"M={m['m']}: {_percent(m['stay_share'])} of {_percent(m['easy_fraction'])}"
-                for m in result["easy"]["by_m"]
-            )
+        steps = result["easy"]["steps"]
+        lines.append(f"easy after M steps, and of these still easy after K = {steps} (training images):")
+        lines += [
+            f"  M={m['m']}: {_percent(m['easy_fraction'])} % of the images are easy, {_percent(m['stay_share'])} % of "
+            "these stay so"
+            for m in result["easy"]["by_m"]
+        ]
+    return "\n".join(lines)
+
+
+def _attacks(result: dict[str, Any]) -> list[str]:
+    worst = [f"class {_worst(a, result['classes'])}: {_interval(a['worst_class'])}" for a in result["attacks"].values()]
+    width = max(26, *(len(w) + 2 for w in worst))
+    lines = [f"{'attack':<14}{'accuracy':>22}{'worst class':>{width}}{'std':>8}{'nstd':>8}{'images':>8}"]
+    for (name, a), w in zip(result["attacks"].items(), worst, strict=True):
+        lines.append(
+            f"{attack_title(name):<14}{_interval(a['accuracy']):>22}{w:>{width}}"
+            f"{_percent(a['std']['value']):>8}{_number(a['nstd']['value']):>8}{a['n']:>8}"
         )
+    return lines
+
+
+def _classes(result: dict[str, Any]) -> list[str]:
+    names, classes = list(result["attacks"]), result["classes"]
+    width = max(12, *(len(c) + 2 for c in classes))
+    lines = [" " * width + "".join(f"{attack_title(n):>14}" for n in names)]
+    for i, c in enumerate(classes):
+        row = "".join(f"{_percent(result['attacks'][n]['per_class'][i]['value']):>14}" for n in names)
+        lines.append(f"{c:<{width}}{row}")
+    return lines
+
+
+def _masking(masked: dict[str, Any]) -> list[str]:
+    """A check without values was not run, and says nothing of the model."""
+    checks = masked["checks"]
+    run = sum(bool(check["values"]) for check in checks)
+    bad = sum(check["suspicious"] for check in checks)
+    found = f"SUSPICIOUS in {bad} of" if masked["suspicious"] else "no sign of it in"
+    missing = f", {len(checks) - run} not run" if run < len(checks) else ""
+    lines = [f"gradient masking: {found} {run} checks{missing}"]
+    for check in checks:
+        mark = "!!" if check["suspicious"] else "ok" if check["values"] else "not run"
+        lines.append(f"  {mark:<7}  {check['title']}: {check['why'].removeprefix('not run: ')}")
+    return lines
 
 
 def _worst(attack: dict[str, Any], classes: list[str]) -> str:

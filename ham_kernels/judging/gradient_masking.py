@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -16,6 +17,7 @@ from ..active import PGD
 from ..ops import random_start
 from .attacks import batches, logits_at, resolve_device, walk
 from .flags import correct_rows
+from .judgement import Progress
 
 STEPS = 20  # of the attack that everything else is held against
 STEP_COUNTS = (1, 2, 5, 10, 20, 50)
@@ -31,7 +33,7 @@ RISE = 0.01  # share of the loss that may be lost between two step counts: PGD h
 def masking(
     model: nn.Module, loader: Iterable, *, eps: float, step_size: float, norm: str = "linf",
     device: torch.device | str | None = None, precision: str = "fp32", seed: int = 0, other: nn.Module | None = None,
-    images: int = 512,
+    images: int = 512, progress: Progress | None = None,
 ) -> dict:  # fmt: skip
     """Five checks that a model with honest gradients passes, each on the same images and with paired errors.
 
@@ -45,6 +47,7 @@ def masking(
         loader: any iterable of (x in [0, 1], y); its first images are used, so they should hold all classes.
         other: a model trained apart from this one, for the transfer check, which is not run without it.
         images: how many images to use at most. Costs about 350 forwards and backwards of each.
+        progress: called as progress("masking", checks done, checks in all), first with 0.
     Returns: JSON-ready {"suspicious", "n", "checks": [{"name", "title", "values", "suspicious", "why"}, ...]}.
     Raises: TypeError, ValueError naming the argument. Both models are left as they were.
     """
@@ -58,10 +61,17 @@ def masking(
     bench = _Bench(model, _first(loader, images, device), precision, seed)
     with engine.attack_mode(model):
         plain = bench.after(pgd)
-        checks = [
-            _steps(bench, pgd), _budget(bench, pgd), _scale(bench, pgd, plain), _transfer(bench, pgd, plain, other),
-            _noise(bench, pgd, plain),
-        ]  # fmt: skip
+        todo = (
+            partial(_steps, bench, pgd), partial(_budget, bench, pgd), partial(_scale, bench, pgd, plain),
+            partial(_transfer, bench, pgd, plain, other), partial(_noise, bench, pgd, plain),
+        )  # fmt: skip
+        checks = []
+        for check in todo:
+            if progress is not None:
+                progress("masking", len(checks), len(todo))
+            checks.append(check())
+        if progress is not None:
+            progress("masking", len(checks), len(todo))
     return {"suspicious": any(check["suspicious"] for check in checks), "n": len(plain), "checks": checks}
 
 
@@ -100,16 +110,17 @@ def _budget(bench: _Bench, pgd: PGD) -> dict:
     factors = [1.0]
     while pgd.eps * factors[-1] < whole:
         factors.append(factors[-1] * 2)
+    budgets = [min(pgd.eps * factor, max(whole, pgd.eps)) for factor in factors]  # beyond `whole` all are the same
     accuracy = []
-    for factor in factors:
-        wide = replace(pgd, eps=pgd.eps * factor, step_size=pgd.step_size * factor, random_start=False)
+    for eps, factor in zip(budgets, factors, strict=True):
+        wide = replace(pgd, eps=eps, step_size=pgd.step_size * factor, random_start=False)
         accuracy.append(_mean(bench.after(wide)))
     chance = 1.0 / bench.classes
     noise = ERRORS * math.sqrt(chance * (1 - chance) / bench.n)
     faults = []
     if accuracy[-1] > chance + noise + POINTS:
         faults.append(f"with pixels free to move anywhere PGD still leaves {accuracy[-1]:.1%} correct")
-    values = {"eps": [pgd.eps * f for f in factors], "accuracy": accuracy, "chance": chance}
+    values = {"eps": budgets, "accuracy": accuracy, "chance": chance}
     return _result("budget", "A budget that covers all images fools the model", values, faults)
 
 

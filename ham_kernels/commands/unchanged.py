@@ -1,0 +1,63 @@
+"""What a run may not change on its way: the settings that a checkpoint belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from ..config_file import to_dict
+from ..settings import MethodSettings, TrainSettings
+
+_FREE = {
+    "data": ("path", "root", "download", "workers"),  # data.json tells whether the images are the same
+    "optim": ("epochs",),
+    "run": ("device", "label", "checkpoint_minutes"),
+    "engine": ("channels_last", "compile", "cuda_graphs", "winograd", "keep_memory"),  # how, not what
+}
+
+
+def noted(settings: TrainSettings) -> dict[str, Any]:
+    """What a checkpoint keeps of its run's settings."""
+    return {"settings": _fixed(settings), "method": to_dict(settings)["method"]}
+
+
+def check_unchanged(state: dict[str, Any], settings: TrainSettings) -> None:
+    """Raises: ValueError naming a setting that differs from those of the checkpoint's run.
+
+    The method may differ until start_epoch: before it all methods train alike, and share their warm-ups.
+    """
+    for section, values in _fixed(settings).items():
+        for name, value in values.items():
+            _same(f"{section}.{name}", state["settings"].get(section, {}).get(name), value)
+    if "method" not in state:  # of an earlier version
+        return
+    then, now = asdict(MethodSettings()) | state["method"], to_dict(settings)["method"]
+    running = state["trainer"]["running"]
+    begun = state["trainer"]["epoch"] + (running is not None and running["batches"] > 0)
+    if _decides(then, begun, settings) != _decides(now, begun, settings):
+        for name, value in now.items():
+            _same(f"method.{name}", then[name], value)
+
+
+def _same(name: str, then: Any, now: Any) -> None:
+    if then != now:
+        raise ValueError(
+            f"{name}: the checkpoint is of a run with {then}, config.toml says {now}; such a change needs a new run"
+        )
+
+
+def _fixed(settings: TrainSettings) -> dict[str, dict]:
+    return {
+        section: {k: v for k, v in values.items() if k not in _FREE.get(section, ())}
+        for section, values in to_dict(settings).items()
+        if section != "method"
+    }
+
+
+def _decides(method: dict[str, Any], epoch: int, settings: TrainSettings) -> dict[str, Any]:
+    """What of the method an epoch's training, and that of those before it, hangs on."""
+    if epoch < method["start_epoch"]:
+        return {"name": settings.warm_up.name}
+    if method["name"] == "pgd_at" == settings.warm_up.name:
+        return {"name": "pgd_at"}
+    return method

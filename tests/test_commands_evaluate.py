@@ -1,0 +1,231 @@
+"""`ham evaluate`: what it writes, adds to, refuses, and shows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from runs_helper import TINY
+
+from ham_kernels import cli
+from ham_kernels.commands import evaluate as evaluate_command
+from ham_kernels.commands import flags
+from ham_kernels.commands import train as train_command
+from ham_kernels.commands.evaluate import evaluate_run
+from ham_kernels.commands.verdict import verdict
+from ham_kernels.runs import RunFolder
+from ham_kernels.settings import EvaluateSettings
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
+QUICK = EvaluateSettings(attacks=("clean", "pgd3"), masking_images=32, analysis_images=64)
+CLEAN = EvaluateSettings(attacks=("clean",), masking=False, analyses=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, one_thread):
+    out = tmp_path_factory.mktemp("commands") / "run"
+    train_command.train(flags.parse_train(list(TINY)).settings, out, quiet=True)
+    return out
+
+
+# ---------------------------------------------------------------- what it writes
+def test_evaluation_is_written_and_added_to(run, capsys):
+    (path,) = evaluate_run(run, QUICK)
+    assert path == run / "evaluation/ema.json"
+    shown = capsys.readouterr().out
+    assert "weights ema (epoch 4), test images" in shown
+    assert "gradient masking" in shown
+    first = json.loads(path.read_text())
+    assert set(first["attacks"]) == {"clean", "pgd3"}
+    assert first["attacks"]["clean"]["n"] == 60
+    assert first["attacks"]["clean"]["on"]["torch"] == torch.__version__
+    assert {"masking", "confidence", "easy"} <= set(first)
+    assert first["easy"]["part"] == "train"
+    assert [m["m"] for m in first["easy"]["by_m"]] == [1, 2]
+    evaluate_run(run, EvaluateSettings(attacks=("fgsm",), masking=False, analyses=False), quiet=True)
+    second = json.loads(path.read_text())
+    assert set(second["attacks"]) == {"clean", "pgd3", "fgsm"}
+    assert second["attacks"]["pgd3"] == first["attacks"]["pgd3"]
+    assert second["masking"] == first["masking"]
+    # Fewer images, or another budget or part, take nothing away.
+    evaluate_run(run, EvaluateSettings(attacks=("pgd3",), images=20, masking=False, analyses=False), quiet=True)
+    assert json.loads(path.read_text())["attacks"] == second["attacks"]
+    (other,) = evaluate_run(
+        run, EvaluateSettings(attacks=("clean",), eps=0.1, masking=False, analyses=False), quiet=True
+    )
+    assert other.name == "ema.test-eps0.1-step0.05-fp32-seed0.json"
+    (restarted,) = evaluate_run(
+        run, EvaluateSettings(attacks=("pgd3",), restarts=2, masking=False, analyses=False), quiet=True
+    )
+    third = json.loads(restarted.read_text())["attacks"]
+    assert set(third) == {"clean", "pgd3", "fgsm", "pgd3-r2"}
+    assert third["pgd3-r2"]["accuracy"]["value"] <= third["pgd3"]["accuracy"]["value"]
+
+
+def test_evaluation_refuses_other_images(run, tmp_path):
+    """Images that were split anew could put into the test part what the run was trained on."""
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run/config.toml"
+    config.write_text(config.read_text().replace("val_images = 40", "val_images = 41"))
+    with pytest.raises(ValueError, match=r"data: .* was trained on other images: counts was"):
+        evaluate_run(tmp_path / "run", QUICK, quiet=True)
+    with pytest.raises(ValueError, match=r"data: .* was trained on other images"):
+        train_command.resume(tmp_path / "run", quiet=True)
+
+
+def test_two_evaluations_do_not_share_a_file(run, monkeypatch):
+    monkeypatch.setattr(RunFolder.alone.__wrapped__, "__defaults__", (".lock", 0.2))
+    with RunFolder(run).alone("evaluation/.lock"), pytest.raises(BlockingIOError, match="another process works on"):
+        evaluate_run(run, QUICK, quiet=True)
+
+
+def test_loading_a_model_leaves_the_generators_alone(run):
+    import ham_kernels as ham_package
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model = ham_package.load_model(run, "ema", "cpu")
+    assert torch.equal(torch.rand(3), expected)
+    assert not model.training
+
+
+def test_evaluation_agrees_with_the_python_function(run):
+    import ham_kernels as ham_package
+    from ham_kernels import data
+    from ham_kernels.commands.assemble import images_of
+
+    evaluate_run(run, EvaluateSettings(("best",), ("pgd3",), masking=False, analyses=False), quiet=True)
+    found = json.loads((run / "evaluation/best.json").read_text())["attacks"]["pgd3"]
+    settings = RunFolder.open(run).settings()
+    images = images_of(settings)
+    model = ham_package.load_model(run, "best", "cpu")
+    loader = data.part_loader(images, "test")
+    judged = ham_package.evaluate(
+        model, loader, ("pgd3",), eps=settings.attack.eps, step_size=settings.attack.step_size
+    )["pgd3"]
+    assert found["accuracy"]["value"] == pytest.approx(judged.accuracy)
+    assert [c["value"] for c in found["per_class"]] == pytest.approx(list(judged.per_class))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (EvaluateSettings(weights=("final",)), "weights: got 'final'; allowed are last, ema, best, best_ema"),
+        (EvaluateSettings(attacks=("pgd0",)), "attacks: got 'pgd0'"),
+        (EvaluateSettings(attacks=("clean", "nonsense")), "attacks: got 'nonsense'"),
+        (EvaluateSettings(images=0), "images: got 0"),
+        (EvaluateSettings(eps=-1.0), "eps: got -1"),
+        (EvaluateSettings(eps=0.0), "eps: got 0 for it or step_size"),
+        (EvaluateSettings(part="tset"), "part: got 'tset'"),
+    ],
+)
+def test_bad_evaluations_are_refused_before_any_work(settings, message, run):
+    before = sorted(p for p in (run / "evaluation").rglob("*")) if (run / "evaluation").exists() else []
+    with pytest.raises(ValueError, match=message):
+        evaluate_run(run, settings, quiet=True)
+    after = sorted(p for p in (run / "evaluation").rglob("*")) if (run / "evaluation").exists() else []
+    assert before == after
+
+
+def test_transfer_from_another_run(run, tmp_path):
+    train_command.train(flags.parse_train([*TINY, "--seed", "1"]).settings, tmp_path / "other", quiet=True)
+    quick = EvaluateSettings(("last",), ("clean",), masking_images=32, transfer_from=tmp_path / "other", analyses=False)
+    (path,) = evaluate_run(run, quick, quiet=True)
+    checks = {c["name"]: c for c in json.loads(path.read_text())["masking"]["checks"]}
+    assert 0 <= checks["transfer"]["values"]["transfer"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("other", "message"), [("SELF", "is the run itself"), ("NOWHERE", "is no run folder"), ("NEW", "has not begun")]
+)
+def test_examples_come_from_another_run(other, message, run, tmp_path, capsys):
+    RunFolder.create(tmp_path / "new", flags.parse_train(list(TINY)).settings)
+    path = {"SELF": run.parent / "." / run.name, "NOWHERE": tmp_path, "NEW": tmp_path / "new"}[other]
+    assert cli.main(["evaluate", str(run), "--transfer-from", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"ham evaluate: transfer_from: {path}")
+    assert message in err
+
+
+# ---------------------------------------------------------------- weights come and go
+def damage(path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint .* was altered")
+def test_a_damaged_checkpoint_takes_no_evaluation_along(run, tmp_path):
+    """What was found of later weights stays, whichever of several weights is affected, and both files are named."""
+    shutil.copytree(run, tmp_path / "run")
+    weights = EvaluateSettings(("best", "ema"), ("clean", "pgd3"), masking=False, analyses=False)
+    paths = evaluate_run(tmp_path / "run", weights, quiet=True)
+    newest = RunFolder(tmp_path / "run").checkpoints.newest_first()[0]
+    damage(newest)
+    before = [p.read_bytes() for p in paths]
+    for name in (newest.name, newest.with_suffix(".damaged").name):  # a resume that was stopped has set it aside
+        message = rf"weights: .*ema.json judges those of epoch 4; {name} is damaged, and step_\d+.pt .* epoch 3\. "
+        with pytest.raises(ValueError, match=message):
+            evaluate_run(tmp_path / "run", weights, quiet=True)
+        assert before == [p.read_bytes() for p in paths]
+        if newest.exists():
+            newest.rename(newest.with_suffix(".damaged"))
+    paths[1].rename(tmp_path / "ema.json")
+    (path,) = evaluate_run(tmp_path / "run", CLEAN, quiet=True)
+    assert json.loads(path.read_text())["epoch"] == 3
+
+
+def test_results_of_earlier_weights_are_kept_beside_the_new(tmp_path, capsys, one_thread):
+    RunFolder.create(tmp_path / "run", flags.parse_train(list(TINY)).settings)
+    train_command.resume(tmp_path / "run", until_epoch=1, quiet=True)
+    (path,) = evaluate_run(tmp_path / "run", CLEAN, quiet=True)
+    before = path.read_bytes()
+    train_command.resume(tmp_path / "run", until_epoch=2, quiet=True)
+    evaluate_run(tmp_path / "run", CLEAN, quiet=True)
+    (kept,) = path.parent.glob("ema.json.epoch1-*")
+    assert kept.read_bytes() == before
+    assert str(kept) in capsys.readouterr().err
+    assert json.loads(path.read_text())["epoch"] == 2
+
+
+# ---------------------------------------------------------------- what it shows
+def test_a_check_that_was_not_run_has_not_passed(run):
+    (path,) = evaluate_run(run, QUICK, quiet=True)
+    result = json.loads(path.read_text())
+    shown = verdict(result, run)
+    assert "in 4 checks, 1 not run" in shown
+    assert "  not run  Examples made on another model are no stronger than its own: no other model" in shown
+    result["masking"] = {"suspicious": True, "checks": [
+        {"name": "a", "title": "A", "values": {"x": 1}, "suspicious": True, "why": "bad"},
+        {"name": "b", "title": "B", "values": {"x": 1}, "suspicious": False, "why": "as it should be"},
+    ]}  # fmt: skip
+    shown = verdict(result, run)
+    assert "gradient masking: SUSPICIOUS in 1 of 2 checks\n  !!       A: bad\n  ok       B: as it" in shown
+
+
+def test_numbers_say_what_they_are_of(run):
+    (path,) = evaluate_run(run, QUICK, quiet=True)
+    result = json.loads(path.read_text())
+    result["easy"]["by_m"][0] |= {"easy_fraction": 0.992, "stay_share": 0.726}
+    shown = verdict(result, run).splitlines()
+    assert "easy after M steps, and of these still easy after K = 3 (training images):" in shown
+    assert "  M=1: 99.2 % of the images are easy, 72.6 % of these stay so" in shown
+    values = [c["value"] for c in result["attacks"]["pgd3"]["per_class"]]
+    assert f" class {values.index(min(values))}: {100 * min(values):.1f} [" in next(
+        line for line in shown if line.startswith("PGD-3")
+    )
+
+
+def test_a_bar_ends_before_the_next_line(run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    monkeypatch.setattr(evaluate_command, "on_terminal", lambda: True)
+    evaluate_run(tmp_path / "run", QUICK)
+    err = capsys.readouterr().err
+    lines = err.splitlines(keepends=False)
+    for word in ("confidence ...", "easy ..."):
+        assert f"\n{word}\n" in err
+    assert any(line.startswith("masking: 100%") and "5/5" in line for line in lines)
+    assert err.count("\n") == 2 + 1 + 2  # attacks, masking, analyses

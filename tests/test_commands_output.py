@@ -1,0 +1,73 @@
+"""Output that nobody reads, or that a terminal cannot show, ends no work."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import environment
+from runs_helper import ROOT, TINY
+
+from ham_kernels.commands import progress
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
+
+
+def ham(*arguments: str, cwd, **more: str) -> subprocess.Popen:
+    """With its two streams apart."""
+    env = environment(ROOT, ROOT / "python", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **more)
+    return subprocess.Popen(
+        [sys.executable, "-m", "ham_kernels", *arguments], cwd=cwd, env=env, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_a_closed_pipe_does_not_end_a_training(tmp_path):
+    """As `ham train | head -1`."""
+    process = ham("train", *TINY, "--out", "run", cwd=tmp_path)
+    assert process.stdout.readline().startswith(b"run: digits, small_cnn")
+    process.stdout.close()
+    err = process.stderr.read()
+    assert (process.wait(240), err) == (0, b"")
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "finished"
+
+
+def test_a_closed_pipe_does_not_end_a_judgement(tmp_path):
+    assert ham("train", *TINY, "--out", "run", "--quiet", cwd=tmp_path).wait(240) == 0
+    weights = ("--weights", "ema", "last", "--attacks", "clean", "--no-masking", "--no-analyses")
+    process = ham("evaluate", "run", *weights, cwd=tmp_path)
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(240) == 0
+    assert (tmp_path / "run/evaluation/last.json").exists()
+
+
+def test_a_terminal_without_lambda_shows_the_rest(tmp_path):
+    process = ham("train", *TINY, "--out", "run", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert b"HAM (M 1, ? 1, from epoch 3)" in out
+
+
+def test_only_a_missing_reader_is_passed_over(monkeypatch, capsys):
+    class Broken:
+        def __init__(self, number: int):
+            self.number = number
+
+        def write(self, text):
+            raise OSError(self.number, os.strerror(self.number))
+
+        def flush(self):
+            pass
+
+        def fileno(self):
+            raise OSError("has none")
+
+    for number in (errno.EPIPE, errno.EIO):
+        progress.say("x", Broken(number))
+    with pytest.raises(OSError, match="No space left"):
+        progress.say("x", Broken(errno.ENOSPC))

@@ -1,0 +1,179 @@
+"""`ham sweep`: the paper's experiments, what goes on after a stop, and what is told before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+from runs_helper import TINY, assert_same_weights, finish, ham, wait_for
+
+from ham_kernels import cli
+from ham_kernels.commands import flags
+from ham_kernels.commands import sweep as sweep_command
+from ham_kernels.commands import train as train_command
+from ham_kernels.commands.experiments import cells
+from ham_kernels.presets import preset
+from ham_kernels.runs import RunFolder
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, one_thread):
+    out = tmp_path_factory.mktemp("commands") / "run"
+    train_command.train(flags.parse_train(list(TINY)).settings, out, quiet=True)
+    return out
+
+
+def test_experiments_are_the_papers():
+    base = preset("cifar10")
+    paper = cells("paper", base, (0, 1))
+    names = [c.name for c in paper]
+    assert len(names) == len(set(names)) == 2 * 21
+    assert names[:2] == ["pgd_at-seed0", "ham-M3-lam1-seed0"]
+    assert {(c.settings.method.screen_steps, c.settings.method.lam) for c in paper[1:21]} == {
+        (m, lam) for m in (1, 2, 3, 4, 5) for lam in (0.5, 1.0, 1.5, 2.0)
+    }
+    ablations = {c.name.removesuffix("-seed0"): c.settings for c in cells("ablations", base, (0,))}
+    stem = "ham-M3-lam1"
+    assert not ablations[f"{stem}-drop_only"].method.reweight
+    assert not ablations[f"{stem}-reweight_only"].method.early_drop
+    assert ablations[f"{stem}-random_rows"].method.rows == "random"
+    assert ablations[f"{stem}-frozen_bn"].method.freeze_bn
+    assert ablations[f"{stem}-bn_of_all_rows"].method.bn_rows == "all"
+    assert ablations[stem] == cells("ham", base, (0,))[0].settings
+    for cell in paper:
+        cell.settings.check()
+    with pytest.raises(ValueError, match=r"seeds: got \(1, 1\)"):
+        cells("ham", base, (1, 1))
+
+
+def test_sweep_goes_on_and_survives_a_failed_run(tmp_path, run):
+    """Stopped after its first run, with another one broken by hand: the rest is done, the broken one is named."""
+    command = ("sweep", "ham", *TINY, "--seeds", "0", "1", "--attacks", "clean", "pgd2", "--out", "sweep")
+    first, broken = (tmp_path / f"sweep/ham-M1-lam1-seed{seed}" for seed in (0, 1))
+    process = ham(*command, cwd=tmp_path, start_new_session=True)
+    wait_for((first / "checkpoints").exists, process)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C on a terminal
+    code, out = finish(process)
+    assert code == 130, out
+    assert "the same command goes on" in out
+    assert not RunFolder(first).busy()  # its process has ended before the sweep's
+    assert not broken.exists()
+    base = flags.parse_sweep(list(command[1:])).settings
+    RunFolder.create(broken, cells("ham", base, (1,))[0].settings)
+    (broken / "checkpoints").mkdir()
+    (broken / "checkpoints/step_0000000001.pt").write_bytes(b"not a checkpoint")
+    code, out = finish(ham(*command, cwd=tmp_path))
+    assert code == 1, out
+    assert "ham-M1-lam1-seed1: FAILED: `ham train` ended with 2" in out
+    assert "step_0000000001.pt" in out
+    outcome = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert outcome["runs"] == {first.name: "finished", broken.name: "failed"}
+    assert (tmp_path / "sweep/report/index.html").exists()
+    # Behind a shared warm-up a run ends as one trained by itself does, and its time holds the warm-up's.
+    assert_same_weights(first, run)
+    folders = tmp_path / "sweep/warm-ups/seed0", first
+    warm, own = ((path / "metrics.jsonl").read_text().splitlines() for path in folders)
+    assert len(warm) == 2
+    assert own[:2] == warm
+
+
+def test_a_sweep_does_not_mix_settings(tmp_path, run):
+    """Neither in its runs nor in the warm-up that they share, also when the run itself is gone."""
+    command = flags.parse_sweep(["ham", *TINY, "--attacks", "clean", "--out", str(tmp_path / "sweep")])
+    assert sweep_command.sweep(command) == 0
+    other = flags.parse_sweep(["ham", *TINY, "--lr", "0.01", "--attacks", "clean", "--out", str(tmp_path / "sweep")])
+    with pytest.raises(ValueError, match=r"out: .*ham-M1-lam1-seed0 was begun with other settings"):
+        sweep_command.sweep(other)
+    shutil.rmtree(tmp_path / "sweep/ham-M1-lam1-seed0")
+    with pytest.raises(ValueError, match=r"out: .*warm-ups/seed0 was begun with other settings"):
+        sweep_command.sweep(other)
+    further = flags.parse_sweep(
+        ["ham", *TINY, "--lam", "2", "--attacks", "clean", "--out", str(tmp_path / "sweep")]
+    )  # another method shares the warm-up
+    assert sweep_command.sweep(further) == 0
+    assert sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()) == [
+        "ham-M1-lam2-seed0", "report", "warm-ups",
+    ]  # fmt: skip
+
+
+def test_a_run_whose_warm_up_failed_is_tried_again(tmp_path, capsys):
+    command = flags.parse_sweep(["ham", *TINY, "--attacks", "clean", "--out", str(tmp_path / "sweep")])
+    warm_up = tmp_path / "sweep/warm-ups/seed0"
+    RunFolder.create(warm_up, sweep_command._warm_up_settings(command.settings))
+    (warm_up / "checkpoints").mkdir()
+    (warm_up / "checkpoints/step_0000000001.pt").write_bytes(b"not a checkpoint")
+    assert sweep_command.sweep(command) == 1
+    assert "none of step_0000000001.pt" in capsys.readouterr().out
+    outcome = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert outcome["runs"] == {"ham-M1-lam1-seed0": "failed"}  # the only trace of a run without a folder
+    assert [f["run"] for f in outcome["failed"]] == ["ham-M1-lam1-seed0"]
+    shutil.rmtree(warm_up)
+    assert sweep_command.sweep(command) == 0
+    outcome = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert outcome == {"experiment": "ham", "runs": {"ham-M1-lam1-seed0": "finished"}, "failed": []}
+
+
+# ---------------------------------------------------------------- before anything is trained
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--attacks", "clean", "bogus"), "attacks: got 'bogus'"),
+        (("--model", "resnet_18"), "model: got 'resnet_18'"),
+        (("--device", "cuda:99"), "device: got 'cuda:99'"),
+        (("--path", "nowhere"), "path: nowhere does not exist"),
+        (("--dataset", "cifar10", "--root", "nowhere", "--no-download"), "root: "),
+        (("--val-images", "5000"), "val_images: got 5000"),
+    ],
+)
+def test_what_would_fail_in_every_run_is_told_once(more, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["sweep", "ablations", *TINY, *more, "--out", "sweep"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"ham sweep: {message}")
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_autoattack_needs_its_library_before_the_training(tmp_path, capsys, monkeypatch):
+    from ham_kernels.judging import autoattack
+
+    def missing():
+        raise ImportError('attacks: "autoattack" needs torchattacks')
+
+    monkeypatch.setattr(autoattack, "library", missing)
+    assert cli.main(["sweep", "ham", *TINY, "--attacks", "autoattack", "--out", str(tmp_path / "sweep")]) == 2
+    assert "needs torchattacks" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+# ---------------------------------------------------------------- what a failure leaves
+def test_a_failed_judgement_leaves_the_training_finished(run, tmp_path, capsys):
+    command = flags.parse_sweep(["ham", *TINY, "--attacks", "clean", "--out", str(tmp_path / "sweep")])
+    (cell,) = cells("ham", command.settings, (0,))
+    shutil.copytree(run, tmp_path / "sweep" / cell.name)
+    for path in (tmp_path / "sweep" / cell.name / "checkpoints").glob("step_*"):
+        path.write_bytes(b"not a checkpoint")
+    assert sweep_command.sweep(command) == 1
+    assert "`ham evaluate` ended with 2" in capsys.readouterr().out
+    assert RunFolder(tmp_path / "sweep" / cell.name).status()["state"] == "finished"
+
+
+def test_the_runs_of_earlier_experiments_stay_on_record(tmp_path):
+    sweep_command._note(tmp_path, "baseline", "a", "")
+    sweep_command._note(tmp_path, "baseline", "b", "FAILED: no memory")
+    sweep_command._note(tmp_path, "baseline", "c", "FAILED: no memory")
+    sweep_command._note(tmp_path, "ham", "d", "")
+    sweep_command._note(tmp_path, "ham", "b", "")
+    assert json.loads((tmp_path / "sweep.json").read_text()) == {
+        "experiment": "ham", "runs": {"a": "finished", "b": "finished", "c": "failed", "d": "finished"},
+        "failed": [{"run": "c", "problem": "FAILED: no memory"}],
+    }  # fmt: skip
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"out: .*sweep.json cannot be read"):
+        sweep_command.sweep(flags.parse_sweep(["ham", *TINY, "--out", str(tmp_path)]))
+    assert [p.name for p in tmp_path.iterdir()] == ["sweep.json"]
