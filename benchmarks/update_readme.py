@@ -77,6 +77,18 @@ def cheaper() -> str:
     )
 
 
+def cifar_small() -> str:
+    return report(
+        "sweep_cifar_small",
+        "The same on CIFAR-10 images, as far as two cores go: a small CNN, 10,000 training and 2,000 test images (of a "
+        "slightly lossy JPEG copy), 20 epochs. `ham sweep baseline --seeds {seeds} --dataset "
+        "cifar10 --path cifar10-jpeg.tar.xz --model small_cnn --train-images 10000 --test-images 2000 --val-images 500 "
+        "--epochs 20 --precision bf16 --channels-last on --compile on --winograd on --attacks clean pgd20 cw20 --out "
+        "runs/cifar-small`, then `ham sweep ham` with the same flags; {machines}. The other core had other work, so "
+        "that times are rough.",
+    )
+
+
 def numerics() -> str:
     return report(
         "sweep_numerics",
@@ -124,6 +136,7 @@ def costs() -> str:
 
 SECTIONS = {
     "bench_pgd": bench_pgd,
+    "cifar_small": cifar_small,
     "sweep": sweep,
     "costs": costs,
     "training": training,

@@ -64,6 +64,13 @@ def test_titles_of_a_sweep_name_what_differs(tmp_path):
     assert found == ["PGD-AT", "HAM, M=2, λ=0.5", "HAM, M=2, λ=1", "HAM, M=3, λ=0.5"]
 
 
+def test_engine_options_are_named_where_they_differ(tmp_path):
+    fast = {"engine.compile": "on", "engine.winograd": "require"}
+    assert titles(tmp_path / "a", ("pgd_at", fast), ("ham", fast)) == ["PGD-AT", "HAM"]
+    slower = {"engine.compile": "on"}
+    assert titles(tmp_path / "b", ("pgd_at", slower), ("ham", fast)) == ["PGD-AT", "HAM, Winograd"]
+
+
 def test_settings_without_effect_do_not_divide(tmp_path):
     assert titles(tmp_path / "a", ("pgd_at", {}), ("pgd_at", {"method.lam": 2.0, "method.start_epoch": 3})) == [
         "PGD-AT"

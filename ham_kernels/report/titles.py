@@ -58,9 +58,10 @@ def _title(group: Group, groups: list[Group]) -> str:
         return group.runs[0].name
     words = [_first_word(group)]
     for key, names in _SWITCHES.items():
-        value = group.settings.get(key)
-        if isinstance(value, (bool, str)) and value in names:
-            words.append(names[value])
+        word = _switch(group, key, names)
+        told = not key.startswith("engine.") or len({_switch(g, key, names) for g in groups}) > 1
+        if word is not None and told:  # what an option does to all alike sets nobody apart
+            words.append(word)
     family = [g for g in groups if g.method == group.method]
     for key in sorted({k for g in groups for k in g.settings} - {"method.name", *_SWITCHES}, key=_rank):
         peers = [g for g in (family if key.startswith("method.") else groups) if g.settings]
@@ -75,6 +76,11 @@ def _title(group: Group, groups: list[Group]) -> str:
             continue
         words.append(_setting_text(key, group.settings.get(key)))
     return ", ".join(words)
+
+
+def _switch(group: Group, key: str, names: dict) -> str | None:
+    value = group.settings.get(key)
+    return names.get(value) if isinstance(value, (bool, str)) else None
 
 
 def canonical(value: Any) -> str:
