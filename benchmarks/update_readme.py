@@ -18,6 +18,10 @@ from _results import cells, markdown, verdict_lines
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = {
+    "worst_class_time.png": "Worst-class accuracy against training time",
+    "class_accuracy.png": "Robust accuracy of each class",
+}
 
 
 def bench_pgd() -> str:
@@ -54,9 +58,8 @@ def report(name: str, said: str) -> str:
         + (f" Did not finish: {', '.join(failed)}." if failed else " All runs finished."),
         (folder / "table.md").read_text().strip(),
     ]
-    figure = folder / "worst_class_time.png"
-    if figure.exists():
-        parts.insert(1, f"![Worst-class accuracy against training time]({figure.relative_to(ROOT)})")
+    kept = [(name, words) for name, words in FIGURES.items() if (folder / name).exists()]
+    parts[1:1] = [f"![{words}]({(folder / name).relative_to(ROOT)})" for name, words in kept]
     return "\n\n".join(parts)
 
 
@@ -78,7 +81,19 @@ def cheaper() -> str:
 
 
 def cifar_small() -> str:
-    return report(
+    (section,) = json.loads((RESULTS / "sweep_cifar_small" / "data.json").read_text())["sections"]
+    words = {True: "**holds here**", False: "**does not hold here**", None: "not judged"}
+    lines = [f"- {c['claim']}: {c['measured']}: {words[c['holds']]}" for c in section["claims"]]
+    stay = {
+        group["title"]: entry["stay_share"]["mean"]
+        for group in section["groups"]
+        for entry in group["easy"]["by_m"]
+        if entry["m"] == 3
+    }
+    shares = ", ".join(f"{100 * share:.0f} % ({title})" for title, share in stay.items())
+    lines.append(f"- of the examples that are easy at M=3, so many resist all {section['groups'][0]['easy']['steps']} "
+                 f"steps (paper: 75 %): {shares}")  # fmt: skip
+    table = report(
         "sweep_cifar_small",
         "The same on CIFAR-10 images, as far as two cores go: a small CNN, 10,000 training and 2,000 test images (of a "
         "slightly lossy JPEG copy), 20 epochs. `ham sweep baseline --seeds {seeds} --dataset "
@@ -87,6 +102,7 @@ def cifar_small() -> str:
         "runs/cifar-small`, then `ham sweep ham` with the same flags; {machines}. The other core had other work, so "
         "that times are rough.",
     )
+    return "\n\n".join([table, "\n".join(lines)])
 
 
 def numerics() -> str:
