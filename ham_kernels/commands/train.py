@@ -227,9 +227,10 @@ class _Job:
         s, trainer = self.settings, self.trainer
         m = s.method
         mining = f"HAM (M {m.screen_steps}, λ {m.lam:g}, from epoch {m.start_epoch})"
+        images = f"{s.data.path} (preset: {s.data.dataset})" if s.data.path else s.data.dataset
         millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
         say(
-            f"{self.run.path}: {s.data.path or s.data.dataset}, {s.model.name} ({millions:.2f} M parameters), "
+            f"{self.run.path}: {images}, {s.model.name} ({millions:.2f} M parameters), "
             f"{'PGD-AT' if m.name == 'pgd_at' else mining}"
         )
         say(
