@@ -99,8 +99,9 @@ def cifar_small() -> str:
         "slightly lossy JPEG copy), 20 epochs. `ham sweep baseline --seeds {seeds} --dataset "
         "cifar10 --path cifar10-jpeg.tar.xz --model small_cnn --train-images 10000 --test-images 2000 --val-images 500 "
         "--epochs 20 --precision bf16 --channels-last on --compile on --winograd on --attacks clean pgd20 cw20 --out "
-        "runs/cifar-small`, then `ham sweep ham` with the same flags; {machines}. The other core had other work, so "
-        "that times are rough.",
+        "runs/cifar-small`, then `ham sweep ham` with the same flags, `ham evaluate RUN --attacks autoattack --images "
+        "100 --no-masking --no-analyses` of each run, and `ham report runs/cifar-small`; {machines}. The other core "
+        "had other work, so that times are rough.",
     )
     return "\n\n".join([table, "\n".join(lines)])
 
