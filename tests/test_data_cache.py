@@ -61,9 +61,9 @@ def test_second_load_decodes_nothing(source, decoded):
 
 
 def test_a_validation_part_is_kept_too(tmp_path):
-    folder = write_folder(tmp_path / "set", [*SPLIT, "val/cat/0.png"])
+    folder = write_folder(tmp_path / "set", [*SPLIT, "val/cat/0.png", "val/dog/0.png"])
     first = load(folder)
-    assert first.counts["val"] == 1
+    assert first.counts["val"] == 2
     assert_equal(load(folder), first)
 
 

@@ -53,7 +53,21 @@ def class_folders(
     if size is not None:
         _check.integer("size", size, 1)
     _check.flag("cache", cache)
-    folder = Path(root) / "cache" if cache else None
+    images = _read(path, Path(root) / "cache" if cache else None, size)
+    for part in images.counts:
+        there = set(getattr(images, f"y_{part}").tolist())
+        missing = [repr(name) for i, name in enumerate(images.classes) if i not in there]
+        if missing:
+            warnings.warn(
+                f"path: {path} has no image of class {', '.join(missing)} in its {part} part; what is said of classes "
+                "leaves it out",
+                stacklevel=2,
+            )
+    return images
+
+
+def _read(path: Path, folder: Path | None, size: int | None) -> ImageSet | FileSet:
+    """`folder` keeps decoded images."""
     if not path.is_dir():
         stat = path.stat()
         if size is not None and size > IN_MEMORY:
@@ -182,14 +196,6 @@ def _arranged(path: Path, names: list[str]) -> Arranged:
         strange = sorted(set(labels.tolist()) - set(parts["train"][1].tolist()))
         if strange:
             raise ValueError(f"path: {path} has class {classes[strange[0]]!r} in its {part} part but not in train/")
-    for part, (_, labels) in parts.items():
-        missing = [classes[i] for i in sorted(set(range(len(classes))) - set(labels.tolist()))]
-        if missing:
-            warnings.warn(
-                f"path: {path} has no image of class {', '.join(map(repr, missing))} in its {part} part; what is said "
-                "of classes leaves it out",
-                stacklevel=4,
-            )
     return classes, parts
 
 
