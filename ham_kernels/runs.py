@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import locks
 from .checkpoint import CheckpointError, Checkpoints, load, read, save, write_atomically
 from .config_file import from_toml, to_toml
 from .settings import TrainSettings, lr_factor
@@ -89,7 +89,7 @@ class RunFolder:
         with path.open("w") as file:
             end = time.monotonic() + patience
             # The system lets go when the process ends, however; its data workers may outlive it by some seconds.
-            while not _lock(file):
+            while not locks.take(file):
                 if time.monotonic() > end:
                     raise BlockingIOError(f"run: another process works on {self.path}")
                 time.sleep(0.1)
@@ -99,11 +99,7 @@ class RunFolder:
 
     def busy(self) -> bool:
         """Whether a process works on the run at this moment."""
-        path = self.path / ".lock"
-        if not path.exists():
-            return False
-        with path.open("w") as file:
-            return not _lock(file)
+        return locks.held(self.path / ".lock")
 
     def settings(self) -> TrainSettings:
         return from_toml(self.path / "config.toml", TrainSettings())
@@ -255,14 +251,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _lock(file) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _digest(path: Path) -> str:

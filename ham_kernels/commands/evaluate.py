@@ -227,6 +227,9 @@ class _Progress:
         return self
 
     def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -236,7 +239,7 @@ class _Progress:
         if self._quiet or name == self._name:
             return
         self._name = name
-        self.__exit__()
+        self.close()
         say(f"{name} ...", sys.stderr)
 
     def __call__(self, name: str, done: int, total: int | None) -> None:
@@ -247,7 +250,7 @@ class _Progress:
             return
         if self._bar is None or name != self._name:
             self._name = name
-            self.__exit__()
+            self.close()
             unit = "check" if name == "masking" else "image"
             self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True)
         self._bar.total = total or self._bar.total  # known after the first attack

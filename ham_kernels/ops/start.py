@@ -119,9 +119,8 @@ def random_start_launch(
     quarter = (numel + 3) // 4
     channels = x.shape[1] if layout == "channels_last" else 1
     large = l2 and quarter > 4096  # one program per row: a large one gets as many threads as it can
-    block = min(256 if l2 else 1024, triton.next_power_of_2(quarter))  # sine and cosine need the registers
-    if large:
-        block = 1024
+    most = 256 if l2 and not large else 1024  # sine and cosine need the registers
+    block = min(most, triton.next_power_of_2(quarter))
     grid = (x.shape[0],) if l2 else (x.shape[0], triton.cdiv(quarter, block))
     kernel = _random_start_l2_kernel if l2 else _random_start_linf_kernel
     with on_device_of(x):

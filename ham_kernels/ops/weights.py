@@ -100,7 +100,9 @@ def _weighted_ce_kernel(
     e = tl.exp(z)
     total = tl.sum(e, axis=1)
     loss = (tl.log(total) - tl.sum(tl.where(is_label, z, 0.0), axis=1)) * scale
-    grad = (e / total[:, None] - tl.where(is_label, 1.0, 0.0)) * scale[:, None]
+    # `/` is off by two units, which is all that is left of p - 1 where p is near 1
+    p = tl.div_rn(e, tl.broadcast_to(total[:, None], e.shape))
+    grad = (p - tl.where(is_label, 1.0, 0.0)) * scale[:, None]
     tl.store(loss_ptr + row, loss, mask=in_rows)
     tl.store(grad_ptr + row[:, None] * classes + col[None, :], grad, mask=mask)
 

@@ -66,7 +66,7 @@ class Check:
     @property
     def ran(self) -> bool:
         """A check that lacks what it needs, such as another model, is written down without values."""
-        return self.suspicious or (bool(self.values) and not self.why.startswith("not run"))
+        return bool(self.values)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shlex
 import sys
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..locks import held
 from .evaluations import MALFORMED, WEIGHTS, Evaluation, integer, number, read_evaluation, text
 
 if sys.version_info >= (3, 11):
@@ -152,7 +152,7 @@ def read_run(folder: str | Path) -> Run:
     run.environment = read_mapping(folder / "environment.json", run.notes)
     run.status = read_mapping(folder / "status.json", run.notes)
     run.epochs = _read_metrics(folder / "metrics.jsonl", run.notes)
-    run.busy = _locked(folder / ".lock")
+    run.busy = held(folder / ".lock")
     names = (path.name for path in (folder / "evaluation").glob("[!.]*.json"))
     run.others = sorted(name for name in names if name.removesuffix(".json") not in WEIGHTS)
     for weights in WEIGHTS:
@@ -174,18 +174,6 @@ def read_run(folder: str | Path) -> Run:
 # ---------------------------------------------------------------- files
 def _shown(path: Path) -> str:
     return f"evaluation/{path.name}" if path.parent.name == "evaluation" else path.name
-
-
-def _locked(path: Path) -> bool:
-    """Whether a process holds the run's lock, as RunFolder.busy tells; that room needs torch, and writes."""
-    try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
