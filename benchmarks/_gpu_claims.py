@@ -35,6 +35,7 @@ def summarise(o: Options, plan: Sequence[Stage], command: str) -> dict[str, Any]
         "smoke": o.smoke,
         "environment": {key: about.get(key) for key in ("facts", "driver", "backends")},
         "commits": sorted({r["commit"] for r in results.values() if r and r.get("commit")}),
+        "gpus": sorted({r["gpu"] for r in results.values() if r and r.get("gpu")}),
         "settings": read(o.out / "cifar" / "options.json"),
         "table": [*_goals(plan, results), *_claims(o.out, runs)],
         "stages": [_stage(stage, results[stage.name]) for stage in plan],
@@ -59,7 +60,8 @@ def _row(section: str, goal: str, measured: str, verdict: str) -> dict[str, str]
 
 def _stage(stage: Stage, result: dict | None) -> dict[str, Any]:
     result = result or {"state": "not run"}
-    return {"stage": stage.name, **{key: result.get(key) for key in ("state", "seconds", "started", "line", "reason")}}
+    keys = ("state", "seconds", "started", "gpu", "line", "reason")
+    return {"stage": stage.name, **{key: result.get(key) for key in keys}}
 
 
 def _goals(plan: Sequence[Stage], results: dict[str, dict | None]) -> Iterator[dict]:
@@ -94,7 +96,11 @@ def _usual_epoch(arm: str, runs: list[dict]) -> dict:
     """Medians, since the first epoch of each process also compiles, and short runs are mostly first epochs."""
     goal = f"{TITLES[arm]}: training time −45 %, median epoch of the HAM phase"
     times = {(run["arm"], run["seed"]): _mining(run, runs) for run in runs if run["finished"]}
-    pairs = [(times[arm, s], times[BASE, s]) for a, s in times if a == arm and (BASE, s) in times]
+    seeds = [s for a, s in times if a == arm and (BASE, s) in times]
+    gpus = {gpu for run in runs if run["seed"] in seeds and run["arm"] in (arm, BASE) for gpu in _gpus(run, runs)}
+    if len(gpus) > 1:
+        return _row(PAPER, goal, f"trained on {' and '.join(sorted(gpus))}", HOLDS[None])
+    pairs = [(times[arm, s], times[BASE, s]) for s in seeds]
     pairs = [(statistics.median(ours), statistics.median(base)) for ours, base in pairs if ours and base]
     if not pairs:
         return _row(PAPER, goal, "no finished runs of both", HOLDS[None])
@@ -104,10 +110,25 @@ def _usual_epoch(arm: str, runs: list[dict]) -> dict:
     return _row(PAPER, goal, words.replace("-", "−"), HOLDS[ours / base - 1 <= TIME + 1e-9])
 
 
+def _mining_epochs(seed: int, runs: list[dict]) -> set[int]:
+    """Those in which the HAM runs of this seed mine."""
+    return {e["epoch"] for run in runs if run["seed"] == seed for e in run["epochs"] if e["phase"] == "ham"}
+
+
 def _mining(run: dict, runs: list[dict]) -> list[float]:
-    """Seconds of the epochs in which the HAM runs of this seed mine."""
-    epochs = {e["epoch"] for r in runs if r["seed"] == run["seed"] for e in r["epochs"] if e["phase"] == "ham"}
+    """Seconds of these epochs in a run."""
+    epochs = _mining_epochs(run["seed"], runs)
     return [e["seconds"] for e in run["epochs"] if e["epoch"] in epochs]
+
+
+def _gpus(run: dict, runs: list[dict]) -> set[str]:
+    """That trained these epochs: each session until the next one took over."""
+    epochs, found = _mining_epochs(run["seed"], runs), set()
+    ends = [s["from_epoch"] - (s["from_batch"] == 0) for s in run["sessions"][1:]] + [len(run["epochs"])]
+    for session, end in zip(run["sessions"], ends, strict=True):
+        if epochs & set(range(session["from_epoch"], end + 1)):
+            found.add(session["gpu"])
+    return found
 
 
 def _easy(arm: str, runs: list[dict]) -> Iterator[dict]:
@@ -134,13 +155,19 @@ def _run(folder: Path, arm: str, seed: int) -> dict[str, Any] | None:
     lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
     epochs = [json.loads(line) for line in lines]
     judged = {w: read(path / "evaluation" / f"{w}.json") for w in WEIGHTS}
+    sessions = (read(path / "environment.json") or {}).get("sessions", [])
     return {
         "arm": arm, "seed": seed, "finished": status["state"] == "finished",
+        "sessions": [_session(s) for s in sessions],
         "epochs": [{key: e[key] for key in ("epoch", "phase", "seconds", "hard_fraction")} for e in epochs],
         "classes": (read(path / "data.json") or {}).get("classes", []),
         "counts": (read(path / "data.json") or {}).get("counts", {}),
         "judged": {w: _judged(found) for w, found in judged.items() if found},
     }  # fmt: skip
+
+
+def _session(session: dict) -> dict[str, Any]:
+    return {key: session[key] for key in ("from_epoch", "from_batch")} | {"gpu": session["machine"]["gpu"]}
 
 
 def _judged(found: dict) -> dict[str, Any]:
@@ -171,11 +198,7 @@ def markdown(s: dict[str, Any]) -> str:
         parts += [s["report_table"]] if s["report_table"] else []
         parts += ["### Time and hard fraction", _times(s["runs"]), _hard(s["runs"])]
         parts += ["### Accuracy, %", _accuracies(s["runs"])]
-    parts += ["## Stages", _table(
-        ["stage", "state", "s", "in short"],
-        [[t["stage"], t["state"], "" if t["seconds"] is None else f"{t['seconds']:.0f}", t["reason"] or t["line"] or ""]
-         for t in s["stages"]],
-    )]  # fmt: skip
+    parts += ["## Stages", _stages(s)]
     if s["failures"]:
         failures = "\n\n".join(f"`{f['test']}`\n\n```\n{f['text']}\n```" for f in s["failures"])
         parts += ["## Failed tests", failures]
@@ -187,12 +210,25 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in line)} |" for line in lines)
 
 
+def _stages(s: dict) -> str:
+    several = ["gpu"] if len(s["gpus"]) > 1 else []
+    rows = []
+    for t in s["stages"]:
+        seconds = "" if t["seconds"] is None else f"{t['seconds']:.0f}"
+        where = [t[key] or "" for key in several]
+        rows.append([t["stage"], t["state"], seconds, *where, t["reason"] or t["line"] or ""])
+    return _table(["stage", "state", "s", *several, "in short"], rows)
+
+
 def _about(s: dict) -> str:
     facts = s["environment"]["facts"] or {"machine": {}, "versions": {}, "cuda": None}
     m, v = facts["machine"], facts["versions"]
     versions = ", ".join(f"{name} {number}" for name, number in v.items())
+    gpus = " and ".join(s["gpus"]) or m.get("gpu", "machine unknown")
+    if len(s["gpus"]) > 1:
+        gpus += " (which stage ran where: below)"
     return (
-        f"{m.get('gpu', 'machine unknown')}, {m.get('cpu', '')}, cores: {m.get('cores', '')}; {versions}, CUDA "
+        f"{gpus}, {m.get('cpu', '')}, cores: {m.get('cores', '')}; {versions}, CUDA "
         f"{facts['cuda']}, driver {s['environment']['driver'] or 'none'}; commit "
         f"{', '.join(s['commits']) or 'unknown'}; {s['made'][:10]}. Made by `{s['command']}`."
     )

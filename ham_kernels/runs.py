@@ -128,16 +128,19 @@ class RunFolder:
         return json.loads(path.read_text())
 
     # ------------------------------------------------------------ how it goes
-    def begin_session(self, from_epoch: int) -> None:
-        """Notes versions, machine and commit, and that a process works on the run from now on."""
+    def begin_session(self, from_epoch: int, from_batch: int = 0) -> None:
+        """Notes versions, machine and commit, and that a process works on the run from here (batches done) on."""
         from . import environment
 
         path = self.path / "environment.json"
-        sessions = json.loads(path.read_text())["sessions"] if path.exists() else []
-        sessions.append({"started": _now(), "ended": None, "from_epoch": from_epoch})
-        facts = {
+        before = json.loads(path.read_text()) if path.exists() else {}
+        sessions = [{"machine": before.get("machine"), **session} for session in before.get("sessions", [])]
+        machine = environment.machine()
+        where = {"from_epoch": from_epoch, "from_batch": from_batch, "machine": machine}
+        sessions.append({"started": _now(), "ended": None, **where})
+        facts = {  # of the last session
             "versions": environment.versions("torchvision", "triton", "numpy"),
-            "machine": environment.machine(),
+            "machine": machine,
             "commit": environment.commit(),
             "sessions": sessions,
         }

@@ -198,8 +198,13 @@ def write(path: Path, value) -> None:
     path.write_text(value if isinstance(value, str) else json.dumps(value))
 
 
-def fabricated_run(out: Path, arm: str, seconds: list[float], hard: float, easy: tuple[int, int]) -> None:
+def fabricated_run(
+    out: Path, arm: str, seconds: list[float], hard: float, easy: tuple[int, int], sessions=((1, 0, "A"),)
+) -> None:
     folder = out / "cifar" / f"{arm}-seed0"
+    write(folder / "environment.json", {"sessions": [
+        {"from_epoch": epoch, "from_batch": batch, "machine": {"gpu": gpu}} for epoch, batch, gpu in sessions
+    ]})  # fmt: skip
     write(folder / "status.json", {"state": "finished", "epoch": 3, "epochs": 3})
     write(folder / "data.json", {"classes": ["a", "b"], "counts": {"test": 10}})
     phases = ["pgd_at", *(["pgd_at"] * 3 if arm == "pgd_at" else ["ham"] * 3)]
@@ -256,6 +261,43 @@ def test_claims_come_from_the_runs_and_their_report(tmp_path):
     assert "| HAM, seed 0 | 4 | 70.0 | 50.0 | 5.00 |" in page
     assert "| PGD-AT, seed 0 | 4 | 70.0 | 50.0 | 10.00 |" in page
     assert "| HAM, seed 0 | weight average | PGD-20 | 10 | 50.0 | 50.0 | – | 50.0 | – |" in page
+
+
+@pytest.mark.parametrize(
+    ("base", "ours", "verdict"),
+    [
+        ([(1, 0, "A"), (2, 0, "B")], [(1, 0, "C"), (2, 0, "B"), (3, 40, "B")], "holds"),  # other warm-ups
+        ([(1, 0, "A")], [(1, 0, "B")], "not measured"),
+        ([(1, 0, "A")], [(1, 0, "A"), (4, 7, "B")], "not measured"),
+        ([(1, 0, "A")], [(1, 0, "B"), (2, 7, "A")], "not measured"),  # B began the first epoch that mines
+        ([(1, 0, "A")], [(1, 0, "B"), (1, 0, "A")], "holds"),  # what B did was thrown away
+    ],
+)
+def test_times_on_two_gpus_are_not_compared(tmp_path, base, ours, verdict):
+    fabricated_run(tmp_path, "pgd_at", [20, 10.0, 10.0, 10.0], 1.0, (80, 100), base)
+    fabricated_run(tmp_path, "ham", [20, 5.0, 5.0, 5.0], 0.25, (70, 100), ours)
+    measured = rows_of(tmp_path, [])["HAM: training time −45 %, median epoch of the HAM phase"]
+    assert (
+        measured
+        == {
+            "holds": ("−50 % (5.00 s against 10.00 s, 1 seed)", "holds"),
+            "not measured": ("trained on A and B", "not measured"),
+        }[verdict]
+    )
+
+
+def test_the_page_names_every_gpu(tmp_path):
+    plan = [Stage(name, 0, fails) for name in ("first", "second", "third")]
+    done = {"state": "done", "line": "it went well", "seconds": 3.0}
+    write(tmp_path / "stages/first.json", done | {"gpu": "A"})
+    page = _gpu_claims.markdown(_gpu_claims.summarise(Options(tmp_path, seeds=(0,)), plan, "command"))
+    assert "\n\nA, " in page
+    assert "| first | done | 3 | it went well |" in page
+    write(tmp_path / "stages/second.json", done | {"gpu": "B"})
+    page = _gpu_claims.markdown(_gpu_claims.summarise(Options(tmp_path, seeds=(0,)), plan, "command"))
+    assert "\n\nA and B (which stage ran where: below), " in page
+    assert "| second | done | 3 | B | it went well |" in page
+    assert "| third | not run |  |  |  |" in page
 
 
 def test_the_page_is_made_of_a_kept_summary(tmp_path, monkeypatch):

@@ -174,6 +174,22 @@ def test_times_of_other_machines_are_neither_ranked_nor_judged(tmp_path):
     assert "| 2.0 s | 0.50 |" in text
 
 
+def test_a_run_of_two_machines_is_of_both(tmp_path):
+    """Its times compare with nobody's, not even with those of another run of the same two."""
+    runs = pair(tmp_path)
+    known = fake_runs.environment()
+    other = {"cpu": "Other", "gpu": "H200"}
+    sessions = [known["sessions"][0], {**known["sessions"][0], "from_epoch": 1, "machine": other}]
+    for run in runs:
+        sessions[0]["machine"] = known["machine"]
+        write_json(run / "environment.json", known | {"machine": other, "sessions": sessions})
+    page, section, _ = built(runs, tmp_path / "out")
+    time = next(c for c in section["claims"] if c["claim"].startswith("training time"))
+    assert (time["holds"], "machine (Other, GPU: H200 and Test CPU" in time["measured"]) == (None, True)
+    assert any("Trained on different machines" in note for note in section["notes"])
+    assert "; then Other, GPU: H200" in page
+
+
 # ---------------------------------------------------------------- checks
 def test_a_check_that_was_not_run_is_not_passed(tmp_path):
     parts = {"masking": fake_runs.masking(False, "as it should be")}

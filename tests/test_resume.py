@@ -148,7 +148,8 @@ def test_signal_ends_with_a_checkpoint(number, code, reference, tmp_path):
     assert_same_weights(tmp_path / "run", reference)
     sessions = json.loads((tmp_path / "run/environment.json").read_text())["sessions"]
     assert len(sessions) == 2
-    assert all(s["ended"] for s in sessions)
+    assert all(s["ended"] and s["machine"]["cpu"] for s in sessions)
+    assert (sessions[0]["from_epoch"], sessions[0]["from_batch"]) == (1, 0)
 
 
 def kill_at_random_moments(kills: int, rng: random.Random, folder) -> None:

@@ -106,7 +106,7 @@ class _Job:
             return trainer
         if not quiet:
             self._say_what(found is not None)
-        run.begin_session(trainer.position[0])
+        run.begin_session(*trainer.position)
         run.set_status("running", trainer.epoch, epochs)
         batches = len(self.loaders.train)
         self.progress = TrainProgress(epochs, batches, trainer.epoch * batches + trainer.position[1], quiet=quiet)

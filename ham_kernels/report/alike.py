@@ -33,8 +33,9 @@ _SWITCH = {None: "off", False: "off", True: "on", "require": "on"}
 def training_of(settings: Mapping[str, Any], runs: Sequence[Run]) -> Training:
     """{what: its values, one for most} of a group's runs, in words: WORK, PLACE and MEANS."""
     out = {what: [_value(what, settings.get(key))] for what, key in (WORK | MEANS).items()}
-    out["device"] = sorted({_device(settings.get("run.device"), run) for run in runs})
-    out["machine"] = sorted({machine_of(run) for run in runs})
+    machines = {machine for run in runs for machine in machines_of(run)}
+    out["device"] = sorted({_device(settings.get("run.device"), machine) for machine in machines})
+    out["machine"] = sorted(machines)
     return out
 
 
@@ -65,9 +66,8 @@ def _value(what: str, value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _device(told: Any, run: Run) -> str:
+def _device(told: Any, machine: str) -> str:
     """ "auto" is the GPU where there is one."""
-    machine = machine_of(run)
     if told == "auto" and machine != UNKNOWN:
         return "cpu" if machine.endswith("GPU: none") else "cuda"
     return str(told).split(":")[0]
@@ -98,15 +98,21 @@ def limits(section: Section) -> list[str]:
     told = [training_of(g.settings, g.counted) for g in section.groups if g.settings]
     for what, values in unlike(told, [name for name in ALL if name != "machine"]).items():
         notes.append(f"Trained unlike in {what}: {'; '.join(values)}. Claims on time are judged between equals only.")
-    machines = {machine_of(run) for g in section.groups for run in g.counted}
+    machines = {machine for g in section.groups for run in g.counted for machine in machines_of(run)}
     if len(machines) > 1:
         notes.append(f"Trained on different machines, so times do not compare: {'; '.join(sorted(machines))}.")
     return notes
 
 
-def machine_of(run: Run) -> str:
-    """CPU, cores, GPU in one line."""
-    machine = run.environment.get("machine")
+def machines_of(run: Run) -> list[str]:
+    """CPU, cores, GPU of each machine that a run was trained on, in order."""
+    sessions = run.environment.get("sessions")
+    told = [s.get("machine") for s in sessions if isinstance(s, dict)] if isinstance(sessions, list) else []
+    known = [machine for machine in told if isinstance(machine, dict)] or [run.environment.get("machine")]
+    return list(dict.fromkeys(map(_machine, known)))
+
+
+def _machine(machine: Any) -> str:
     if not isinstance(machine, dict) or not machine:
         return UNKNOWN
     cores = f", cores: {machine['cores']}" if machine.get("cores") else ""

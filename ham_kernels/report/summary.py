@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .alike import machine_of, training_of
+from .alike import machines_of, training_of
 from .claims import claims, same_seeds
 from .evaluations import WEIGHTS, Attack, Interval
 from .groups import Group, Section
@@ -239,7 +239,7 @@ def _run(run: Run, section: Section, group: Group) -> dict[str, Any]:
             "dataset": shown.dataset, "part": shown.part, "images": shown.images, "precision": shown.precision,
             "attacks": {name: attack.n for name, attack in shown.attacks.items()},
         },
-        "machine": machine_of(run),
+        "machine": "; then ".join(machines_of(run)),
         "versions": {str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},
         "commit": run.environment.get("commit"),
         "started": sessions[0].get("started") if sessions else None,
