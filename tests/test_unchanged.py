@@ -85,6 +85,19 @@ def test_a_warm_up_is_of_any_method(batches, tmp_path, one_thread):
         train_command.resume(tmp_path / "run", quiet=True)
 
 
+@pytest.mark.parametrize("schedule", ["step", "cosine", "one_cycle"])
+def test_a_run_grows_longer_where_that_leaves_its_learning_rates(schedule, tmp_path, one_thread):
+    run = RunFolder.create(tmp_path / "run", parse_train([*TINY, "--schedule", schedule]).settings)
+    change(run.path, "epochs = 4", "epochs = 5")
+    train_command.resume(run.path, until_epoch=1, quiet=True)  # nothing done before it: free
+    change(run.path, "epochs = 5", "epochs = 6")
+    if schedule == "step":
+        assert train_command.resume(run.path, until_epoch=2, quiet=True).epoch == 2
+    else:
+        with pytest.raises(ValueError, match=r"optim.epochs: .* with 5, config.toml says 6; such a change needs a new"):
+            train_command.resume(run.path, until_epoch=2, quiet=True)
+
+
 def test_mining_cannot_begin_in_the_past(tmp_path, one_thread):
     stopped_after(10, tmp_path / "run")
     change(tmp_path / "run", "start_epoch = 3", "start_epoch = 2")
@@ -104,6 +117,6 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(mining, tmp_path, one_thread
     shutil.copytree(mining, tmp_path / "run")
     newest = RunFolder(tmp_path / "run").checkpoints.newest_first()[0]
     state = checkpoint.load(newest)
-    del state["method"]
+    del state["method"], state["epochs"]
     checkpoint.save(newest, state)
     assert train_command.resume(tmp_path / "run", quiet=True).epoch == 4

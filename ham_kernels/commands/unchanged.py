@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from ..config_file import to_dict
-from ..settings import MethodSettings, TrainSettings
+from ..settings import MethodSettings, TrainSettings, lr_factor
 
 _FREE = {
     "data": ("path", "root", "download", "workers"),  # data.json tells whether the images are the same
-    "optim": ("epochs",),
+    "optim": ("epochs",),  # as far as the learning rate of the epochs done stays
     "run": ("device", "label", "checkpoint_minutes"),
     "engine": ("channels_last", "compile", "cuda_graphs", "winograd", "keep_memory"),  # how, not what
 }
@@ -18,7 +18,7 @@ _FREE = {
 
 def noted(settings: TrainSettings) -> dict[str, Any]:
     """What a checkpoint keeps of its run's settings."""
-    return {"settings": _fixed(settings), "method": to_dict(settings)["method"]}
+    return {"settings": _fixed(settings), "method": to_dict(settings)["method"], "epochs": settings.optim.epochs}
 
 
 def check_unchanged(state: dict[str, Any], settings: TrainSettings) -> None:
@@ -29,11 +29,14 @@ def check_unchanged(state: dict[str, Any], settings: TrainSettings) -> None:
     for section, values in _fixed(settings).items():
         for name, value in values.items():
             _same(f"{section}.{name}", state["settings"].get(section, {}).get(name), value)
+    running = state["trainer"]["running"]
+    begun = state["trainer"]["epoch"] + (running is not None and running["batches"] > 0)
+    before = replace(settings.optim, epochs=state.get("epochs", settings.optim.epochs))
+    if any(lr_factor(before, epoch) != lr_factor(settings.optim, epoch) for epoch in range(1, begun + 1)):
+        _same("optim.epochs", before.epochs, settings.optim.epochs)
     if "method" not in state:  # of an earlier version
         return
     then, now = asdict(MethodSettings()) | state["method"], to_dict(settings)["method"]
-    running = state["trainer"]["running"]
-    begun = state["trainer"]["epoch"] + (running is not None and running["batches"] > 0)
     if _decides(then, begun, settings) != _decides(now, begun, settings):
         for name, value in now.items():
             _same(f"method.{name}", then[name], value)
