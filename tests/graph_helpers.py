@@ -1,30 +1,25 @@
-"""A CUDA graph without a GPU, and the batches and examples that tests of graphs work on."""
+"""A CUDA graph without a GPU, trainers with and without graphs, and examples."""
 
 from __future__ import annotations
 
+import copy
+
+import pytest
 import torch
-from torch import Tensor
+from engine_helpers import CPU, SETTINGS
+from nets import sgd
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ham_kernels import data
+import ham_kernels as ham
+from ham_kernels.engine import Engine, EngineOptions
 from ham_kernels.engine import graphs as graphs_module
 from ham_kernels.mining import Examples
+from ham_kernels.update import Updater
 
-SETTINGS = {"eps": 0.2, "step_size": 0.05, "steps": 5, "screen_steps": 2, "start_epoch": 2}
 RAGGED = (64, 40, 64, 37)
 NOT_CAPTURABLE = "operation not permitted when stream is capturing"
-
-
-def digits(n: int) -> tuple[Tensor, Tensor]:
-    images = data.digits()
-    return images.x_train[:n].float() / 255, images.y_train[:n]
-
-
-def ragged_batches() -> list[tuple[Tensor, Tensor]]:
-    """Digits in batches of RAGGED rows."""
-    x, y = digits(sum(RAGGED))
-    return list(zip(x.split(RAGGED), y.split(RAGGED), strict=True))
 
 
 def examples_of(n: int, seed: int, weighted: bool = True) -> Examples:
@@ -97,3 +92,39 @@ def rerun(fn, device, pool):
     for _ in range(graphs_module.WARM_UP_RUNS):
         fn()
     return fn
+
+
+# ---------------------------------------------------------------- trainers
+def trainer_of(model: nn.Module, capture=None, **choices) -> ham.HAMTrainer:
+    """A trainer; with `capture`, one whose graphs are made by it."""
+    trainer = ham.HAMTrainer(model, sgd(model), **SETTINGS | choices)
+    if capture is not None:
+        wanted = {n: choices[n] for n in ("precision", "channels_last", "compile") if n in choices}
+        give_graphs(trainer, capture, **wanted)
+    return trainer
+
+
+def give_graphs(trainer: ham.HAMTrainer, capture, cuda_graphs: bool | str = True, **options) -> None:
+    trainer.engine = Engine(EngineOptions(cuda_graphs=cuda_graphs, **options), CPU, capture=capture)
+    trainer._update = Updater(trainer.optimizer, trainer.engine, CPU)
+
+
+def twins(model: nn.Module, capture=None, **choices) -> tuple[ham.HAMTrainer, ham.HAMTrainer]:
+    """One trainer with graphs and one without, on equal models."""
+    twin = copy.deepcopy(model)
+    return trainer_of(model, capture or Recorder(), **choices), trainer_of(twin, **choices)
+
+
+def assert_same_steps(ours, theirs, batches, epochs=(1, 1, 2, 2), rel=1e-4):
+    for epoch in epochs:
+        for x, y in batches:
+            a, b = ours.train_step(x, y, epoch=epoch), theirs.train_step(x, y, epoch=epoch)
+            assert (a.n, a.n_hard) == (b.n, b.n_hard)
+            assert a.loss == pytest.approx(b.loss, rel=rel)
+    assert_same_model(ours.model, theirs.model)
+
+
+def assert_same_model(ours: nn.Module, theirs: nn.Module):
+    """Weights and BatchNorm's statistics. The padded rows may change the order of sums in a convolution."""
+    for (name, p), q in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)

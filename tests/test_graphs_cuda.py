@@ -8,7 +8,8 @@ import warnings
 
 import pytest
 import torch
-from graph_helpers import SETTINGS, examples_of, ragged_batches
+from engine_helpers import SETTINGS, ragged_batches
+from graph_helpers import RAGGED, examples_of
 from nets import sgd, small_cnn
 from torch import nn
 
@@ -37,7 +38,7 @@ def exact_convolutions():
 
 @pytest.fixture
 def on_gpu():
-    return [(x.cuda(), y.cuda()) for x, y in ragged_batches()]
+    return [(x.cuda(), y.cuda()) for x, y in ragged_batches(RAGGED)]
 
 
 def gpu_pair(model: nn.Module | None = None, **choices) -> tuple[ham.HAMTrainer, ham.HAMTrainer]:

@@ -8,16 +8,28 @@ import warnings
 
 import pytest
 import torch
+from engine_helpers import (
+    CPU,
+    Compiler,
+    assert_reference,
+    assert_same_model,
+    engine_warnings,
+    ragged_batches,
+    trainer_of,
+)
 from nets import Broken, Counting, sgd
-from test_engine import Compiler, assert_reference, assert_same_model, batches, engine_warnings, trainer_of  # noqa: F401
 from torch import nn
 from torch.nn.utils import prune
 
 from ham_kernels.engine import Engine, EngineError, EngineOptions, EngineWarning, winograd
 from ham_kernels.ops.winograd import status
 
-CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(status()[0] is None, reason=status()[1])
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return ragged_batches()
 
 
 def net(seed: int = 0) -> nn.Module:
@@ -154,7 +166,7 @@ def test_images_that_pay(shape, runs, suits, monkeypatch):
     "choices", [{}, {"norm": "l2", "eps": 1.0, "step_size": 0.25}, {"freeze_bn": True, "ema_decay": 0.9}], ids=str
 )
 @pytest.mark.parametrize("options", [{}, {"channels_last": True}], ids=["", "channels_last"])
-def test_training_is_the_reference(batches, choices, options, calls):  # noqa: F811
+def test_training_is_the_reference(batches, choices, options, calls):
     model = net()
     twin = copy.deepcopy(model)
     ours = trainer_of(model, winograd="require", **options, **choices)
@@ -164,7 +176,7 @@ def test_training_is_the_reference(batches, choices, options, calls):  # noqa: F
 
 
 @needs_library
-def test_attack_and_update_both_use_it_with_the_weights_of_the_moment(batches, calls):  # noqa: F811
+def test_attack_and_update_both_use_it_with_the_weights_of_the_moment(batches, calls):
     model = net()
     ours, theirs = trainer_of(model, winograd="require"), trainer_of(copy.deepcopy(model))
     x, y = batches[0]
@@ -185,7 +197,7 @@ def test_attack_and_update_both_use_it_with_the_weights_of_the_moment(batches, c
 
 
 @needs_library
-def test_another_model_and_moved_weights(batches):  # noqa: F811
+def test_another_model_and_moved_weights(batches):
     ours = trainer_of(net(), winograd="require")
     ours.train_step(*batches[0], epoch=1)
     other = net(1)
@@ -203,7 +215,7 @@ def test_another_model_and_moved_weights(batches):  # noqa: F811
 
 
 @needs_library
-def test_bf16(batches, monkeypatch, calls):  # noqa: F811
+def test_bf16(batches, monkeypatch, calls):
     """Weights stay in fp32 for it, images and gradients are bf16: as near to fp32 as bf16 is without it."""
     monkeypatch.setattr("ham_kernels.engine.core.half_problem", lambda *_: None)
     trainers = [
@@ -218,7 +230,7 @@ def test_bf16(batches, monkeypatch, calls):  # noqa: F811
 
 
 @needs_library
-def test_it_costs_no_forward(batches):  # noqa: F811
+def test_it_costs_no_forward(batches):
     counting = Counting(net())
     trainer = trainer_of(counting, winograd="require")
     trainer.train_step(*batches[0], epoch=1)
@@ -226,7 +238,7 @@ def test_it_costs_no_forward(batches):  # noqa: F811
 
 
 @needs_library
-def test_it_is_compiled_once(batches, monkeypatch):  # noqa: F811
+def test_it_is_compiled_once(batches, monkeypatch):
     """Its forwards are put in and taken out for every batch; what was compiled with them serves for good."""
     compiler = Compiler().install(monkeypatch)
     model = net()
@@ -238,7 +250,7 @@ def test_it_is_compiled_once(batches, monkeypatch):  # noqa: F811
 
 # ---------------------------------------------------------------- what it leaves behind
 @needs_library
-def test_nothing_of_it_stays_in_the_model(batches):  # noqa: F811
+def test_nothing_of_it_stays_in_the_model(batches):
     model = Broken(net(), lambda z: z * float("nan"), after=4)
     trainer = trainer_of(model, winograd="require")
     with pytest.raises(ValueError, match="loss is nan"):
@@ -250,7 +262,7 @@ def test_nothing_of_it_stays_in_the_model(batches):  # noqa: F811
 
 
 @needs_library
-def test_nothing_of_it_stays_after_an_error_inside(batches):  # noqa: F811
+def test_nothing_of_it_stays_after_an_error_inside(batches):
     def fail(z):
         raise RuntimeError("mine")
 
@@ -308,7 +320,7 @@ def test_other_images_run_as_they_did():
 
 
 @needs_library
-def test_evaluation_and_attacks_elsewhere_do_not_use_it(batches, calls):  # noqa: F811
+def test_evaluation_and_attacks_elsewhere_do_not_use_it(batches, calls):
     trainer = trainer_of(net(), winograd="require", ema_decay=0.9)
     trainer.train_step(*batches[0], epoch=1)
     del calls[:]
@@ -415,7 +427,7 @@ def test_the_same_layers_twice_at_once():
 
 
 @needs_library
-def test_models_that_change_their_activations_in_place(batches):  # noqa: F811
+def test_models_that_change_their_activations_in_place(batches):
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -441,7 +453,7 @@ def test_values_that_are_no_choice(value):
 
 
 @needs_library
-def test_a_model_as_it_was_after_a_refusal(batches):  # noqa: F811
+def test_a_model_as_it_was_after_a_refusal(batches):
     model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(512, 10))
     twin = copy.deepcopy(model)
     with pytest.warns(EngineWarning, match="no 3x3 convolution"):
