@@ -1,10 +1,11 @@
-"""What a trainer draws from its loader: the rest of an epoch, in groups of batches."""
+"""What a trainer draws from its loader: the rest of an epoch, in groups of batches; and what these must be."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from . import _check
@@ -33,3 +34,19 @@ def unpack(batch) -> tuple[Tensor, Tensor]:
     x, y = batch
     _check.batch(x, y)
     return x, y
+
+
+def check_group(batches: Sequence[tuple[Tensor, Tensor]], home: torch.device | None) -> None:
+    """Pairs (x, y), images of one size and type, all on `home`. Raises: TypeError, ValueError naming x, y, batches."""
+    if not batches:
+        raise ValueError("batches: got none; give at least one")
+    first = batches[0][0]
+    for x, y in batches:
+        _check.batch(x, y)
+        if x.shape[1:] != first.shape[1:] or x.dtype != first.dtype:
+            raise ValueError(
+                f"x: got {tuple(x.shape)}, {x.dtype} in a group with {tuple(first.shape)}, {first.dtype}; "
+                "the images of a group are of one size and type"
+            )
+        if home is not None and x.device != home:
+            raise ValueError(f"x: is on device {x.device}; it must be on the model's, {home}")

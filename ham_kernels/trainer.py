@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,15 +16,13 @@ from . import _check
 from .active import PGD
 from .ema import WeightAverage
 from .engine import Engine, EngineOptions, NonFiniteError, Stopwatch, model_device
-from .feeding import in_groups, rest_of_epoch, unpack
+from .feeding import check_group, in_groups, rest_of_epoch, unpack
 from .history import EpochReport, RunningEpoch, StepReport
-from .judging import ClassAccuracy, evaluate
-from .judging.attacks import plans
 from .phases import Phases
 from .recipes import Recipe, ham
 from .update import Updater
+from .validation import VAL_ATTACKS, Validation
 
-VAL_ATTACKS = ("clean", "pgd20")
 GROUP_UPDATES = ("each", "one")
 
 
@@ -149,18 +147,7 @@ class HAMTrainer:
         of a group raises, the earlier ones have been made.
         """
         _check.integer("epoch", epoch, 1)
-        if not batches:
-            raise ValueError("batches: got none; give at least one")
-        home, first = model_device(self.model), batches[0][0]
-        for x, y in batches:
-            _check.batch(x, y)
-            if x.shape[1:] != first.shape[1:] or x.dtype != first.dtype:
-                raise ValueError(
-                    f"x: got {tuple(x.shape)}, {x.dtype} in a group with {tuple(first.shape)}, {first.dtype}; "
-                    "the images of a group are of one size and type"
-                )
-            if home is not None and x.device != home:
-                raise ValueError(f"x: is on device {x.device}; it must be on the model's, {home}")
+        check_group(batches, model_device(self.model))
         recipe = self._phases.recipe(epoch)
         frozen = self.freeze_bn and self._phases.name(epoch) == "ham"
         stopwatch = Stopwatch(batches[0][0].device)
@@ -213,13 +200,17 @@ class HAMTrainer:
                 f"start_epoch: is {self.start_epoch}, beyond epochs={epochs}, so mining would never start; lower it, "
                 "or ask for plain PGD-AT with early_drop=False, reweight=False"
             )
+        judge = None
         if val_loader is not None:
-            self._check_validation(val_loader, val_attacks, epochs - self.epoch)
+            judge = Validation(
+                val_loader, val_attacks, self._pgd, passes=(epochs - self.epoch) * (1 if self._ema is None else 2),
+                device=self.device, precision=self.precision, seed=self.seed,
+            )  # fmt: skip
         while self.epoch < epochs:
             report = self._train_epoch(train_loader, self.epoch + 1, on_batch_end)
-            if val_loader is not None:
-                report.val = self._evaluate(self.model, val_loader, val_attacks)
-                report.val_ema = None if self._ema is None else self._evaluate(self.ema_model, val_loader, val_attacks)
+            if judge is not None:
+                report.val = judge(self.model)
+                report.val_ema = None if self._ema is None else judge(self.ema_model)
             if self._phases.watched(report.epoch):
                 start = time.perf_counter()
                 report.watch = asdict(self._phases.end_epoch(self.model, report.epoch, self.precision))
@@ -283,22 +274,6 @@ class HAMTrainer:
     def _unpacked(self, batch) -> tuple[Tensor, Tensor]:
         x, y = unpack(batch)
         return x.to(self.device), y.to(self.device)
-
-    def _check_validation(self, loader: Iterable, attacks: Sequence[str], epochs: int) -> None:
-        """What would else show after an epoch only."""
-        plans(attacks, eps=self._pgd.eps, step_size=self._pgd.step_size, norm=self._pgd.norm)
-        passes = epochs if self._ema is None else 2 * epochs
-        if isinstance(loader, Iterator) and passes > 1:
-            raise ValueError(
-                f"val_loader: is an iterator, which is spent after one of {passes} passes; give a list or a DataLoader"
-            )
-
-    def _evaluate(self, model: nn.Module, loader: Iterable, attacks: Sequence[str]) -> dict[str, ClassAccuracy]:
-        pgd = self._pgd
-        return evaluate(
-            model, loader, attacks, eps=pgd.eps, step_size=pgd.step_size, norm=pgd.norm, device=self.device,
-            precision=self.precision, seed=self.seed,
-        )  # fmt: skip
 
     # ------------------------------------------------------------ state
     def state_dict(self) -> dict[str, Any]:
