@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from _results import markdown
-from _steps import HAM, KINDS, TORCHATTACKS, TORCHATTACKS_BF16, K, M, title
+from _steps import FOREIGN, HAM, KINDS, PGD_AT, TORCHATTACKS, TORCHATTACKS_BF16, K, M, title
 
 
 def digits(value: float) -> str:
@@ -71,14 +71,51 @@ def setup(result: dict) -> str:
     return text
 
 
-def readme_section(result: dict) -> str:
-    """Markdown, from the JSON."""
+def machine(result: dict) -> str:
     m = result["machine"]
-    where = (
+    return (
         f"Machine: {m['cpu']}, cores: {m['cores']}, GPU: {m['gpu']}; Python {m['python']}, torch {m['torch']}, "
         f"torchattacks {m['torchattacks']}, ham_kernels {m['ham_kernels']}; {m['date']}."
     )
-    lines = [verdict(goal) for goal in result["goals"] if goal["device"] == result["device"]["type"]]
-    lines += [line for case in result["cases"] for line in notes(case)]
+
+
+def goals(result: dict) -> list[str]:
+    return [verdict(goal) for goal in result["goals"] if goal["device"] == result["device"]["type"]]
+
+
+def readme_section(result: dict) -> str:
+    """Markdown, from the JSON."""
+    lines = [*goals(result), *(line for case in result["cases"] for line in notes(case))]
     tables = [markdown(cells(case)) for case in result["cases"]]
-    return "\n\n".join([f"{setup(result)} {where}", *tables, "\n".join(f"- {line}" for line in lines)])
+    return "\n\n".join([f"{setup(result)} {machine(result)}", *tables, "\n".join(f"- {line}" for line in lines)])
+
+
+def readme_short(result: dict) -> str:
+    """Of the largest model: torchattacks' loops, ours without options, and our fastest in fp32 and in bf16."""
+    model = result["cases"][-1]["model"]
+    tables = [markdown(short_cells(case)) for case in result["cases"] if case["model"] == model]
+    said = (
+        f"Seconds per step, K {K}, M {M}, {result['settings']['hard']:.0%} of the rows hard; in brackets, how many "
+        f"times faster than the loop with torchattacks.PGD in fp32. {machine(result)}"
+    )
+    return "\n\n".join([said, *tables])
+
+
+def short_cells(case: dict) -> list[list[str]]:
+    lanes = {(lane["arm"], lane["kind"]): lane for lane in case["lanes"]}
+
+    def fastest(half: bool) -> str | None:
+        arms = {arm: lane["median_s"] for (arm, kind), lane in lanes.items() if kind == HAM and arm not in FOREIGN}
+        return min((arm for arm in arms if arm.startswith("bf16") == half), key=arms.get, default=None)
+
+    def figure(arm: str, kind: str) -> str:
+        lane = lanes.get((arm, kind))
+        if lane is None:
+            return "–"
+        over = lane[f"over_{TORCHATTACKS}"]
+        return f"{lane['median_s']:.3g}" + ("" if over is None else f" ({over:.2f} ×)")
+
+    shown = [TORCHATTACKS, TORCHATTACKS_BF16, "plain", fastest(False), fastest(True)]
+    arms = [arm for arm in dict.fromkeys(shown) if arm is not None and (arm, PGD_AT) in lanes]
+    head = [f"{case['model']}, batch {case['batch_size']}", "PGD-AT", "HAM"]
+    return [head, *([title(arm), *(figure(arm, kind) for kind in (PGD_AT, HAM))] for arm in arms)]

@@ -1,0 +1,120 @@
+"""Measured sections of README and docs/results.md: made of result files, and nothing where there is none."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import _measured  # noqa: E402
+import update_readme  # noqa: E402
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch) -> Path:
+    """A copy of benchmarks/results/ that a test may change."""
+    folder = tmp_path / "benchmarks" / "results"
+    shutil.copytree(ROOT / "benchmarks" / "results", folder)
+    monkeypatch.setattr(_measured, "RESULTS", folder)
+    monkeypatch.setattr(_measured, "ROOT", tmp_path)
+    return folder
+
+
+def cells_of(table: str) -> dict[str, list[str]]:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    assert len({len(row) for row in rows}) == 1
+    return {first: rest for first, *rest in rows}
+
+
+def change(path: Path, edit) -> None:
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("page", update_readme.PAGES, ids=lambda page: page.name)
+def test_pages_are_what_the_results_say(page):
+    text = page.read_text()
+    assert update_readme.written(text, update_readme.PAGES[page], page.parent) == text
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_a_page_without_its_section_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="claims: the page has 0 such sections"):
+        update_readme.written("# Nothing", {"claims": _measured.claims}, tmp_path)
+
+
+def test_claims_are_judged_by_the_numbers(results):
+    ham, base = "ham", "pgd_at"
+
+    def edit(result):
+        table = result["table"]
+        table[ham]["phase_ratio"], table[ham]["whole_ratio"] = [0.5, 0.6], [0.8, 0.8]
+        table[ham]["ema_cw20_worst"], table[base]["ema_cw20_worst"] = [0.30, 0.34], [0.2, 0.2]
+        table[ham]["ema_cw20_robust"], table[base]["ema_cw20_robust"] = [0.5], [0.6]
+        table[ham]["ema_cw20_std"], table[base]["ema_cw20_std"] = [0.09], [0.12]
+        for claim in result["claims"]:
+            claim["holds"] = "CW-20" in claim["claim"]
+
+    change(results / "bench_pgd_digits.json", edit)
+    rows = cells_of(_measured.claims(ROOT))
+    digits = {claim: cells[0] for claim, cells in rows.items()}
+    assert digits[_measured.PHASE] == "−45 %: **holds**"
+    assert digits[_measured.WHOLE] == "−20 %: **does not hold**"
+    worst, std = (text.format("CW-20") for text in (_measured.WORST, _measured.STD))
+    assert digits[worst] == "+12.0 ± 2.8 points (average over all images −10.0): **holds**"
+    assert digits[std] == "−25 %: **holds**"
+    assert digits[_measured.STD.format("PGD-20")].endswith("**does not hold**")
+    assert digits[_measured.WORST.format("AutoAttack")].endswith("(`ham` preset)")
+    assert {cells[2] for claim, cells in rows.items() if not claim.startswith(("claim", "---"))} == {"not measured"}
+
+
+def test_what_a_gpu_says_is_taken_over(results):
+    assert "Nothing has been measured on a GPU yet" in _measured.gpu(ROOT)
+    paper = "Claims of the paper"
+    table = [
+        ("bench-kernels", "compact is quick", "3 µs", "held"),
+        (paper, f"HAM: {_measured.PHASE}", "−47 %", "holds"),
+        (paper, "HAM: 75% of the examples easy at M = 3 stay easy (weight average)", "71.0%", "does not hold"),
+        (paper, f"HAM, frozen BN: {_measured.WHOLE}", "−30 %", "does not hold"),
+        ("Stages without a result", "train", "not run yet", "not measured"),
+    ]
+    keys = ("section", "goal", "measured", "verdict")
+    summary = {
+        "gpus": ["A", "B"],
+        "made": "2026-12-01T00:00",
+        "table": [dict(zip(keys, r, strict=True)) for r in table],
+    }
+    (results / "gpu").mkdir()
+    (results / "gpu" / "summary.json").write_text(json.dumps(summary))
+    rows = {claim: cells[2] for claim, cells in cells_of(_measured.claims(ROOT)).items()}
+    assert rows[_measured.PHASE] == "−47 %: **holds**"
+    assert rows[_measured.WHOLE] == "not measured"
+    assert rows[_measured.EASY] == "71.0%: **does not hold**"
+    text = _measured.gpu(_measured.ROOT)
+    assert text.startswith("A and B, 2026-12-01; [all of it](docs/gpu-results.md).")
+    assert list(cells_of(text).items())[2:] == [("compact is quick", ["3 µs", "**held**"])]
+
+
+def test_each_device_has_its_own_tables(results):
+    shutil.copy(results / "bench_training_cpu.json", results / "bench_training_gpu.json")
+
+    def edit(result):
+        result["machine"]["gpu"] = "A GPU"
+
+    change(results / "bench_training_gpu.json", edit)
+    for text in (_measured.training(ROOT), _measured.training_short(ROOT)):
+        assert 0 < text.index("GPU: A GPU") < text.index("GPU: none")
+
+
+def test_a_report_names_runs_that_did_not_finish(results):
+    change(results / "sweep_cheaper" / "data.json", lambda data: data["runs"][1].update(state="failed", name="the one"))
+    assert "Did not finish: the one." in _measured.cheaper(ROOT)
