@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -136,6 +137,11 @@ def test_transfer_from_another_run(run, tmp_path):
     (path,) = evaluate_run(run, quick, quiet=True)
     checks = {c["name"]: c for c in json.loads(path.read_text())["masking"]["checks"]}
     assert 0 <= checks["transfer"]["values"]["transfer"] <= 1
+    before = json.loads(path.read_text())["masking"]
+    evaluate_run(run, replace(quick, transfer_from=None), quiet=True)
+    assert json.loads(path.read_text())["masking"] == before, "less said again"
+    evaluate_run(run, replace(quick, transfer_from=None, masking_images=16), quiet=True)
+    assert json.loads(path.read_text())["masking"]["key"] == {"images": 16, "other": None}
 
 
 @pytest.mark.parametrize(

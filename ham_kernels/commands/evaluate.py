@@ -135,8 +135,7 @@ class _Judge:
                 result["attacks"][name] = {**found[attack], "on": on}
                 self.run.write_json(self.name, result)
             if s.masking:
-                other = None if s.transfer_from is None else RunFolder.open(s.transfer_from).newest_digest()
-                self._once(result, "masking", {"images": s.masking_images, "other": other}, self._masking)
+                self._once(result, "masking", self._masking_key(result), self._masking)
             if s.analyses:
                 key = {"images": s.analysis_images, "part": "train", "steps": self.steps, "threshold": s.threshold}
                 self._once(result, "confidence", key, self._confidence)
@@ -187,6 +186,13 @@ class _Judge:
             return
         result[name] = {"key": key, **make()}
         self.run.write_json(self.name, result)
+
+    def _masking_key(self, result: dict) -> dict:
+        s, known = self.settings, result.get("masking", {}).get("key", {})
+        if s.transfer_from is not None:
+            return {"images": s.masking_images, "other": RunFolder.open(s.transfer_from).newest_digest()}
+        # without another model, an earlier result that had one stays: it says more
+        return known if known.get("images") == s.masking_images else {"images": s.masking_images, "other": None}
 
     def _masking(self) -> dict:
         s = self.settings
