@@ -194,7 +194,7 @@ def markdown(s: dict[str, Any]) -> str:
              f"**{r['verdict']}**"] for r in s["table"]]  # fmt: skip
     parts += ["## Goals and claims", _table(["goal", "measured", "held or not"], rows)]
     if s["runs"]:
-        parts += ["## CIFAR-10 (JPEG copy)", _setup(s)]
+        parts += ["## CIFAR-10", _setup(s)]
         parts += [s["report_table"]] if s["report_table"] else []
         parts += ["### Time and hard fraction", _times(s["runs"]), _hard(s["runs"])]
         parts += ["### Accuracy, %", _accuracies(s["runs"])]
@@ -242,7 +242,7 @@ def _setup(s: dict) -> str:
     auto = f"AutoAttack: {' or '.join(f'{n:,}' for n in images)} test images, class shares kept. " if images else ""
     return (
         f"The paper's settings in {o.get('epochs')} epochs, learning rate one_cycle, engine {o.get('engine')}; images: "
-        f"{counts}, slightly lossy copies of the published ones. The weight average and the last weights are judged "
+        f"{counts}, from {o.get('data')}. The weight average and the last weights are judged "
         f"in fp32 (convolutions in TF32, torch's default). {auto}The arms of a seed share their warm-up, whose time "
         "counts in each."
     )

@@ -41,17 +41,20 @@ def name_of(arm: str, seed: int) -> str:
     return f"{arm}-seed{seed}"
 
 
+def data_name(o: Options) -> str:
+    return "torchvision" if o.data is None else o.data.name
+
+
 def flags(o: Options, seed: int) -> list[str]:
     """Of `ham train`, for all arms of a seed."""
     course = ["--epochs", o.epochs, "--schedule", "one_cycle", "--seed", seed, *ENGINES[o.engine]]
-    where = ["--dataset", "cifar10", "--path", o.data, "--root", o.out / "data", "--no-download"]
+    where = ["--dataset", "cifar10", "--root", o.out / "data"]
+    where += [] if o.data is None else ["--path", o.data, "--no-download"]
     return [str(flag) for flag in (*where, *course, *(TINY if o.smoke else ()))]
 
 
 # ---------------------------------------------------------------- stages
 def warm_up(o: Options, seed: int, shell: Shell) -> dict:
-    if o.data is None:
-        raise Failed("no --data")
     _check_options(o)
     folder = o.out / "cifar"
     (status,) = shell.run([sys.executable, __file__, "warm-up", str(folder), str(seed), *flags(o, seed)])
@@ -107,7 +110,7 @@ def report(o: Options, shell: Shell) -> dict:
     runs = [str(path.parent) for path in sorted(o.out.glob("cifar/*/evaluation")) if any(path.glob("[!.]*.json"))]
     if not runs:
         raise Failed("no run has been judged")
-    out = ["--out", str(o.out / "report"), "--title", "CIFAR-10 (JPEG copy), PreActResNet-18"]
+    out = ["--out", str(o.out / "report"), "--title", f"CIFAR-10 ({data_name(o)}), PreActResNet-18"]
     (status,) = shell.run([sys.executable, "-m", "ham_kernels", "report", *runs, *out])
     if status:
         raise Failed(f"ham report ended with {status}: {shell.last_line()}")
@@ -125,7 +128,7 @@ def _epochs(folder: Path) -> list[dict]:
 
 def _check_options(o: Options) -> None:
     """All runs of a folder are of one kind."""
-    path, now = o.out / "cifar" / "options.json", {"engine": o.engine, "epochs": o.epochs, "data": o.data.name}
+    path, now = o.out / "cifar" / "options.json", {"engine": o.engine, "epochs": o.epochs, "data": data_name(o)}
     path.parent.mkdir(exist_ok=True)
     if not path.exists():
         path.write_text(json.dumps(now))

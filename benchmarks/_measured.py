@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
-from statistics import mean
 
 import _kernel_report
+import _results
 import _training_report
 import bench_winograd
-from _results import CLAIM_TIME, ROWS, cells, markdown, spread, verdict_lines
+from _results import ROWS, cells, markdown, verdict_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,48 +29,30 @@ def read(name: str) -> dict:
 # ---------------------------------------------------------------- the claims of the paper
 PHASE, WHOLE = "training time −45 %, mining epochs alone", "training time −45 %, whole run"
 WORST, STD = "worst class +3.2 points (weight average, {})", "std over classes −22 % (weight average, {})"
-JUDGES = {"PGD-20": "pgd20", "CW-20": "cw20", "AutoAttack": "autoattack"}
+JUDGES = ("PGD-20", "CW-20", "AutoAttack")
 EASY = "75 % of the examples easy at M = 3 resist all K steps"
 Claims = dict[str, str]  # {claim: measured, and whether it holds}
 
 
 def claims(here: Path) -> str:
-    """One line per claim, one column per setting in which it was judged, HAM against PGD-AT.
-
-    What bench_pgd.py does not judge on the digits comes from the report of `ham`, whose preset has other batches.
-    """
-    preset = _claims_of_report(read("sweep_digits/data.json"))
-    digits, small, gpu = read("bench_pgd_digits.json"), read("sweep_cifar_small/data.json"), _gpu_summary()
-    preset = {claim: f"{words} (`ham` preset)" for claim, words in preset.items()}
+    """One line per claim, one column per setting in which it was judged, HAM against PGD-AT."""
+    digits, preset, small = (
+        read(name) for name in ("bench_pgd_digits.json", "sweep_digits/data.json", "sweep_cifar_small/data.json")
+    )
     columns = {
-        f"digits, small CNN, {digits['settings']['seeds']} seeds": preset | _claims_of_bench_pgd(digits),
-        f"10,000 CIFAR-10 images, small CNN, {_seeds_of(small)} seeds": _claims_of_report(small),
-        "CIFAR-10, PreActResNet-18": {} if gpu is None else _claims_of_gpu(gpu),
+        f"digits, `bench_pgd.py`, {digits['settings']['seeds']} seeds": _claims_of_bench_pgd(digits),
+        f"digits, preset of `ham`, {_seeds_of(preset)} seeds": _claims_of_report(preset),
+        f"10,000 CIFAR-10 images, {_seeds_of(small)} seeds": _claims_of_report(small),
     }
+    if (found := _gpu_summary()) is not None:
+        columns["CIFAR-10, PreActResNet-18"] = _claims_of_gpu(found)
     asked = [PHASE, WHOLE, *(text.format(title) for title in JUDGES for text in (WORST, STD)), EASY]
-    rows = [[claim, *(found.get(claim, "not measured") for found in columns.values())] for claim in asked]
+    rows = [[claim, *(found.get(claim, "not judged") for found in columns.values())] for claim in asked]
     return _left(["claim of the paper", *columns], rows)
 
 
 def _claims_of_bench_pgd(result: dict) -> Claims:
-    """In the words of `ham report`."""
-    ham, base = result["table"]["ham"], result["table"]["pgd_at"]
-    found = {claim: _time(mean(ham[f"{key}_ratio"]) - 1) for claim, key in ((PHASE, "phase"), (WHOLE, "whole"))}
-    for title, key in JUDGES.items():
-        if f"ema_{key}_worst" not in ham:
-            continue
-        gain = [100 * (a - b) for a, b in zip(ham[f"ema_{key}_worst"], base[f"ema_{key}_worst"], strict=True)]
-        average = 100 * (mean(ham[f"ema_{key}_robust"]) - mean(base[f"ema_{key}_robust"]))
-        words = f"{mean(gain):+.1f} ± {spread(gain):.1f} points (average over all images {average:+.1f})"
-        judged = {c["claim"]: c["holds"] for c in result["claims"]}
-        found[WORST.format(title)] = _said(words, judged[f"worst class +3.2 points (weight average, {title})"])
-        change = mean(ham[f"ema_{key}_std"]) / mean(base[f"ema_{key}_std"]) - 1
-        found[STD.format(title)] = _said(f"{change:+.0%}", judged[f"class std -22 % (weight average, {title})"])
-    return found
-
-
-def _time(change: float) -> str:
-    return _said(f"{change:+.0%}", change <= CLAIM_TIME + 1e-9)
+    return {_minus(c["claim"]): _said(c["measured"], c["holds"]) for c in _results.claims(result["table"])}
 
 
 def _claims_of_report(data: dict) -> Claims:
@@ -80,7 +63,7 @@ def _claims_of_report(data: dict) -> Claims:
     for entry in (ham["easy"] or {"by_m": []})["by_m"]:
         if entry["m"] == 3:
             share = entry["stay_share"]["mean"]
-            found[EASY] = _said(f"{share:.0%}", share >= 0.75)
+            found[EASY] = _said(f"{100 * share:.0f} %", share >= 0.75)
     return found
 
 
@@ -96,7 +79,11 @@ def _claims_of_gpu(summary: dict) -> Claims:
 
 
 def _said(measured: str, holds: bool | None) -> str:
-    return f"{measured}: {HOLDS[holds]}".replace("-", "−").replace("%:", " %:").replace("  %", " %")
+    return _minus(measured if holds is None else f"{measured}: {HOLDS[holds]}")
+
+
+def _minus(text: str) -> str:
+    return re.sub(r"(^|[ (])-(?=\d)", r"\1−", text)
 
 
 def _left(head: list[str], rows: list[list[str]]) -> str:
@@ -114,8 +101,9 @@ def gpu(here: Path) -> str:
     summary = _gpu_summary()
     if summary is None:
         return (
-            "Nothing has been measured on a GPU yet. `python benchmarks/gpu_suite.py --out DIR --data CIFAR10.tar` "
-            "does it all, in slots of some minutes."
+            "Nothing has been measured on a GPU yet. `python benchmarks/gpu_suite.py --out DIR` does it all, in calls "
+            "of 9 minutes: repeat it until its status is 0. torchvision downloads CIFAR-10, unless `--data` names "
+            "a tar of train/CLASS/IMAGE and test/CLASS/IMAGE."
         )
     paper = ("Claims of the paper", "Stages without a result")
     rows = [[r["goal"], r["measured"], f"**{r['verdict']}**"] for r in summary["table"] if r["section"] not in paper]
@@ -129,14 +117,16 @@ def bench_pgd_setup(result: dict) -> str:
     s, m = result["settings"], result["machine"]
     return (
         f"Digits, 1×8×8, ε {s['eps']:g}, step {s['step_size']:g}, K {s['steps']}, M {s['screen_steps']}, "
-        f"λ {s['lam']:g}, {s['warmup']} warm-up epochs of {s['epochs']}, {s['seeds']} seeds, mean ± std. "
-        f"Machine: {m['cpu']}, cores: {m['cores']}, GPU: {m['gpu']}; Python {m['python']}, torch {m['torch']}, "
-        f"torchattacks {m['torchattacks']}; {m['date']}."
+        f"λ {s['lam']:g}, batch {s['batch_size']}, learning rate {s['lr']:g}, {s['warmup']} warm-up epochs of "
+        f"{s['epochs']}, {s['seeds']} seeds, mean ± std. Machine: {m['cpu']}, cores: {m['cores']}, GPU: {m['gpu']}; "
+        f"Python {m['python']}, torch {m['torch']}, torchattacks {m['torchattacks']}, ham_kernels {m['ham_kernels']}; "
+        f"{m['date']}."
     )
 
 
 def bench_pgd(here: Path) -> str:
     result = read("bench_pgd_digits.json")
+    result["claims"] = _results.claims(result["table"])
     lines = [f"- {line}" for line in verdict_lines(result)]
     return "\n\n".join([bench_pgd_setup(result), markdown(cells(result["table"])), "\n".join(lines)])
 
@@ -175,7 +165,39 @@ def _machines_of(data: dict) -> str:
     """Where and when the runs of a report were made."""
     machines = sorted({run["machine"] for run in data["runs"]})
     versions = sorted({run["versions"].get("torch", "unknown") for run in data["runs"]})
-    return f"{'; '.join(machines)}; torch {', '.join(versions)}; {data['made'][:10]}"
+    commits = sorted({run["commit"] or "unknown" for run in data["runs"]})
+    word = "commit" if len(commits) == 1 else "commits"
+    return f"{'; '.join(machines)}; torch {', '.join(versions)}; {word} {', '.join(commits)}; {data['made'][:10]}"
+
+
+def _judgements(data: dict) -> str:
+    """The claims of HAM as its method is published, and what the checks for gradient masking found in each method."""
+    (section,) = data["sections"]
+    lines = [
+        f"- {c['claim']}: {c['measured']}" + (f": {HOLDS[c['holds']]}" if c["holds"] is not None else "")
+        for c in section["claims"] if c["group"] == "HAM"
+    ]  # fmt: skip
+    shares = {
+        group["title"]: entry["stay_share"]["mean"]
+        for group in section["groups"] if group["title"] in ("PGD-AT", "HAM") and group["easy"]
+        for entry in group["easy"]["by_m"] if entry["m"] == 3
+    }  # fmt: skip
+    if shares:
+        steps = next(group["easy"]["steps"] for group in section["groups"] if group["title"] == "HAM")
+        words = ", ".join(f"{100 * share:.0f} % ({title})" for title, share in shares.items())
+        lines.append(
+            f"- of the examples that are easy at M = 3, so many resist all {steps} steps (paper: 75 %): {words}"
+        )
+    for group in section["groups"]:
+        run = [check for check in group["masking"] if check["runs"]]
+        found = [
+            f"{c['check']}: suspicious in {len(c['suspicious'])} of {c['runs']} runs" for c in run if c["suspicious"]
+        ]
+        if run:
+            lines.append(
+                f"- checks for gradient masking, {group['title']}: {'; '.join(found) or f'all {len(run)} passed'}"
+            )
+    return "\n".join(lines)
 
 
 SWEEP = (
@@ -185,7 +207,7 @@ SWEEP = (
 
 
 def sweep(here: Path) -> str:
-    return report(here, "sweep_digits", f"Made by {SWEEP}")
+    return "\n\n".join([report(here, "sweep_digits", f"Made by {SWEEP}"), _judgements(read("sweep_digits/data.json"))])
 
 
 def sweep_figure(here: Path) -> str:
@@ -198,27 +220,17 @@ def cheaper(here: Path) -> str:
 
 
 def cifar_small(here: Path) -> str:
-    (section,) = read("sweep_cifar_small/data.json")["sections"]
-    lines = [f"- {c['claim']}: {c['measured']}: {HOLDS[c['holds']]}" for c in section["claims"]]
-    stay = {
-        group["title"]: entry["stay_share"]["mean"]
-        for group in section["groups"]
-        for entry in group["easy"]["by_m"]
-        if entry["m"] == 3
-    }
-    shares = ", ".join(f"{100 * share:.0f} % ({title})" for title, share in stay.items())
-    lines.append(f"- of the examples that are easy at M=3, so many resist all {section['groups'][0]['easy']['steps']} "
-                 f"steps (paper: 75 %): {shares}")  # fmt: skip
     table = report(
         here, "sweep_cifar_small",
-        "A small CNN, 10,000 training and 2,000 test images (of a slightly lossy JPEG copy), 20 epochs. `ham sweep "
+        "A small CNN, 10,000 training and 2,000 test images, 20 epochs. The tar holds class folders of slightly lossy "
+        "JPEG copies; without `--path`, torchvision downloads the published images. `ham sweep "
         "baseline --seeds {seeds} --dataset cifar10 --path cifar10-jpeg.tar.xz --model small_cnn --train-images 10000 "
         "--test-images 2000 --val-images 500 --epochs 20 --precision bf16 --channels-last on --compile on --winograd "
         "on --attacks clean pgd20 cw20 --out runs/cifar-small`, then `ham sweep ham` with the same flags, `ham "
         "evaluate RUN --attacks autoattack --images 100 --no-masking --no-analyses` of each run, and `ham report "
         "runs/cifar-small`; {machines}. The other core had other work, so that times are rough.",
     )  # fmt: skip
-    return "\n\n".join([table, "\n".join(lines)])
+    return "\n\n".join([table, _judgements(read("sweep_cifar_small/data.json"))])
 
 
 def numerics(here: Path) -> str:

@@ -40,7 +40,8 @@ def cells(case: dict) -> list[list[str]]:
 def notes(case: dict) -> list[str]:
     """What a table does not say: arms left out, and the matrix rate that the attack reaches."""
     where, attack = f"{case['model']}, batch {case['batch_size']}", case.get("attack")
-    out = [f"{where}, left out: {title(name)}: {why}" for name, why in case["left_out"].items()]
+    out = [f"{where}: {rounds(case)}"]
+    out += [f"{where}, left out: {title(name)}: {why}" for name, why in case["left_out"].items()]
     if attack:
         out.append(
             f"{where}: the attack of PGD-AT runs at {attack['flops_per_s'] / 1e12:.0f} TFLOP/s with "
@@ -48,6 +49,12 @@ def notes(case: dict) -> list[str]:
             f"{attack['matrix_flops_per_s'] / 1e12:.0f} in the same run"
         )
     return out
+
+
+def rounds(case: dict) -> str:
+    """How many times each lane was timed."""
+    counts = sorted({sum(s is not None for s in lane["seconds"]) for lane in case["lanes"]})
+    return f"{' to '.join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))} rounds"
 
 
 def verdict(goal: dict) -> str:
@@ -64,7 +71,8 @@ def setup(result: dict) -> str:
         "rate 0, BatchNorm momentum 0), so that this share stays. Predicted and measured: HAM / PGD-AT with the same "
         "options, predicted by the cost model from h; × torchattacks: how many times faster than an ordinary PGD-AT "
         "loop with torchattacks.PGD, in fp32 and under bf16 autocast with channels_last; to the floor: seconds / "
-        "(forwards of the step × seconds of one in the bare model at its best batch size)."
+        "(forwards of the step × seconds of one in the bare model at its best batch size). Ratios are medians of the "
+        "ratios within a round, so that they need not be the quotients of the medians beside them."
     )
     if result["device"]["type"] == "cpu":
         text += " The process keeps freed memory for our arms and returns it to the system for the others."
@@ -93,10 +101,13 @@ def readme_section(result: dict) -> str:
 def readme_short(result: dict) -> str:
     """Of the largest model: torchattacks' loops, ours without options, and our fastest in fp32 and in bf16."""
     model = result["cases"][-1]["model"]
-    tables = [markdown(short_cells(case)) for case in result["cases"] if case["model"] == model]
+    cases = [case for case in result["cases"] if case["model"] == model]
+    tables = [markdown(short_cells(case)) for case in cases]
+    timed = " and ".join(dict.fromkeys(rounds(case) for case in cases))
     said = (
         f"Seconds per step, K {K}, M {M}, {result['settings']['hard']:.0%} of the rows hard; in brackets, how many "
-        f"times faster than the loop with torchattacks.PGD in fp32. {machine(result)}"
+        f"times faster than the loop with torchattacks.PGD in fp32. Medians of {timed}, ratios within a round. "
+        f"{machine(result)}"
     )
     return "\n\n".join([said, *tables])
 

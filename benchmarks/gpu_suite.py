@@ -1,14 +1,14 @@
 """All that has to be proved on a GPU, in slots of some minutes, each going on where the last one ended.
 
-    python benchmarks/gpu_suite.py --out DIR --data cifar10.tar.xz      tests, sanitizers, benchmarks, CIFAR-10 runs
-    python benchmarks/gpu_suite.py --out DIR --data ... --stage train   only stages whose names begin so
+    python benchmarks/gpu_suite.py --out DIR                            tests, sanitizers, benchmarks, CIFAR-10 runs
+    python benchmarks/gpu_suite.py --out DIR --stage train              only stages whose names begin so
     python benchmarks/gpu_suite.py --smoke --out DIR                    every stage on a CPU, with tiny sizes
     python benchmarks/gpu_suite.py --write-docs                         docs/gpu-results.md from results/gpu/
 
 Each stage leaves DIR/stages/NAME.json, and is skipped where that is there. One that ends badly is noted and tried again
 with --retry or --stage only; one that the slot is too short for is left for the next call, as is the rest of one that
-could not end. DIR/summary.md has one table of goal, measured, held or not. Needs no network. Exit status: 0 when all
-stages are done, 1 where one failed, 3 where some are left for the next call, 2 for bad arguments.
+could not end. DIR/summary.md has one table of goal, measured, held or not. Needs no network with --data. Exit status: 0
+when all stages are done, 1 where one failed, 3 where some are left for the next call, 2 for bad arguments.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--stage", nargs="+", default=[], metavar="NAME", help="only stages whose names begin so")
     p.add_argument("--retry", action="store_true", help="run stages that failed once more")
     p.add_argument("--again", action="store_true", help="with --stage: tests and benchmarks anew, even if done")
-    p.add_argument("--data", type=Path, metavar="PATH", help="CIFAR-10 as a folder or tar of class folders")
+    p.add_argument("--data", type=Path, metavar="PATH", help="CIFAR-10 as a folder or tar of class folders "
+                   "(default: torchvision's, downloaded)")  # fmt: skip
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="(default 0 1)")
     p.add_argument("--epochs", type=int, default=30, help="of each run (default 30)")
     p.add_argument("--engine", choices=_gpu_runs.ENGINES, default="bf16", help="of training (default bf16; both bf16 "
@@ -71,9 +72,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         if path is not None and not path.exists():
             p.error(f"--{name}: {path} is not there")
     known = [stage.name for stage in plan_of(Options(args.out, seeds=tuple(args.seeds)))]
-    wanted = [name for name in known if not args.stage or name.startswith(tuple(args.stage))]
-    if args.data is None and not args.smoke and any("seed" in name for name in wanted):
-        p.error("--data: give it for the CIFAR-10 runs, or leave them out by --stage")
     if unknown := [name for name in args.stage if not any(k.startswith(name) for k in known)]:
         p.error(f"--stage: got {unknown[0]}; there are {', '.join(known)}")
     return args

@@ -5,6 +5,7 @@ Standard library, `_build` and `_build_cpu` only: setup.py loads it where torch 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,11 +26,12 @@ def build(root: Path, out_dir: Path | None = None) -> bool:
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    """``python -m ham_kernels build``: compiles in place. Returns 0: built, 1: not, 2: wrong use."""
+    """``ham build``: compiles in place. Returns 0: built, 1: not, 2: wrong use."""
+    parser = argparse.ArgumentParser(
+        prog="ham build", description="Compiles the CUDA extension and the CPU's convolutions of a checkout in place."
+    )
+    parser.parse_args(argv)
     root = Path(__file__).resolve().parents[1]
-    if argv:
-        print(f"ham_kernels build: takes no arguments, got {' '.join(argv)}", file=sys.stderr)
-        return 2
     if not (root / "csrc" / "bindings.cu").is_file():
         print(f"ham_kernels build: needs a checkout; {root} is an installation without csrc", file=sys.stderr)
         return 2

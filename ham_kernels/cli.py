@@ -20,7 +20,7 @@ USAGE = """usage: ham COMMAND [options]        (ham COMMAND --help shows the opt
   report     one HTML page, figures and tables from any number of runs
   sweep      the paper's experiments and ablations, one command each
   doctor     which backend each op uses on this machine, and why
-  build      compile the CUDA extension of a checkout in place, and show what the compiler says
+  build      compile the libraries of a checkout in place (CUDA, CPU), and show what the compilers say
 """
 
 

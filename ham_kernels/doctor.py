@@ -24,9 +24,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 def main(argv: list[str]) -> int:
     """Prints the report. Returns 1 where a GPU is present and the CUDA extension is not loaded, else 0."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ham_kernels doctor", description="Shows which backend each op uses, and why."
-    )
+    parser = argparse.ArgumentParser(prog="ham doctor", description="Shows which backend each op uses, and why.")
     parser.add_argument("--json", action="store_true", help="the same report as JSON")
     arguments = parser.parse_args(argv)
 

@@ -16,15 +16,17 @@ import tyro
 
 from . import _fields
 
+_RUNS = tyro.conf.arg(help_behavior_hint="(default: the run's)")
+
 
 @dataclass(frozen=True)
 class DataSettings:
     """Images."""
 
     dataset: str = "digits"
-    """digits, cifar10, cifar100, svhn, fashion_mnist, imagenette or imagenette32; with --path only its presets."""
+    """digits, cifar10, cifar100, svhn, fashion_mnist, imagenette, imagenette32; for --path whose preset (cifar10's)."""
     path: str | None = None
-    """A folder or tar of class folders to use instead."""
+    """A folder or tar of images to use instead: train/CLASS/NAME and test/CLASS/NAME, or CLASS/NAME (a fifth tests)."""
     root: str = "data"
     """Where named data sets lie, or are downloaded to."""
     download: bool = True
@@ -82,7 +84,7 @@ class MethodSettings:
     start_epoch: int = 50
     """First epoch (1-based) with mining; plain PGD-AT before."""
     lam: float = 1.0
-    """Lambda of the weights sigmoid(lambda * step size); higher is more uniform."""
+    """Lambda of the weights sigmoid(lambda * s), s the largest change of logits in a step; higher is more uniform."""
     reweight: bool = True
     """Weigh hard examples."""
     early_drop: bool = True
@@ -241,16 +243,19 @@ class TrainSettings:
 class EvaluateSettings:
     """How a run is judged."""
 
-    weights: tuple[str, ...] = ()
-    """Of last, ema, best, best_ema; or all (default: ema where the run keeps a weight average, else last)."""
+    weights: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(help_behavior_hint="(default: ema where the run keeps a weight average, else last)"),
+    ] = ()
+    """Of last, ema (both of the last epoch), best, best_ema (of the epoch that the validation images chose); or all."""
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw20")
     """clean, fgsm, pgdK, cwK (PGD on the CW loss), autoattack."""
     restarts: int = 1
     """Random starts of pgdK and cwK; an image counts as robust if it resists all."""
-    eps: float | None = None
-    """(default: the run's)"""
-    step_size: float | None = None
-    """(default: the run's)"""
+    eps: Annotated[float | None, _RUNS] = None
+    """Budget, in units of images in [0, 1]."""
+    step_size: Annotated[float | None, _RUNS] = None
+    """Of one attack step."""
     part: Literal["test", "val", "train"] = "test"
     images: int | None = None
     """Judge only so many images of the part, class shares kept."""

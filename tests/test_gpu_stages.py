@@ -165,6 +165,15 @@ def test_a_benchmark_that_is_not_there_or_writes_nothing_has_failed(tmp_path, mo
 
 
 # ---------------------------------------------------------------- runs
+def test_images_are_downloaded_where_none_are_given(tmp_path):
+    from ham_kernels.commands.flags import parse_train
+
+    told = {data: parse_train(_gpu_runs.flags(Options(tmp_path, data=data), 0)).settings.data for data in (None, ROOT)}
+    assert (told[None].dataset, told[None].path, told[None].download) == ("cifar10", None, True)
+    assert (told[ROOT].dataset, told[ROOT].path, told[ROOT].download) == ("cifar10", str(ROOT), False)
+    assert told[None].root == told[ROOT].root == str(tmp_path / "data")
+
+
 @pytest.mark.parametrize("engine", _gpu_runs.ENGINES)
 def test_the_flags_of_a_run_are_the_papers(tmp_path, engine):
     from ham_kernels.commands.flags import parse_train

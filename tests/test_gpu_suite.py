@@ -257,7 +257,6 @@ def test_a_restored_folder_keeps_what_stands_alone(tmp_path):
     ("arguments", "message"),
     [
         ([], "--out: give a folder"),
-        (["--out", "x"], "--data: give it for the CIFAR-10 runs"),
         (["--out", "x", "--data", "nowhere.tar"], "nowhere.tar is not there"),
         (["--out", "x", "--smoke", "--stage", "bench-nothing"], "--stage: got bench-nothing"),
         (["--out", "x", "--smoke", "--minutes", "0"], "--minutes: got 0.0"),

@@ -154,6 +154,20 @@ def test_the_same_work_done_faster_is_ranked_but_is_not_what_the_method_gains(tm
     assert "**2.0 s** | **0.50**" in text
 
 
+def test_too_few_images_a_class_judge_nothing(tmp_path):
+    """One of 31 images weighs more than the 3.2 points of the claim."""
+    for count, holds in ((62, None), (64, True)):
+        runs = pair(tmp_path / str(count))
+        judged_on(runs, "cw20", (count, count))
+        page, section, _ = built(runs, tmp_path / f"out{count}")
+        claims = {c["claim"]: c for c in section["claims"]}
+        found = claims["worst class +3.2 points (weight average, CW-20)"]
+        assert found["holds"] is holds
+        assert ("; not judged: 31 images a class" in found["measured"]) == (holds is None)
+        assert claims["worst class +3.2 points (weight average, PGD-20)"]["holds"] is not None
+        assert ("not judged: 31 images a class" in page) == (holds is None)
+
+
 def test_ways_to_say_the_same(tmp_path):
     """A run from before an option was there; a device by name; "require" for "on"."""
     base = {"run.device": "cpu", "engine.compile": "on", "run.precision": "bf16"}

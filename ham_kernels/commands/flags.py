@@ -16,12 +16,17 @@ from ..settings import EvaluateSettings, TrainSettings
 T = TypeVar("T")
 
 
+def _default(words: str) -> Any:
+    """What help says of a default that depends on the rest."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {words})")
+
+
 @dataclass(frozen=True)
 class Train:
     """Train a classifier into a run folder. Every default is the preset of the data set, then of --config."""
 
-    out: Path | None = None
-    """Run folder (default: runs/DATASET-METHOD-seedN)."""
+    out: Annotated[Path | None, _default("runs/DATASET-METHOD-seedN")] = None
+    """Run folder."""
     config: Path | None = None
     """TOML file of settings, such as the config.toml of another run; flags override it."""
     resume: Path | None = None
@@ -32,7 +37,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Judge the weights of a run on images that it never saw."""
+    """Judge the weights of a run, by default on its test images."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
@@ -44,13 +49,13 @@ class Evaluate:
 class Report:
     """One HTML page, PNG figures, and tables in Markdown and LaTeX, from any number of runs."""
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="(at least one)")]
     """Run folders, or folders of run folders such as a sweep's."""
     out: Path = Path("report")
     """Folder of the report."""
     title: str | None = None
-    baseline: str | None = None
-    """Title of the method that the others are compared with (default: PGD-AT)."""
+    baseline: Annotated[str | None, _default("PGD-AT")] = None
+    """Title of the method that the others are compared with."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +65,17 @@ class Sweep:
     baseline: PGD-AT. ham: HAM with M and lambda of the preset. grid: M from 1 to 5 x lambda from 0.5 to 2.0.
     ablations: early dropping alone, reweighting alone, random rows, and three kinds of BatchNorm while mining.
     cheaper: cheaper warm-ups, screening by one step, and batches screened together. paper: the first three.
+    --seed, --method and --label are the experiment's own.
     """
 
     experiment: Annotated[Literal["baseline", "ham", "grid", "ablations", "cheaper", "paper"], tyro.conf.Positional]
-    out: Path | None = None
-    """Sweep folder (default: runs/sweep-DATASET, the same for all experiments)."""
+    out: Annotated[Path | None, _default("runs/sweep-DATASET, the same for all experiments")] = None
+    """Sweep folder."""
     config: Path | None = None
     """TOML file of settings for every run."""
     seeds: tuple[int, ...] = (0,)
-    attacks: tuple[str, ...] = ("clean", "pgd20")
-    """How each run is judged on the test set in the end."""
+    attacks: tuple[str, ...] = ("clean", "pgd20", "cw20")
+    """How each run is judged on the test set in the end. HAM gains more under PGD than under CW: look at both."""
     share_warmup: bool = True
     """Train the epochs before start_epoch once per seed and kind: they are the same in every run."""
     settings: TrainSettings = field(default_factory=TrainSettings)

@@ -12,6 +12,7 @@ from .wording import attack_title
 
 TIME, WORST, STD = -0.45, 0.032, -0.22  # share of the time, accuracy, share of the std over classes
 ROUNDING = 1e-9  # a gain of exactly 3.2 points holds
+FEWEST = 32  # images of a class: of fewer, one weighs more than the claim on the worst class
 EASY_M, EASY_STAY = 3, 0.75  # of the examples that resist M = 3 steps, the share that resists to the end
 
 
@@ -87,8 +88,17 @@ def _fairness(group: dict, base: dict, attacks: Sequence[str]) -> list[dict]:
             why = f"not judged: on {_counts(ours)} images against {_counts(theirs)} of the baseline"
             out += [_entry(claim, why, None, None, seeds) for claim in (_worst_claim(where), _std_claim(where))]
             continue
-        out += [_worst(gain, ours, theirs, where, seeds), _std(ours, theirs, where, seeds)]
+        found = [_worst(gain, ours, theirs, where, seeds), _std(ours, theirs, where, seeds)]
+        out += [_with_enough_images(entry, ours) for entry in found]
     return out
+
+
+def _with_enough_images(entry: dict, accuracy: dict) -> dict:
+    counts = [n for n in accuracy["images"] if n is not None]
+    each = min(counts, default=0) // max(len(accuracy["per_class"]), 1)
+    if each >= FEWEST or not counts or entry["holds"] is None:
+        return entry
+    return entry | {"measured": f"{entry['measured']}; not judged: {each} images a class", "holds": None}
 
 
 def _worst(gain: dict, ours: dict, theirs: dict, where: str, seeds: int) -> dict:
