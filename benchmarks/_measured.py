@@ -202,7 +202,8 @@ def _judgements(data: dict) -> str:
 
 SWEEP = (
     "`ham sweep ablations --seeds {seeds} --attacks clean pgd20 cw20` on the digits (and `ham evaluate RUN --attacks "
-    "autoattack --images 100` for PGD-AT and HAM, then `ham report runs/sweep-digits`); {machines}."
+    "autoattack` for PGD-AT and HAM, then `ham report runs/sweep-digits`); {machines}. The other core had other work "
+    "now and then."
 )
 
 
@@ -215,7 +216,10 @@ def sweep_figure(here: Path) -> str:
 
 
 def cheaper(here: Path) -> str:
-    said = "`ham sweep cheaper --seeds {seeds} --attacks clean pgd20 cw20` on the digits; {machines}."
+    said = (
+        "`ham sweep cheaper --seeds {seeds} --attacks clean pgd20 cw20 --out runs/sweep-cheaper` on the digits; "
+        "{machines}."
+    )
     return report(here, "sweep_cheaper", said)
 
 
@@ -227,7 +231,7 @@ def cifar_small(here: Path) -> str:
         "baseline --seeds {seeds} --dataset cifar10 --path cifar10-jpeg.tar.xz --model small_cnn --train-images 10000 "
         "--test-images 2000 --val-images 500 --epochs 20 --precision bf16 --channels-last on --compile on --winograd "
         "on --attacks clean pgd20 cw20 --out runs/cifar-small`, then `ham sweep ham` with the same flags, `ham "
-        "evaluate RUN --attacks autoattack --images 100 --no-masking --no-analyses` of each run, and `ham report "
+        "evaluate RUN --attacks autoattack --images 400 --no-masking --no-analyses` of each run, and `ham report "
         "runs/cifar-small`; {machines}. The other core had other work, so that times are rough.",
     )  # fmt: skip
     return "\n\n".join([table, _judgements(read("sweep_cifar_small/data.json"))])
