@@ -18,6 +18,7 @@ from ham_kernels import checkpoint, models
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.flags import parse_train
 from ham_kernels.runs import RunFolder
+from ham_kernels.validation import Validation
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("no_gpu")]
 
@@ -86,16 +87,16 @@ def test_random_generators_go_on_too(tmp_path, monkeypatch, one_thread):
 
 def test_stop_in_validation(reference, tmp_path, monkeypatch, one_thread):
     judged = 0
-    original = train_command.HAMTrainer._evaluate
+    original = Validation.__call__
 
-    def stopping(self, model, loader, attacks):
+    def stopping(self, model):
         nonlocal judged
         judged += 1
         if judged == 4:  # the average, in the second epoch
-            loader._stop.number = signal.SIGINT
-        return original(self, model, loader, attacks)
+            self._loader._stop.number = signal.SIGINT
+        return original(self, model)
 
-    monkeypatch.setattr(train_command.HAMTrainer, "_evaluate", stopping)
+    monkeypatch.setattr(Validation, "__call__", stopping)
     with pytest.raises(train_command.Stopped):
         train_command.train(settings(), tmp_path / "run", quiet=True)
     monkeypatch.undo()
