@@ -150,7 +150,8 @@ def verdict_lines(result: dict) -> list[str]:
     if "torchattacks" in table:
         ratios = [1 / r for r in table["torchattacks"]["phase_ratio"]]
         lines.append(
-            f"our PGD-AT takes {statistics.mean(ratios):.2f} ± {spread(ratios):.2f} of the torchattacks loop's time"
+            f"our PGD-AT takes {statistics.mean(ratios):.2f} ± {spread(ratios):.2f} of the torchattacks loop's time "
+            "(both in this process, where our engine keeps freed memory for everybody)"
         )
     lines.append(f"outside the model's forward and backward: {extra['share']:.1%} of a PGD-AT step ({extra['how']})")
     return lines
