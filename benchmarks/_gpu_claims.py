@@ -80,7 +80,8 @@ def _claims(out: Path, runs: list[dict]) -> Iterator[dict]:
     judged = [claim for section in sections for claim in section["claims"]]
     for c in judged:
         seeds = f" ({c['seeds']} seed{'s' * (c['seeds'] != 1)})"
-        yield _row(PAPER, f"{c['group']}: {c['claim']}", c["measured"] + seeds, HOLDS[c["holds"]])
+        words = "undecided" if c["holds"] is None and c["value"] is not None else HOLDS[c["holds"]]
+        yield _row(PAPER, f"{c['group']}: {c['claim']}", c["measured"] + seeds, words)
     for arm in ARMS:
         if arm != BASE:
             yield _usual_epoch(arm, runs)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 
 import fake_runs
 import pytest
 from fake_runs import fake_run
 
 from ham_kernels import report
+from ham_kernels.report.spread import mean_interval
 
 # two classes, so that std over classes is half their difference
 PGD_AT = ([0.6, 0.2], [0.7, 0.3])  # of seeds 0 and 1: averages 0.4 and 0.5, worst 0.2 and 0.3, std 0.2 and 0.2
@@ -84,8 +86,43 @@ def test_claims(section):
     assert phase["value"] == pytest.approx(1 / 3 - 1)
     assert worst["value"] == pytest.approx(0.15)
     assert std["value"] == pytest.approx(0.075 / 0.2 - 1)
-    assert all(c["holds"] for c in found.values())
-    assert worst["measured"] == "+15.0 ± 7.1 points (average over all images +2.5)"
+    assert [c["holds"] for c in (whole, phase)] == [True, True]
+    said = "+15.0 ± 7.1 points (average over all images +2.5); undecided: 95 % interval −48.5 to +78.5"
+    assert (worst["measured"], worst["holds"]) == (said, None)  # two seeds leave much open
+    assert std["measured"].startswith("−62 % (relative to the average −6")
+
+
+def test_the_page_says_what_was_done_and_what_not_to_trust(two_methods):
+    page = (two_methods / "index.html").read_text()
+    assert "Settings of all: model small_cnn, " in page
+    assert ", K 10, step size 0.05, " in page
+    warning = "does not hold in 1 of 2 runs, so its accuracy under PGD alone proves little"
+    assert page.index("The paper's claims") < page.index(warning) < page.index("<h3>Results</h3>")
+    assert page.count(warning) == 2  # of both methods
+
+
+@pytest.mark.parametrize(("n", "t"), [(2, 12.706), (4, 3.182), (10, 2.262), (11, 2.228), (31, 2.042)])
+def test_intervals_are_students(n, t):
+    values = [float(i) for i in range(n)]
+    low, high = mean_interval(values)
+    assert (high - low) / 2 == pytest.approx(t * statistics.stdev(values) / math.sqrt(n), rel=2e-3)
+    assert (low + high) / 2 == pytest.approx((n - 1) / 2)
+    assert mean_interval([1.0]) is None
+
+
+@pytest.mark.parametrize(("worst", "holds"), [([0.30, 0.31, 0.32], True), ([0.2, 0.201, 0.202], False),
+                                              ([0.21, 0.23, 0.27], None)])  # fmt: skip
+def test_a_claim_within_the_interval_over_seeds_is_undecided(tmp_path, worst, holds):
+    runs = []
+    for seed, value in enumerate(worst):
+        for method, values in (("pgd_at", [0.4, 0.2]), ("ham", [0.4, value])):
+            runs.append(fake_run(tmp_path / f"{method}{seed}", method, seed=seed, accuracy={"pgd20": values}))
+    report.build(runs, tmp_path / "out")
+    (section,) = json.loads((tmp_path / "out" / "data.json").read_text())["sections"]
+    found = next(c for c in section["claims"] if c["claim"].startswith("worst class"))
+    assert found["holds"] is holds
+    assert ("undecided" in found["measured"]) == (holds is None)
+    assert ("undecided" in (tmp_path / "out" / "index.html").read_text()) >= (holds is None)
 
 
 def test_confidence_easy_and_masking(section):
@@ -110,7 +147,10 @@ def test_curves(section):
 
 def test_markdown(two_methods):
     lines = (two_methods / "table.md").read_text().splitlines()
-    assert lines[0] == "digits, ε 0.2 (L∞); 2 seeds, mean ± standard deviation; weight average. Best values in bold."
+    assert lines[0] == (
+        "digits, ε 0.2 (L∞); 2 seeds, mean ± standard deviation; weight average. "
+        "Bold: the best value, and those within its standard deviation."
+    )
     head, _, base, ham = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:])
     assert head[1:] == [
         "Clean avg", "Clean worst", "PGD-20 avg", "PGD-20 worst", "AutoAttack avg", "AutoAttack worst",
@@ -118,7 +158,7 @@ def test_markdown(two_methods):
     ]  # fmt: skip
     # clean is equal, so both are best; AutoAttack was run on one of the two only, so nothing is best
     assert base == [
-        "PGD-AT", "**95.0** ± 0.0", "**90.0** ± 0.0", "45.0 ± 7.1", "25.0 ± 7.1", "–", "–", "20.0 ± 0.0",
+        "PGD-AT", "**95.0** ± 0.0", "**90.0** ± 0.0", "**45.0** ± 7.1", "25.0 ± 7.1", "–", "–", "20.0 ± 0.0",
         "0.450 ± 0.071", "5.0 s ± 1.4 s", "1.00",
     ]  # fmt: skip
     assert ham == [

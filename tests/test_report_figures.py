@@ -10,7 +10,7 @@ import pytest
 from fake_runs import fake_run
 
 from ham_kernels import report
-from ham_kernels.report import by_class, curves, drawn
+from ham_kernels.report import by_class, curves, drawn, figures
 
 
 def section_of(runs, out, monkeypatch):
@@ -20,6 +20,11 @@ def section_of(runs, out, monkeypatch):
         report.build(runs, out)
     data = json.loads((out / "data.json").read_text())
     return data["sections"][0], data["styles"]
+
+
+def caption_of(name, section):
+    (entry,) = [entry for entry in drawn.ENTRIES if entry.name == name]
+    return entry.caption(section)
 
 
 def labels(axes):
@@ -49,9 +54,9 @@ def test_differences_of_many_classes_show_losses_and_gains(tmp_path, monkeypatch
     assert labels(figure.axes[0]) == [str(c) for c in expected]
     words = "10 largest losses and 10 largest gains of 41 classes"
     assert words in figure.axes[0].get_xlabel()
-    (entry,) = [entry for entry in drawn.ENTRIES if entry.name == "class_differences"]
-    assert words in entry.caption(section)
-    assert ("by the mean of the methods" in entry.caption(section)) == (methods > 1)
+    caption = caption_of("class_differences", section)
+    assert words in caption
+    assert ("by the mean of the methods" in caption) == (methods > 1)
 
 
 def test_the_page_names_the_figure_by_what_it_shows(tmp_path, monkeypatch):
@@ -62,6 +67,15 @@ def test_the_page_names_the_figure_by_what_it_shows(tmp_path, monkeypatch):
             fake_run(root / m, m, accuracy={"pgd20": [0.5, 0.3, *[0.4] * (classes - 2)]}) for m in ("pgd_at", "ham")
         ]
         assert f"<h3>{title}</h3>" in report.build(runs, root / "out").read_text()
+
+
+def test_a_title_that_says_robust_names_the_attack(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawn, "ENTRIES", [e for e in drawn.ENTRIES if e.name == "class_accuracy"])
+    run = fake_run(tmp_path / "run", accuracy={"pgd20": [0.5, 0.3]})
+    bare = fake_run(tmp_path / "bare")
+    page = report.build([run], tmp_path / "out").read_text()
+    assert "<h3>Robust accuracy of each class under PGD-20</h3>" in page
+    assert "without a figure: Robust accuracy of each class." in report.build([bare], tmp_path / "none").read_text()
 
 
 # ---------------------------------------------------------------- errors
@@ -97,6 +111,93 @@ def test_error_bars_need_more_than_one_value(tmp_path, monkeypatch, seeds):
     assert len(drawn_errors(by_class.class_bars(section, styles).axes[0])) == 2  # bootstrap intervals, or std
 
 
+def methods_of(tmp_path, count, **how):
+    """PGD-AT and HAM methods, `count` in all."""
+    runs = [fake_run(tmp_path / "p", "pgd_at", accuracy={"pgd20": [0.5, 0.3]}, **how)]
+    runs += [
+        fake_run(tmp_path / f"h{i}", accuracy={"pgd20": [0.5, 0.3]}, settings={"method.lam": 1.0 + i}, **how)
+        for i in range(count - 1)
+    ]
+    return runs
+
+
+@pytest.mark.parametrize("count", [2, 6, 7])
+def test_bands_are_drawn_or_said_to_be_left_out(tmp_path, monkeypatch, count):
+    section, styles = section_of(methods_of(tmp_path, count), tmp_path / "out", monkeypatch)
+    for name, draw in (("hard_fraction", curves.hard_fraction), ("training", curves.training)):
+        bands = len(draw(section, styles).axes[0].collections)
+        caption = caption_of(name, section)
+        assert bands == (count if count < 7 else 0)
+        assert ("Bands: one standard deviation" in caption) == (count < 7)
+        assert ("Bands are left out for more than 6 methods" in caption) == (count == 7)
+        assert ("HAM mines, its loss is over hard rows only" in caption) == (name == "training")
+        assert "Dotted: the first epoch that mines" in caption
+
+
+def test_bands_end_at_0_and_100_percent(tmp_path, monkeypatch):
+    section, styles = section_of(methods_of(tmp_path, 2), tmp_path / "out", monkeypatch)
+    for group in section["groups"]:
+        for name, curve in group["curves"].items():
+            if name not in ("epoch", "phase"):
+                curve["low"], curve["high"] = [-0.2] * 4, [1.2] * 4
+
+    def heights(axes):
+        found = np.concatenate([path.vertices[:, 1] for band in axes.collections for path in band.get_paths()])
+        return found.min(), found.max()
+
+    assert heights(curves.hard_fraction(section, styles).axes[0]) == (0, 100)
+    *validation, loss = [axes for axes in curves.training(section, styles).axes if axes.lines]
+    assert {heights(axes) for axes in validation} == {(0, 100)}
+    assert heights(loss) == pytest.approx((-0.2, 1.2))
+
+
+def test_bands_over_many_classes_end_at_0_and_100_percent(tmp_path, monkeypatch):
+    run = fake_run(tmp_path / "run", accuracy={"pgd20": [0.0, *[1.0] * 20]})
+    section, styles = section_of([run], tmp_path / "out", monkeypatch)
+    (axes,) = by_class.class_bars(section, styles).axes
+    (band,) = axes.collections
+    assert (band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()) == (0, 100)
+    assert axes.get_xlabel() == "21 classes, sorted by the first method's accuracy under PGD-20"
+    assert "Bands: the 95 % bootstrap interval" in caption_of("class_accuracy", section)
+
+
+# ---------------------------------------------------------------- lines
+def drawn_at(look, at):
+    """Whether a line of this look is drawn at these lengths along it."""
+    if look["linestyle"] == "solid":
+        return np.ones(len(at), dtype=bool)
+    pattern = look["linestyle"][1]
+    ends = np.cumsum(pattern)
+    return np.searchsorted(ends, at % ends[-1], side="right") % 2 == 0
+
+
+@pytest.mark.parametrize("others", [0, 1, 2, 6, 7, 20])
+def test_lines_that_coincide_are_all_seen(others):
+    styles = {str(i): i for i in range(others)}
+    looks = [figures.style_of({"title": title, "baseline": False}, styles) for title in styles]
+    looks.append(figures.style_of({"title": "PGD-AT", "baseline": True}, styles))
+    assert len({str(look["linestyle"]) for look in looks}) == others + 1
+    assert all(look["zorder"] < looks[-1]["zorder"] for look in looks[:-1])
+    at = np.arange(0.05, 200, 0.1)  # line widths
+    on = np.array([drawn_at(look, at) for look in looks])
+    for i in range(others + 1):
+        assert (on[i] & ~on[i + 1 :].any(0)).any(), i  # drawn, and nothing above it
+
+
+def test_the_baseline_is_drawn_dashed_and_last(tmp_path, monkeypatch):
+    section, styles = section_of(
+        methods_of(tmp_path, 3, parts={"confidence": fake_runs.confidence([0.2, 0.4], [[1, 1], [0, 2]])}),
+        tmp_path / "out", monkeypatch,
+    )  # fmt: skip
+    for draw in (figures.confidence, curves.hard_fraction, curves.training):
+        axes = draw(section, styles).axes[0]
+        lines = [artist for artist in (*axes.lines, *axes.patches) if artist.get_label() in ("PGD-AT", *styles)]
+        assert len(lines) == 3
+        top = max(lines, key=lambda line: line.get_zorder())
+        assert top.get_label() == "PGD-AT"
+        assert top.get_linestyle() not in ("-", "solid")
+
+
 # ---------------------------------------------------------------- axes
 def test_bars_at_100_are_seen_whole(tmp_path, monkeypatch):
     run = fake_run(tmp_path / "run", accuracy={"pgd20": [1.0, 0.3]})
@@ -104,6 +205,59 @@ def test_bars_at_100_are_seen_whole(tmp_path, monkeypatch):
     assert axes.get_ylim()[1] > 102
     assert max(axes.get_yticks()) == 100
     assert axes.get_xlabel() == "class"
+
+
+@pytest.mark.parametrize(
+    ("shares", "top"), [([0.0, 0.0], 10), ([0.004, 0.0], 10), ([0.2, 0.1], 20), ([0.21, 0.1], 30), ([0.93, 0.1], 100)]
+)
+def test_bars_end_where_the_data_do(tmp_path, monkeypatch, shares, top):
+    run = fake_run(
+        tmp_path / "run", accuracy={"pgd20": [0.5, 0.3]},
+        parts={"confidence": fake_runs.confidence(shares, [[1, 1], [0, 2]])},
+    )  # fmt: skip
+    figure = by_class.overconfident(*section_of([run], tmp_path / "out", monkeypatch))
+    (axes,) = figure.axes
+    assert (max(axes.get_yticks()), axes.get_ylim()) == (top, (0, pytest.approx(1.04 * top)))
+    assert any("0 % in all classes" in text.get_text() for text in axes.texts) == (shares == [0.0, 0.0])
+    with figures.drawing():
+        figure.draw_without_rendering()
+    box = axes.yaxis.label.get_window_extent()
+    assert 0 <= box.y0 < box.y1 <= figure.bbox.height
+
+
+def test_bars_leave_room_for_their_errors(tmp_path, monkeypatch):
+    run = fake_run(tmp_path / "run", accuracy={"pgd20": [0.38, 0.3]})  # -+ 0.04
+    (axes,) = by_class.class_bars(*section_of([run], tmp_path / "out", monkeypatch)).axes
+    assert max(axes.get_yticks()) == 50
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(60.0, 0.8 * 60), (49.0, 0.0)])
+def test_time_starts_at_0_only_where_times_differ_much(tmp_path, monkeypatch, seconds, expected):
+    runs = [
+        fake_run(tmp_path / m, m, accuracy={"pgd20": [0.5, 0.3]}, seconds=[s / 4] * 4)
+        for m, s in (("pgd_at", 100.0), ("ham", seconds))
+    ]
+    (axes,) = figures.worst_against_time(*section_of(runs, tmp_path / "out", monkeypatch)).axes
+    assert axes.get_xlim() == pytest.approx((expected, 104))
+
+
+def test_the_heat_map_has_the_tables_digits_in_letters_that_are_seen(tmp_path, monkeypatch):
+    runs = methods_of(tmp_path, 7)
+    for run in runs:
+        fake_runs.change_evaluation(
+            run, lambda raw: raw["attacks"]["pgd20"].update(per_class=[fake_runs.interval(v) for v in (0.425, 0.435)])
+        )
+    figure = by_class.class_bars(*section_of(runs, tmp_path / "out", monkeypatch))
+    assert {(text.get_text(), text.get_color()) for text in figure.axes[0].texts} == {
+        ("42.5", "white"), ("43.5", "black"),
+    }  # fmt: skip
+
+
+def test_captions_say_on_which_images(tmp_path, monkeypatch):
+    parts = {"confidence": fake_runs.confidence([0.2, 0.4], [[1, 1], [0, 2]])}
+    run = fake_run(tmp_path / "run", accuracy={"pgd20": [0.5, 0.3]}, parts=parts)
+    section, _ = section_of([run], tmp_path / "out", monkeypatch)
+    assert "(PGD-10, 4 training images)" in caption_of("overconfident", section)
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(9, [*range(1, 10)]), (2, [1, 2, 3]), (49, [1, 3, 5, 9, 13])])

@@ -180,6 +180,19 @@ def test_weights_shown(tmp_path):
     assert section["groups"][1]["differences"] is None
 
 
+def test_shared_warm_ups_and_several_commits_are_said(tmp_path):
+    runs = [
+        fake_run(tmp_path / "p", "pgd_at", accuracy=ACCURACY, seconds=[2.0, 3.0, 3.0, 3.0]),
+        fake_run(tmp_path / "h", "ham", accuracy=ACCURACY, seconds=[2.0, 1.0, 1.0, 1.0]),
+    ]
+    path = runs[1] / "environment.json"
+    write_json(path, {**json.loads(path.read_text()), "commit": "def5678-dirty"})
+    (section,) = grouped(runs)
+    commits, warm_up = section.notes
+    assert commits == "Not of one commit: abc1234, def5678-dirty (-dirty: with changes that no commit holds)."
+    assert warm_up.startswith("Epochs 1 to 1 were trained once per seed, for all methods; their time counts in each.")
+
+
 def test_what_limits_the_comparison_is_said(tmp_path):
     runs = [fake_run(tmp_path / "p", "pgd_at", accuracy=ACCURACY), fake_run(tmp_path / "h", "ham", accuracy=ACCURACY)]
     (section,) = grouped(runs)

@@ -86,16 +86,16 @@ def _steps(bench: _Bench, pgd: PGD) -> dict:
     for fewer, more in pairwise(STEP_COUNTS):
         gain, noise = _paired(correct[more], correct[fewer])
         if gain > noise:
-            faults.append(f"{more} steps leave {gain:.1%} more images correct than {fewer}")
+            faults.append(f"{more} steps leave {_points(gain)} more images correct than {fewer}")
         fall, noise = _paired(loss[fewer], loss[more])
         if fall > noise + RISE * float(loss[fewer].mean()):
             faults.append(f"the loss after {more} steps is lower than after {fewer}, by {fall:.3g}")
     late, noise = _paired(correct[STEPS], correct[STEP_COUNTS[-1]])
     if late > noise + LATE_POINTS:
-        faults.append(f"accuracy still falls by {late:.1%} from {STEPS} to {STEP_COUNTS[-1]} steps")
+        faults.append(f"accuracy still falls by {_points(late)} from {STEPS} to {STEP_COUNTS[-1]} steps")
     ahead, noise = _paired(correct[STEPS], fgsm)
     if ahead > noise:
-        faults.append(f"FGSM fools {ahead:.1%} more images than {STEPS} steps")
+        faults.append(f"FGSM fools {_points(ahead)} more images than {STEPS} steps")
     values = {
         "steps": list(STEP_COUNTS), "accuracy": [_mean(correct[k]) for k in STEP_COUNTS],
         "loss": [_mean(loss[k]) for k in STEP_COUNTS], "fgsm": _mean(fgsm),
@@ -131,7 +131,7 @@ def _scale(bench: _Bench, pgd: PGD, plain: Tensor) -> dict:
     for name, correct in found.items():
         ahead, noise = _paired(plain, correct)
         if ahead > noise + POINTS:
-            faults.append(f"PGD on {name} fools {ahead:.1%} more images than on the cross entropy")
+            faults.append(f"PGD on {name} fools {_points(ahead)} more images than on the cross entropy")
     values = {"plain": _mean(plain)} | {name: _mean(correct) for name, correct in found.items()}
     return _result("scale", "The attack does not depend on the scale of the logits, nor on the loss", values, faults)
 
@@ -143,14 +143,14 @@ def _transfer(bench: _Bench, pgd: PGD, plain: Tensor, other: nn.Module | None) -
     with engine.attack_mode(other):
         correct = bench.after(pgd, attacked=other)
     ahead, noise = _paired(plain, correct)
-    faults = [f"they fool {ahead:.1%} more images"] if ahead > noise else []
+    faults = [f"they fool {_points(ahead)} more images"] if ahead > noise else []
     return _result("transfer", title, {"plain": _mean(plain), "transfer": _mean(correct)}, faults)
 
 
 def _noise(bench: _Bench, pgd: PGD, plain: Tensor) -> dict:
     correct = bench.under_noise(pgd)
     ahead, noise = _paired(plain, correct)
-    faults = [f"the best of {NOISE_DRAWS} draws fools {ahead:.1%} more images than PGD"] if ahead > noise else []
+    faults = [f"the best of {NOISE_DRAWS} draws fools {_points(ahead)} more images than PGD"] if ahead > noise else []
     values = {"plain": _mean(plain), "noise": _mean(correct), "draws": NOISE_DRAWS}
     return _result("noise", "Random noise is no stronger than PGD", values, faults)
 
@@ -238,6 +238,11 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _mean(values: Tensor) -> float:
     return float(values.mean())
+
+
+def _points(share: float) -> str:
+    """A difference of two shares, in percentage points."""
+    return f"{100 * share:.1f} points"
 
 
 def _paired(a: Tensor, b: Tensor) -> tuple[float, float]:

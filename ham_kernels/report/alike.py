@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from .evaluations import WEIGHTS
@@ -98,10 +99,33 @@ def limits(section: Section) -> list[str]:
     told = [training_of(g.settings, g.counted) for g in section.groups if g.settings]
     for what, values in unlike(told, [name for name in ALL if name != "machine"]).items():
         notes.append(f"Trained unlike in {what}: {'; '.join(values)}. Claims on time are judged between equals only.")
-    machines = {machine for g in section.groups for run in g.counted for machine in machines_of(run)}
+    counted = [run for g in section.groups for run in g.counted]
+    commits = sorted({str(run.environment["commit"]) for run in counted if run.environment.get("commit")})
+    if len(commits) > 1:
+        notes.append(f"Not of one commit: {', '.join(commits)} (-dirty: with changes that no commit holds).")
+    if shared := shared_epochs(counted):
+        notes.append(
+            f"Epochs 1 to {shared} were trained once per seed, for all methods; their time counts in each. So times "
+            "differ by the later epochs alone."
+        )
+    machines = {machine for run in counted for machine in machines_of(run)}
     if len(machines) > 1:
         notes.append(f"Trained on different machines, so times do not compare: {'; '.join(sorted(machines))}.")
     return notes
+
+
+def shared_epochs(runs: Iterable[Run]) -> int:
+    """How many first epochs, but not all, the runs of each seed have in common, to the digit of their times."""
+    seeds: dict[int | None, list[Run]] = {}
+    for run in runs:
+        seeds.setdefault(run.seed, []).append(run)
+    shared = []
+    for same in seeds.values():
+        logs = [[(e.epoch, e.loss, e.seconds) for e in run.epochs] for run in same]
+        alike = (len(set(epoch)) == 1 for epoch in zip(*logs, strict=False))
+        count = len(list(takewhile(bool, alike)))
+        shared.append(count if len(same) > 1 and count < max(map(len, logs)) else 0)
+    return min(shared, default=0)
 
 
 def machines_of(run: Run) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ from .spread import reach
 from .wording import attack_title, shortened
 
 MANY_CLASSES = 20  # above: classes sorted, or only those that change most
+BRIGHT = 43  # percent from which viridis needs black letters
+ROUNDING = 1e-9  # bars that end at a multiple of ten need no more room
 
 
 def class_bars(section: Section, styles: Styles) -> Figure | None:
@@ -32,7 +35,7 @@ def class_differences(section: Section, styles: Styles) -> Figure | None:
 def overconfident(section: Section, styles: Styles) -> Figure | None:
     """Share of each class's adversarial examples that are over-confident."""
     rows = [(g, g["confidence"]["overconfident"], None) for g in section["groups"] if g["confidence"]]
-    return _by_class(rows, section, styles, "over-confident adversarial examples, %") if rows else None
+    return _by_class(rows, section, styles, "over-confident\nadversarial examples, %") if rows else None
 
 
 def _by_class(rows: list[tuple], section: Section, styles: Styles, label: str, signed: bool = False) -> Figure:
@@ -41,7 +44,7 @@ def _by_class(rows: list[tuple], section: Section, styles: Styles, label: str, s
         order = _extremes(rows) if signed else _worst_first(section, rows)
     below = "class"
     if len(order) > MANY_CLASSES:
-        below = f"{len(order)} classes, sorted by the first method's accuracy"
+        below = f"{len(order)} classes, sorted by the first method's accuracy under {attack_title(section['attack'])}"
     elif len(order) < len(names):
         below = f"class: the {of_extremes(len(names))}"
     if len(rows) > MANY_GROUPS:
@@ -56,12 +59,22 @@ def _by_class(rows: list[tuple], section: Section, styles: Styles, label: str, s
     if signed:
         axes.axhline(0, color="black", linewidth=0.8)
     else:
-        axes.set_ylim(0, 104)  # bars and errors at 100 are seen whole
-        axes.set_yticks(range(0, 101, 20))
+        top = _top(rows, order)
+        axes.set_ylim(0, 1.04 * top)  # bars and errors that reach it are seen whole
+        axes.set_yticks(range(0, top + 1, 2 if top == 10 else 5 if top <= 30 else 10 if top <= 50 else 20))
+        if {spreads[c]["mean"] for _, spreads, _ in rows for c in order} - {None} == {0}:
+            axes.text(0.5, 0.5, "0 % in all classes", transform=axes.transAxes, ha="center", va="center")
     axes.grid(axis="x", visible=False)
     axes.set(xlabel=below, ylabel=label)
-    legend_below(figure, axes, [g for g, _, _ in rows])
+    legend_below(figure, axes, [g for g, _, _ in rows], lines=len(order) > MANY_CLASSES)
     return figure
+
+
+def _top(rows: list[tuple], order: Sequence[int]) -> int:
+    """Percent up to which bars and their errors reach, rounded up to tens, from 10 to 100."""
+    found = [_percent([spreads[c] for c in order]) for _, spreads, _ in rows]
+    highest = max(np.nanmax(mean + np.nan_to_num(error[1]), initial=0.0) for mean, error in found)
+    return min(100, max(10, 10 * math.ceil(highest / 10 - ROUNDING)))
 
 
 def _worst_first(section: Section, rows: list[tuple]) -> list[int]:
@@ -109,9 +122,10 @@ def _steps(axes: Axes, rows: list[tuple], order: Sequence[int], styles: Styles) 
         look = style_of(group, styles)
         mean, error = _percent([spreads[c] for c in order])
         at = np.arange(len(order))
-        line = {"color": look["color"], "linestyle": look["linestyle"]}
+        line = {key: look[key] for key in ("color", "linestyle", "zorder")}
         axes.step(at, mean, where="mid", label=shortened(group["title"]), **line)
-        axes.fill_between(at, mean - error[0], mean + error[1], step="mid", color=look["color"], alpha=0.12, lw=0)
+        low, high = np.clip((mean - error[0], mean + error[1]), 0, 100)
+        axes.fill_between(at, low, high, step="mid", color=look["color"], alpha=0.12, lw=0)
         if worst is not None:
             axes.axhline(100 * worst, color=look["color"], linewidth=1, linestyle="dashed")
     axes.set_xlim(-0.5, len(order) - 0.5)
@@ -133,11 +147,11 @@ def _heat_map(
     axes.set_xlabel(below)
     if len(names) <= 12:
         for (i, j), value in np.ndenumerate(values):
-            dark = abs(value) > 0.6 * top if signed else value < 55
+            dark = abs(value) > 0.6 * top if signed else value < BRIGHT
             if np.isfinite(value):
                 ink = "white" if dark else "black"
-                axes.text(j, i, f"{round(value)}", ha="center", va="center", fontsize=7, color=ink)
-    figure.colorbar(image, ax=axes, label=label, location="top", shrink=0.7, aspect=40)
+                axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=7, color=ink)
+    figure.colorbar(image, ax=axes, label=label.replace("\n", " "), location="top", shrink=0.7, aspect=40)
     return figure
 
 

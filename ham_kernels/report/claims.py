@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from .alike import same_images, unlike
 from .evaluations import WEIGHTS
-from .spread import difference
+from .spread import difference, mean_interval
 from .wording import attack_title
 
 TIME, WORST, STD = -0.45, 0.032, -0.22  # share of the time, accuracy, share of the std over classes
@@ -17,7 +18,10 @@ EASY_M, EASY_STAY = 3, 0.75  # of the examples that resist M = 3 steps, the shar
 
 
 def claims(groups: Sequence[dict[str, Any]], attacks: Sequence[str]) -> list[dict[str, Any]]:
-    """For each HAM group: {"group", "claim", "measured", "value", "seeds", "holds"}; holds is None where not judged."""
+    """For each HAM group: {"group", "claim", "measured", "value", "seeds", "holds"}.
+
+    holds is None where it was not judged, or where the seeds leave open on which side of the claim the mean lies.
+    """
     base = next((g for g in groups if g["baseline"]), None)
     if base is None or base["method"] != "pgd_at":
         return []
@@ -38,36 +42,47 @@ def same_seeds(group: dict[str, Any], base: dict[str, Any]) -> bool:
 
 def _times(group: dict, base: dict) -> list[dict]:
     seeds = min(group["time"]["n"], base["time"]["n"])
-    whole = group["relative_time"]
-    phase = _mining_phase(group["curves"], base["curves"])
     apart = unlike((group["training"], base["training"]))
     out = []
-    for where, ratio in (("whole run", whole), ("mining epochs alone", phase)):
+    for where, pick in (("whole run", _all_epochs), ("mining epochs alone", _mining_epochs)):
         claim = f"training time {100 * TIME:+.0f} %, {where}".replace("-", "−")
+        ours, theirs = ([_total(run, pick(group)) for run in g["epoch_seconds"]] for g in (group, base))
         if apart:
             why = ", ".join(f"{what} ({' and '.join(values)})" for what, values in apart.items())
             out.append(_entry(claim, f"not judged: trained unlike in {why}", None, None, seeds))
-        elif ratio is None:
+        elif None in ours or None in theirs or not sum(theirs):
             out.append(_entry(claim, "not judged: no training times of both", None, None, seeds))
         else:
-            out.append(
-                _entry(claim, _signed(100 * (ratio - 1), " %", 0), ratio - 1, ratio - 1 <= TIME + ROUNDING, seeds)
-            )
+            change = statistics.fmean(ours) / statistics.fmean(theirs) - 1
+            each = [a / b - 1 for a, b in zip(ours, theirs, strict=True)] if same_seeds(group, base) else []
+            holds, words = _verdict(change, each, TIME, below=True)
+            out.append(_entry(claim, _signed(100 * change, " %", 0) + words, change, holds, seeds))
     return out
 
 
-def _mining_phase(ours: dict, base: dict) -> float | None:
-    """Time of the epochs that mine over the baseline's time of those same epochs."""
-    if "seconds" not in ours or "seconds" not in base:
-        return None
-    mining = {e for e, phase in zip(ours["epoch"], ours["phase"], strict=True) if phase == "ham"}
-    sides = []
-    for curves in (ours, base):
-        seconds = dict(zip(curves["epoch"], curves["seconds"]["mean"], strict=True))
-        sides.append([seconds.get(e) for e in mining])
-    if not mining or None in sides[0] or None in sides[1] or not sum(sides[1]):
-        return None
-    return sum(sides[0]) / sum(sides[1])
+def _all_epochs(group: dict) -> set[int] | None:
+    return None
+
+
+def _mining_epochs(group: dict) -> set[int]:
+    curves = group["curves"]
+    return {e for e, phase in zip(curves["epoch"], curves["phase"], strict=True) if phase == "ham"}
+
+
+def _total(run: list, epochs: set[int] | None) -> float | None:
+    """Seconds of these epochs (None: all); None where one of them, or all, are unknown."""
+    seconds = {epoch: s for epoch, s in run if epochs is None or epoch in epochs}
+    known = bool(seconds) and None not in seconds.values() and (epochs is None or len(seconds) == len(epochs))
+    return sum(seconds.values()) if known else None
+
+
+def _verdict(mean: float, each: Sequence[float], limit: float, below: bool) -> tuple[bool | None, str]:
+    """(whether the claim holds, what to say of it): undecided where the 95 % interval over seeds contains the limit."""
+    interval = mean_interval(each)
+    if interval is not None and interval[0] < limit < interval[1]:
+        low, high = (_signed(100 * end, "", 1) for end in interval)
+        return None, f"; undecided: 95 % interval {low} to {high}"
+    return (mean <= limit + ROUNDING if below else mean >= limit - ROUNDING), ""
 
 
 def _fairness(group: dict, base: dict, attacks: Sequence[str]) -> list[dict]:
@@ -82,13 +97,14 @@ def _fairness(group: dict, base: dict, attacks: Sequence[str]) -> list[dict]:
     for weights, attack in both:
         ours, theirs = (g["accuracy"][weights][attack] for g in (group, base))
         seeds = min(ours["worst"]["n"], theirs["worst"]["n"])
-        gain = difference(ours["worst"], theirs["worst"], same_seeds(group, base))
+        paired = same_seeds(group, base)
+        gain = difference(ours["worst"], theirs["worst"], paired)
         where = f"{WEIGHTS[weights]}, {attack_title(attack)}"
         if not same_images((ours, theirs)):
             why = f"not judged: on {_counts(ours)} images against {_counts(theirs)} of the baseline"
             out += [_entry(claim, why, None, None, seeds) for claim in (_worst_claim(where), _std_claim(where))]
             continue
-        found = [_worst(gain, ours, theirs, where, seeds), _std(ours, theirs, where, seeds)]
+        found = [_worst(gain, ours, theirs, where, seeds, paired), _std(ours, theirs, where, seeds, paired)]
         out += [_with_enough_images(entry, ours) for entry in found]
     return out
 
@@ -101,7 +117,7 @@ def _with_enough_images(entry: dict, accuracy: dict) -> dict:
     return entry | {"measured": f"{entry['measured']}; not judged: {each} images a class", "holds": None}
 
 
-def _worst(gain: dict, ours: dict, theirs: dict, where: str, seeds: int) -> dict:
+def _worst(gain: dict, ours: dict, theirs: dict, where: str, seeds: int, paired: bool) -> dict:
     claim = _worst_claim(where)
     if gain["mean"] is None:
         return _entry(claim, "not judged: no value", None, None, seeds)
@@ -110,17 +126,31 @@ def _worst(gain: dict, ours: dict, theirs: dict, where: str, seeds: int) -> dict
     if ours["average"]["mean"] is not None and theirs["average"]["mean"] is not None:
         cost = ours["average"]["mean"] - theirs["average"]["mean"]
         measured += f" (average over all images {_signed(100 * cost, '', 1)})"
-    return _entry(claim, measured, gain["mean"], gain["mean"] >= WORST - ROUNDING, seeds)
+    each = [a - b for a, b in _pairs(ours["worst"], theirs["worst"], paired)]
+    holds, words = _verdict(gain["mean"], each, WORST, below=False)
+    return _entry(claim, measured + words, gain["mean"], holds, seeds)
 
 
-def _std(ours: dict, theirs: dict, where: str, seeds: int) -> dict:
+def _std(ours: dict, theirs: dict, where: str, seeds: int, paired: bool) -> dict:
+    """The std falls where accuracy does, so that its change over the average is told as well."""
     claim = _std_claim(where)
     if ours["std"]["mean"] is None or theirs["std"]["mean"] is None:
         return _entry(claim, "not judged: no value", None, None, seeds)
     if theirs["std"]["mean"] == 0:
         return _entry(claim, "not judged: the baseline's std is 0", None, None, seeds)
     change = ours["std"]["mean"] / theirs["std"]["mean"] - 1
-    return _entry(claim, _signed(100 * change, " %", 0), change, change <= STD + ROUNDING, seeds)
+    measured = _signed(100 * change, " %", 0)
+    if ours["nstd"]["mean"] is not None and theirs["nstd"]["mean"]:
+        relative = ours["nstd"]["mean"] / theirs["nstd"]["mean"] - 1
+        measured += f" (relative to the average {_signed(100 * relative, ' %', 0)})"
+    each = [a / b - 1 for a, b in _pairs(ours["std"], theirs["std"], paired) if b]
+    holds, words = _verdict(change, each, STD, below=True)
+    return _entry(claim, measured + words, change, holds, seeds)
+
+
+def _pairs(ours: dict, theirs: dict, paired: bool) -> list[tuple[float, float]]:
+    pairs = zip(ours["values"], theirs["values"], strict=True) if paired else ()
+    return [(a, b) for a, b in pairs if a is not None and b is not None]
 
 
 def _worst_claim(where: str) -> str:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .claims import EASY_M, EASY_STAY
-from .figures import MANY_GROUPS, Section, Styles, columns_for, legend_below, style_of
+from .figures import LONG, MANY_GROUPS, Section, Styles, columns_for, legend_below, style_of
 from .spread import reach
 from .wording import attack_title, shortened
 
@@ -21,11 +21,11 @@ def hard_fraction(section: Section, styles: Styles) -> Figure | None:
     figure = Figure(figsize=(6.5, 3.2), layout="constrained")
     axes = figure.subplots()
     for group in found:
-        _curve(axes, group, "hard_fraction", styles, 100, band=len(found) <= MANY_GROUPS)
+        _curve(axes, group, "hard_fraction", styles, 100, band=has_bands(section))
     axes.set(xlabel="epoch", ylabel="images trained on\n(hard fraction), %", ylim=(0, 103))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _mark_start(axes, found)
-    legend_below(figure, axes, found)
+    _mark_start(axes, section)
+    legend_below(figure, axes, found, lines=True)
     return figure
 
 
@@ -49,12 +49,12 @@ def training(section: Section, styles: Styles) -> Figure | None:
             names = _names(group, key)
             for name in names:
                 raw = name.startswith("val.") and len(names) > 1
-                band = not raw and len(section["groups"]) <= MANY_GROUPS
+                band = not raw and has_bands(section)
                 _curve(axes, group, name, styles, 1 if key == "loss" else 100, band=band, pale=raw)
         axes.set(xlabel="epoch", ylabel=label)
         axes.set_title(title, loc="left")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _mark_start(axes, section["groups"])
+        _mark_start(axes, section)
     for axes in grid[len(used) :]:
         axes.axis("off")
     found = [g for g in section["groups"] if any(_names(g, key) for key, _, _ in used)]
@@ -64,8 +64,8 @@ def training(section: Section, styles: Styles) -> Figure | None:
             Line2D([], [], color="#444444", linewidth=1.6, label="weight average"),
             Line2D([], [], color="#444444", linewidth=0.8, alpha=0.6, label="raw weights"),
         ]
-    columns = columns_for(figure, [h.get_label() for h in handles])
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    columns = columns_for(figure, [h.get_label() for h in handles], lines=True)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=LONG)
     return figure
 
 
@@ -98,11 +98,17 @@ def easy(section: Section, styles: Styles) -> Figure | None:
     star, *handles = left.get_legend_handles_labels()[0]  # lines come before error bars
     handles.append(star)
     labels = [handle.get_label() for handle in handles]
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns_for(figure, labels))
+    columns = columns_for(figure, labels, lines=True)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=LONG)
     return figure
 
 
 # ---------------------------------------------------------------- parts
+def has_bands(section: Section) -> bool:
+    """Whether curves have bands: those of many groups would hide each other."""
+    return sum(bool(g["curves"]["epoch"]) for g in section["groups"]) <= MANY_GROUPS
+
+
 def _names(group: dict, key: str) -> list[str]:
     """The curves of a panel that a group has, raw weights first."""
     return [name for name in (key, f"val.{key}", f"val_ema.{key}") if name in group["curves"]]
@@ -114,26 +120,32 @@ def _curve(axes: Axes, group: dict, name: str, styles: Styles, scale: float, *, 
     epochs = np.array(group["curves"]["epoch"])
     known = np.isfinite(curve["mean"])  # validation may have run after some epochs only
     epochs, curve = epochs[known], {key: values[known] for key, values in curve.items()}
-    weight = {"linewidth": 0.8, "alpha": 0.6} if pale else {"linewidth": 1.6}
+    weight = {"linewidth": 0.8, "alpha": 0.6, "zorder": look["zorder"] - 0.2} if pale else {"linewidth": 1.6}
     marker = "." if len(epochs) == 1 else ""
     label = None if pale else shortened(group["title"])
-    axes.plot(
-        epochs, curve["mean"], color=look["color"], linestyle=look["linestyle"], marker=marker, label=label, **weight
-    )
+    axes.plot(epochs, curve["mean"], label=label, **look | {"marker": marker} | weight)
     if band:
-        axes.fill_between(epochs, curve["low"], curve["high"], color=look["color"], alpha=0.13, linewidth=0)
+        low, high = curve["low"], curve["high"]
+        if name != "loss":
+            low, high = np.clip((low, high), 0, scale)
+        axes.fill_between(epochs, low, high, color=look["color"], alpha=0.13, linewidth=0)
 
 
-def _mark_start(axes: Axes, groups: list[dict]) -> None:
-    """A dotted line where mining starts, if all groups that mine start alike."""
+def start_of_mining(section: Section) -> int | None:
+    """The first epoch that mines, if it is the same for all groups that do."""
     starts = set()
-    for group in groups:
+    for group in section["groups"]:
         mining = [
             e for e, phase in zip(group["curves"]["epoch"], group["curves"]["phase"], strict=True) if phase == "ham"
         ]
         starts |= set(mining[:1])
-    if len(starts) == 1:
-        axes.axvline(starts.pop() - 0.5, color="#444444", linewidth=0.8, linestyle="dotted")
+    return starts.pop() if len(starts) == 1 else None
+
+
+def _mark_start(axes: Axes, section: Section) -> None:
+    start = start_of_mining(section)
+    if start is not None:
+        axes.axvline(start - 0.5, color="#444444", linewidth=0.8, linestyle="dotted")
 
 
 def _counts(last: int) -> list[int]:

@@ -12,11 +12,12 @@ from .page import Plot
 from .wording import attack_title
 
 Section = dict[str, Any]
+UNDER = " under …"  # in a title: the section's attack
 
 
 class _Entry(NamedTuple):
     name: str
-    title: str
+    title: str  # ends with UNDER where it is about one attack
     draw: Callable
     caption: Callable[[Section], str]
     of_many: str = ""  # its title where the classes are too many to show all
@@ -34,12 +35,16 @@ def plots(data: dict[str, Any]) -> tuple[list[list[Plot]], list[list[str]]]:
             for entry in ENTRIES:
                 figure = entry.draw(section, data["styles"])
                 if figure is None:
-                    absent[-1].append(entry.title)
+                    absent[-1].append(_titled(entry.title, section))
                     continue
                 title = entry.of_many if entry.of_many and _many(section) else entry.title
                 file = f"figures/{prefix}{entry.name}.png"
-                drawn[-1].append(Plot(file, title, entry.caption(section), _png(figure)))
+                drawn[-1].append(Plot(file, _titled(title, section), entry.caption(section), _png(figure)))
     return drawn, absent
+
+
+def _titled(title: str, section: Section) -> str:
+    return title.replace(UNDER, f" under {attack_title(section['attack'])}" if section["attack"] else "")
 
 
 def _png(figure) -> bytes:
@@ -53,13 +58,13 @@ def _slug(text: str) -> str:
 
 
 # ---------------------------------------------------------------- captions
-def _errors(section: Section) -> str:
+def _errors(section: Section, drawn: str = "Error bars") -> str:
     counts = {len(g["runs"]) for g in section["groups"]}
     several = "one standard deviation over seeds"
     one = "the 95 % bootstrap interval over test images"
     if counts == {1}:
-        return f"Error bars: {one} (one seed each)."
-    return f"Error bars: {several}." if 1 not in counts else f"Error bars: {several}; with one seed, {one}."
+        return f"{drawn}: {one} (one seed each)."
+    return f"{drawn}: {several}." if 1 not in counts else f"{drawn}: {several}; with one seed, {one}."
 
 
 def _mapped(section: Section, key: str) -> bool:
@@ -78,9 +83,14 @@ def _bars(section: Section) -> str:
     if _mapped(section, "accuracy"):
         return f"Accuracy of each class under {attack_title(section['attack'])}. {MAPPED}"
     return (
-        f"Accuracy of each class under {attack_title(section['attack'])}. {_errors(section)} Dashed: the worst class, "
-        "as in the table (mean over seeds of each run's worst; below the lowest bar where seeds differ in it)."
+        f"Accuracy of each class under {attack_title(section['attack'])}. "
+        f"{_errors(section, _of_classes(section))} Level dashed lines: the worst class, as in the table (mean over "
+        "seeds of each run's worst; below the class that is lowest on average where seeds differ in it)."
     )
+
+
+def _of_classes(section: Section) -> str:
+    return "Bands" if _many(section) else "Error bars"
 
 
 def _differences(section: Section) -> str:
@@ -110,35 +120,62 @@ def _time(section: Section) -> str:
 
 
 def _confidence(section: Section) -> str:
+    return f"Softmax probability of the true class at adversarial examples ({_examples(section)}), mean over seeds."
+
+
+def _examples(section: Section) -> str:
+    """ "PGD-10, 2048 training images"."""
     parts = [g["confidence"] for g in section["groups"] if g["confidence"]]
-    what = sorted({f"PGD-{p['steps'] or '?'}, {p['part'] or 'unknown'} images" for p in parts})
-    return f"Softmax probability of the true class at adversarial examples ({'; '.join(what)}), mean over seeds."
+    return "; ".join(sorted({f"PGD-{p['steps'] or '?'}, {_images(p)}" for p in parts}))
+
+
+def _images(part: dict[str, Any]) -> str:
+    name = {"train": "training", None: "unknown"}.get(part["part"], part["part"])
+    return f"{part['images']} {name} images"
 
 
 def _overconfident(section: Section) -> str:
     bounds = sorted({g["confidence"]["threshold"] for g in section["groups"] if g["confidence"]} - {None})
     above = f" of {' or '.join(f'{b:g}' for b in bounds)} or more" if bounds else " above the threshold"
-    errors = MAPPED if _mapped(section, "confidence") else _spread(section)
-    return f"Share of each class's adversarial examples whose true class has a probability{above}. {errors}"
+    errors = MAPPED if _mapped(section, "confidence") else _spread(_of_classes(section))
+    return (
+        f"Share of each class's adversarial examples ({_examples(section)}) whose true class has a "
+        f"probability{above}. {errors}"
+    )
 
 
-def _spread(section: Section) -> str:
-    return "Error bars: one standard deviation over seeds, where there are several."
+def _spread(drawn: str = "Error bars") -> str:
+    return f"{drawn}: one standard deviation over seeds, where there are several."
+
+
+def _hard(section: Section) -> str:
+    dotted = " Dotted: the first epoch that mines." if curves.start_of_mining(section) is not None else ""
+    return f"{_band(section)}{dotted}"
+
+
+def _training(section: Section) -> str:
+    mines = any(g["mines_hard_rows"] and "loss" in g["curves"] for g in section["groups"])
+    loss = " Where HAM mines, its loss is over hard rows only and not comparable with PGD-AT's." if mines else ""
+    return f"{_hard(section)}{loss}"
 
 
 def _band(section: Section) -> str:
-    return "Bands: one standard deviation over seeds, where there are several. Dotted: the first epoch that mines."
+    if not curves.has_bands(section):
+        return (
+            f"Means over seeds. Bands are left out for more than {figures.MANY_GROUPS} methods; they are in data.json."
+        )
+    return f"{_spread('Bands')} Those of shares are cut at 0 and 100 %."
 
 
 def _easy(section: Section) -> str:
     return (
         "Left: of the examples that resist M attack steps, the share that resists to the end; the star is the "
-        f"paper's figure. Right: how many resist M steps. {_spread(section)}"
+        f"paper's figure. Right: how many resist M steps. {_spread()}"
     )
 
 
 ENTRIES = (
-    _Entry("class_accuracy", "Robust accuracy of each class", by_class.class_bars, _bars),
+    _Entry("class_accuracy", f"Robust accuracy of each class{UNDER}", by_class.class_bars, _bars),
     _Entry(
         "class_differences",
         "What each class gains or loses",
@@ -149,7 +186,7 @@ ENTRIES = (
     _Entry("worst_class_time", "Worst class against training time", figures.worst_against_time, _time),
     _Entry("confidence", "Confidence at adversarial examples", figures.confidence, _confidence),
     _Entry("overconfident", "Over-confident adversarial examples", by_class.overconfident, _overconfident),
-    _Entry("hard_fraction", "Hard fraction over epochs", curves.hard_fraction, _band),
-    _Entry("training", "Training curves", curves.training, _band),
+    _Entry("hard_fraction", "Hard fraction over epochs", curves.hard_fraction, _hard),
+    _Entry("training", "Training curves", curves.training, _training),
     _Entry("easy", "Do easy examples stay easy?", curves.easy, _easy),
 )

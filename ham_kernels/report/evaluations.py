@@ -43,6 +43,7 @@ class Confidence:
     overconfident_all: float | None
     steps: int | None
     part: str | None
+    images: int
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,7 @@ def _confidence(raw: Mapping[str, Any], classes: int) -> Confidence:
     return Confidence(
         edges, tuple(count / sum(bins) for count in bins), number(raw.get("threshold")), overconfident,
         number(raw.get("overconfident_all")), integer(raw.get("steps")), text(raw.get("part")),
+        int(sum(bins)),
     )  # fmt: skip
 
 

@@ -18,9 +18,10 @@ from .wording import attack_title, shortened
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = ("o", "^", "D", "v", "P", "X", "<")
-DASHES = ("solid", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
-BASELINE = {"color": "#7f7f7f", "marker": "s", "linestyle": "solid"}
+BASELINE = {"color": "#7f7f7f", "marker": "s", "zorder": 2.1}  # above the lines of others, which are at 2
+DASH = 4.5  # of the baseline, in line widths; its gaps are as long
 MANY_GROUPS = 6  # above: a heat map instead of bars
+LONG = 4.5  # of the lines in a legend, in its font size, so that their dashes are seen
 DPI = 150
 SETTINGS = {
     "text.parse_math": False,  # a class may be called $a$
@@ -40,14 +41,32 @@ def drawing():
 
 def style_of(group: dict[str, Any], styles: Styles) -> dict[str, Any]:
     """Colour, marker and dashes of a group: the same in all figures of a report."""
+    per_gap = max(1, math.ceil(len(styles) / 2))
+    dash = max(DASH, per_gap)
     if group["baseline"]:
-        return dict(BASELINE)
+        return BASELINE | {"linestyle": (0, (dash, dash))}
     i = styles[group["title"]]
     return {
         "color": PALETTE[i % len(PALETTE)],
         "marker": MARKERS[(i + i // len(PALETTE)) % len(MARKERS)],
-        "linestyle": DASHES[i // len(PALETTE) % len(DASHES)],
+        "linestyle": _dashes(i, per_gap, dash),
+        "zorder": 2.0,
     }
+
+
+def _dashes(i: int, per_gap: int, dash: float) -> Any:
+    """Line i shows a part of every line below it, and the baseline's dashes leave a part of each: none is covered.
+
+    All repeat after two dashes and two gaps of the baseline. Each ends a piece before the one below it: the first
+    `per_gap` lines in the second gap, the others in the first.
+    """
+    piece = dash / per_gap
+    if i == 0:
+        return "solid"
+    if i <= per_gap:
+        return 0, (4 * dash - i * piece, i * piece)
+    short = (i - per_gap) * piece
+    return 0, (2 * dash - short, short, dash, dash)
 
 
 def shown(group: dict[str, Any], section: Section) -> dict[str, Any] | None:
@@ -78,8 +97,7 @@ def worst_against_time(section: Section, styles: Styles) -> Figure | None:
         )  # fmt: skip
         axes.plot(
             time["mean"] / scale, 100 * worst["mean"], markeredgecolor="white", markeredgewidth=0.7,
-            zorder=4 - look["markersize"] / 20,  # small over large
-            **look | {"linestyle": "none"},
+            **look | {"linestyle": "none", "zorder": 4 - look["markersize"] / 20},  # small over large
         )  # fmt: skip
         runs = [
             (t / scale, 100 * w) for t, w in zip(time["values"], worst["values"], strict=True) if None not in (t, w)
@@ -90,7 +108,8 @@ def worst_against_time(section: Section, styles: Styles) -> Figure | None:
             axes.axvline(time["mean"] / scale, color=BASELINE["color"], linewidth=0.8, linestyle="dotted")
             axes.axhline(100 * worst["mean"], color=BASELINE["color"], linewidth=0.8, linestyle="dotted")
     axes.set(xlabel=f"training time, {unit}", ylabel=f"worst class under {attack_title(section['attack'])}, %")
-    axes.set_xlim(0, 1.04 * axes.get_xlim()[1])
+    ends = [t / scale for _, time, _ in found for t in _reached(time)]
+    axes.set_xlim(0 if min(ends) < max(ends) / 2 else 0.8 * min(ends), 1.04 * max(ends))
     low, high = axes.get_ylim()
     apart = max(0.0, 4 - (high - low)) / 2  # differences below a point or so are not blown up
     axes.set_ylim(max(-1.0, low - apart), high + apart)  # a marker at 0 is seen whole
@@ -102,6 +121,12 @@ def worst_against_time(section: Section, styles: Styles) -> Figure | None:
     columns = columns_for(figure, [h.get_label() for h in handles])
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     return figure
+
+
+def _reached(time: dict) -> list[float]:
+    """All times drawn of a group: its runs, its mean and the ends of its error bar."""
+    ends = (time["mean"] + side for side in np.array(reach(time)) * (-1, 1))
+    return [t for t in (*time["values"], time["mean"], *ends) if t is not None and np.isfinite(t)]
 
 
 def _sweep(groups: list[dict]) -> tuple[dict[str, dict], list[Line2D]]:
@@ -140,7 +165,7 @@ def confidence(section: Section, styles: Styles) -> Figure | None:
     axes = figure.subplots()
     for group, part in found:
         look = style_of(group, styles)
-        line = {"color": look["color"], "linestyle": look["linestyle"], "linewidth": 1.4}
+        line = {key: look[key] for key in ("color", "linestyle", "zorder")} | {"linewidth": 1.6}
         axes.stairs(
             100 * np.array(part["shares"]), part["edges"], baseline=None, label=shortened(group["title"]), **line
         )
@@ -152,19 +177,20 @@ def confidence(section: Section, styles: Styles) -> Figure | None:
         )  # fmt: skip
     axes.set(xlabel="probability of the true class", ylabel="adversarial examples, %", xlim=(0, 1))
     axes.set_ylim(bottom=0)
-    legend_below(figure, axes, [g for g, _ in found])
+    legend_below(figure, axes, [g for g, _ in found], lines=True)
     return figure
 
 
 # ---------------------------------------------------------------- shared
-def legend_below(figure: Figure, axes: Axes, groups: Sequence[dict]) -> None:
-    columns = columns_for(figure, [shortened(g["title"]) for g in groups])
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+def legend_below(figure: Figure, axes: Axes, groups: Sequence[dict], lines: bool = False) -> None:
+    columns = columns_for(figure, [shortened(g["title"]) for g in groups], lines)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=LONG if lines else None)
 
 
-def columns_for(figure: Figure, labels: Sequence[str]) -> int:
+def columns_for(figure: Figure, labels: Sequence[str], lines: bool = False) -> int:
     """As many columns as fit beside each other in 6.5 inches. A figure of many groups grows with its legend."""
-    columns = max(1, min(len(labels), 88 // (max(map(len, labels), default=1) + 7)))
+    columns = max(1, min(len(labels), 88 // (max(map(len, labels), default=1) + (12 if lines else 7))))
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + 0.2 * max(0, math.ceil(len(labels) / columns) - 3))
     return columns

@@ -120,6 +120,8 @@ def _honesty(section: dict, runs: Sequence[dict]) -> str:
             f"{f', in {chr(44).join(precision)}' if precision else ''}. "
             f"“Robust” means {attack_title(section['attack'])}.",
         ]
+    if shared := _shared_settings(section["groups"]):
+        lines.append(f"Settings of all: {shared}.")
     base = section["baseline"]
     if base:
         lines.append(f"Baseline: {base}. Training time is that of the training steps, without validation.")
@@ -128,6 +130,25 @@ def _honesty(section: dict, runs: Sequence[dict]) -> str:
         lines.append(f"Not finished, so neither ranked nor judged: {'; '.join(unfinished)}.")
     lines += section["notes"]
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
+
+
+_SETTINGS = {
+    "model": "model.name", "training images": "data.train_images", "batch size": "data.batch_size",
+    "epochs": "optim.epochs", "learning rate": "optim.lr", "K": "attack.steps", "step size": "attack.step_size",
+    "first epoch that mines": "method.start_epoch", "M": "method.screen_steps", "λ": "method.lam",
+    "decay of the weight average": "run.ema_decay", "precision": "run.precision",
+}  # fmt: skip
+
+
+def _shared_settings(groups: Sequence[dict]) -> str:
+    """Those that have one value in all groups; of the mining ones, in all that mine."""
+    found = []
+    for words, key in _SETTINGS.items():
+        asked = [g["settings"] for g in groups if g["mines_hard_rows"] or not key.startswith("method.")]
+        values = {str(settings[key]) for settings in asked if settings.get(key) is not None}
+        if len(values) == 1:
+            found.append(f"{words} {values.pop()}")
+    return ", ".join(found)
 
 
 def _claims(section: dict) -> str:
@@ -149,10 +170,24 @@ def _claims(section: dict) -> str:
         rows.append("".join(cells))
     head = [f"Against {section['baseline']}", *names]
     return (
-        f'<div class="box">{_text_table(head, rows)}</div>'
-        f'<p class="muted">Judged by means over seeds; ± is over seeds. '
-        f"The paper's figures may be for other data and models.</p>"
+        f'<div class="box">{_text_table(head, rows)}</div>{_warnings(section)}'
+        '<p class="muted">Judged by means over seeds; ± is their standard deviation. Undecided: the claimed number '
+        "lies in the 95 % interval of the mean over seeds (Student's t), which leaves out that all seeds are judged on "
+        "the same images. A std over classes also falls where all classes are worse, hence its change relative to the "
+        "average. The paper's figures are for its own data and models.</p>"
     )
+
+
+def _warnings(section: dict) -> str:
+    """Of methods whose accuracy under PGD the checks for gradient masking do not trust."""
+    lines = [
+        f"<li><strong>{escape(group['title'])}</strong>: “{escape(check['check'])}” does not hold in "
+        f"{len(check['suspicious'])} of {check['runs']} runs, so its accuracy under PGD alone proves little.</li>"
+        for group in section["groups"]
+        for check in group["masking"]
+        if check["suspicious"]
+    ]
+    return f'<div class="box"><h3>Gradient masking</h3><ul>{"".join(lines)}</ul></div>' if lines else ""
 
 
 def _figure(plot: Plot) -> str:

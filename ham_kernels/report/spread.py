@@ -52,6 +52,21 @@ def difference(ours: Spread, base: Spread, paired: bool) -> Spread:
     return out
 
 
+_T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 degrees of freedom
+_Z975 = 1.959964
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % confidence interval of the mean of independent values, by Student's t; None of fewer than two."""
+    if len(values) < 2:
+        return None
+    free, z = len(values) - 1, _Z975
+    t = _T975[free - 1] if free <= len(_T975) else z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3) / (96 * free**2)
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
 def reach(value: Spread) -> tuple[float, float]:
     """How far a spread reaches below and above its mean; NaN, of which nothing is drawn, where that is not known.
 

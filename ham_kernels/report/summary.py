@@ -33,6 +33,9 @@ def _section(section: Section) -> dict[str, Any]:
     base = groups[0] if section.baseline else None
     for group in groups[1:] if base else []:
         _relate(group, base, attack)
+    judged = claims(groups, _judging(section.groups, attack))
+    for group in groups:
+        del group["epoch_seconds"]  # for the claims alone
     return {
         "title": section.title,
         "dataset": section.dataset,
@@ -44,7 +47,7 @@ def _section(section: Section) -> dict[str, Any]:
         "notes": section.notes,
         "val_attack": _val_attack(section.groups),
         "groups": groups,
-        "claims": claims(groups, _judging(section.groups, attack)),
+        "claims": judged,
     }
 
 
@@ -95,6 +98,7 @@ def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
         "accuracy": {w: _accuracies(group, w) for w in WEIGHTS if group.evaluated(w)},
         "differences": None,
         "curves": _curves(group.counted),
+        "epoch_seconds": [[[e.epoch, e.seconds] for e in run.epochs] for run in group.counted],
         "confidence": _confidence([e.confidence for e in shown if e.confidence]),
         "easy": _easy([e.easy for e in shown if e.easy], [e.easy_steps for e in shown if e.easy]),
         "masking": _masking(group),
@@ -174,6 +178,7 @@ def _confidence(parts: Sequence) -> dict[str, Any] | None:
         "threshold": first.threshold,
         "steps": first.steps,
         "part": first.part,
+        "images": min(part.images for part in parts),
         "overconfident": [spread(column) for column in zip(*(part.overconfident for part in parts), strict=True)],
         "overconfident_all": spread([part.overconfident_all for part in parts]),
     }

@@ -20,6 +20,7 @@ class Cell:
     error: str = ""  # " ± 1.1"
     value: float | None = None  # what the column is ranked by
     best: bool = False
+    std: float | None = None  # of `value`
 
 
 @dataclass
@@ -50,7 +51,7 @@ def all_accuracies(section: dict[str, Any]) -> Table:
     """Every attack and every kind of weights that was evaluated."""
     attacks = list(dict.fromkeys(a for g in section["groups"] for acc in g["accuracy"].values() for a in acc))
     head = [("", "Method"), ("", "Weights"), ("", "Seeds")]
-    head += [(f"{attack_title(a)}, %", name) for a in attacks for name in ("avg", "worst", "std")]
+    head += [(f"{attack_title(a)}, %", name) for a in attacks for name in ("avg", "worst", "std", "nstd")]
     table = Table(head)
     for group in section["groups"]:
         for weights, accuracies in group["accuracy"].items():
@@ -59,6 +60,7 @@ def all_accuracies(section: dict[str, Any]) -> Table:
             for attack in attacks:
                 found = accuracies.get(attack)
                 row += [Cell(*mean_std(found[m])) if found else Cell(NONE) for m in ("average", "worst", "std")]
+                row.append(Cell(*mean_std(found["nstd"], 1, 3)) if found else Cell(NONE))
             table.rows.append(row)
     return table
 
@@ -99,7 +101,10 @@ def _accuracy(
 ) -> _Column:
     def cell(group: dict) -> Cell:
         found = _judged(group, attack)
-        return Cell(*mean_std(found[measure], scale, digits), found[measure]["mean"]) if found else Cell(NONE)
+        if not found:
+            return Cell(NONE)
+        value = found[measure]
+        return Cell(*mean_std(value, scale, digits), value["mean"], std=value["std"])
 
     def alike(groups: Sequence[dict]) -> bool:
         return same_images(_judged(g, attack) for g in groups)
@@ -116,7 +121,7 @@ def _same_work(groups: Sequence[dict]) -> bool:
 
 
 def _time(group: dict) -> Cell:
-    return Cell(*mean_std_time(group["time"]), group["time"]["mean"])
+    return Cell(*mean_std_time(group["time"]), group["time"]["mean"], std=group["time"]["std"])
 
 
 def _relative(group: dict) -> Cell:
@@ -137,7 +142,13 @@ def _caption(section: dict, groups: Sequence[dict], columns: Sequence[_Column]) 
     spread = "" if counts == [1] else ", mean ± standard deviation"
     weights = {g["weights"] for g in groups} - {None}
     of = f"; {WEIGHTS[next(iter(weights))]}" if len(weights) == 1 else ""
-    return f"{section['title']}; {many}{spread}{of}{_images(groups, columns)}. Best values in bold."
+    return f"{section['title']}; {many}{spread}{of}{_images(groups, columns)}. {_BEST[counts == [1]]}"
+
+
+_BEST = {
+    False: "Bold: the best value, and those within its standard deviation.",
+    True: "Best values in bold.",
+}  # by whether there is one seed
 
 
 def _images(groups: Sequence[dict], columns: Sequence[_Column]) -> str:
@@ -153,11 +164,12 @@ def _images(groups: Sequence[dict], columns: Sequence[_Column]) -> str:
 
 
 def _mark_best(table: Table, column: int, ranked: Sequence[int], best: Callable) -> None:
-    """The best value, and all that look the same at the digits shown."""
+    """The best value, all that look the same at the digits shown, and all within its standard deviation."""
     cells = {i: table.rows[i][column] for i in ranked}
     winner = best(cells.values(), key=lambda cell: cell.value)
     for i, cell in cells.items():
-        table.rows[i][column] = replace(cell, best=cell.text == winner.text)
+        near = cell.text == winner.text or abs(cell.value - winner.value) <= (winner.std or 0.0)
+        table.rows[i][column] = replace(cell, best=near)
 
 
 # ---------------------------------------------------------------- Markdown
