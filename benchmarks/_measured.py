@@ -60,11 +60,15 @@ def _claims_of_report(data: dict) -> Claims:
     (section,) = data["sections"]
     found = {c["claim"]: _said(c["measured"], c["holds"]) for c in section["claims"] if c["group"] == "HAM"}
     (ham,) = (group for group in section["groups"] if group["title"] == "HAM")
-    for entry in (ham["easy"] or {"by_m": []})["by_m"]:
-        if entry["m"] == 3:
-            share = entry["stay_share"]["mean"]
-            found[EASY] = _said(f"{100 * share:.0f} %", share >= 0.75)
+    if (share := _stay(ham)) is not None:
+        found[EASY] = _said(f"{100 * share:.0f} %", share >= 0.75)
     return found
+
+
+def _stay(group: dict) -> float | None:
+    """Of a group's examples that resist M = 3 steps, the share that resists all."""
+    entries = (group["easy"] or {"by_m": []})["by_m"]
+    return next((entry["stay_share"]["mean"] for entry in entries if entry["m"] == 3), None)
 
 
 def _seeds_of(data: dict) -> int:
@@ -177,11 +181,8 @@ def _judgements(data: dict) -> str:
         f"- {c['claim']}: {c['measured']}" + (f": {HOLDS[c['holds']]}" if c["holds"] is not None else "")
         for c in section["claims"] if c["group"] == "HAM"
     ]  # fmt: skip
-    shares = {
-        group["title"]: entry["stay_share"]["mean"]
-        for group in section["groups"] if group["title"] in ("PGD-AT", "HAM") and group["easy"]
-        for entry in group["easy"]["by_m"] if entry["m"] == 3
-    }  # fmt: skip
+    shares = {group["title"]: _stay(group) for group in section["groups"] if group["title"] in ("PGD-AT", "HAM")}
+    shares = {title: share for title, share in shares.items() if share is not None}
     if shares:
         steps = next(group["easy"]["steps"] for group in section["groups"] if group["title"] == "HAM")
         words = ", ".join(f"{100 * share:.0f} % ({title})" for title, share in shares.items())

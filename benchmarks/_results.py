@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 from _arms import TITLES
 
-from ham_kernels.report.spread import mean_interval
+from ham_kernels.report.claims import STD, TIME, WORST, verdict
 
-# claims of arXiv 2308.01823 against PGD-AT
-CLAIM_TIME, CLAIM_WORST, CLAIM_STD = -0.45, 0.032, -0.22
 WEIGHTS = {"ema": "weight average", "raw": "raw weights"}
 # The paper's attack, and one that does not depend on the scale of the logits, which reweighting changes.
 ATTACKS = {"pgd20": "PGD-20", "cw20": "CW-20"}
@@ -118,8 +116,8 @@ def claims(table: dict) -> list[dict]:
     phase, whole = mean(ham["phase_ratio"]) - 1, mean(ham["whole_ratio"]) - 1
     model = f" (cost model from h: {100 * (mean(ham['predicted_ratio']) - 1):+.0f} %)"
     out = [
-        {"claim": f"training time -45 %, {where}", "measured": f"{100 * change:+.0f} %{more}",
-         **_judged(change <= CLAIM_TIME + 1e-9, [ratio - 1 for ratio in ham[key]], CLAIM_TIME)}
+        _claim(f"training time -45 %, {where}", f"{100 * change:+.0f} %{more}",
+               verdict(change, [ratio - 1 for ratio in ham[key]], TIME, below=True))
         for where, key, change, more in (
             ("mining epochs alone", "phase_ratio", phase, model), ("whole run", "whole_ratio", whole, ""),
         )
@@ -128,37 +126,25 @@ def claims(table: dict) -> list[dict]:
         for attack, title in ATTACKS.items():
             stem, where = f"{weights}_{attack}", f"({label}, {title})"
             gain = [a - b for a, b in zip(ham[f"{stem}_worst"], base[f"{stem}_worst"], strict=True)]
-            base_std = mean(base[f"{stem}_std"])  # 0 where PGD-AT fails all classes alike: then there is no ratio
-            change = mean(ham[f"{stem}_std"]) / base_std - 1 if base_std else None
-            both = zip(ham[f"{stem}_std"], base[f"{stem}_std"], strict=True)
-            changes = [a / b - 1 for a, b in both if b] if base_std else []
             cost = mean(ham[f"{stem}_robust"]) - mean(base[f"{stem}_robust"])
-            out += [
-                {
-                    "claim": f"worst class +3.2 points {where}",
-                    "measured": f"{100 * mean(gain):+.1f} ± {100 * spread(gain):.1f} points "
-                    f"(average over all images {100 * cost:+.1f})",
-                    **_judged(mean(gain) >= CLAIM_WORST, gain, CLAIM_WORST),
-                },
-                {
-                    "claim": f"std over classes -22 % {where}",
-                    "measured": "no ratio, PGD-AT's is 0" if change is None else f"{100 * change:+.0f} %",
-                    **_judged(change is not None and change <= CLAIM_STD, changes, CLAIM_STD),
-                },
-            ]
-    for entry in out:
-        left_open = entry.pop("undecided")
-        entry["measured"] += left_open
-        entry["holds"] = None if left_open else entry["holds"]
+            words = f"{100 * mean(gain):+.1f} ± {100 * spread(gain):.1f} points "
+            words += f"(average over all images {100 * cost:+.1f})"
+            out.append(_claim(f"worst class +3.2 points {where}", words, verdict(mean(gain), gain, WORST, below=False)))
+            out.append(_claim(f"std over classes -22 % {where}", *_std(ham[f"{stem}_std"], base[f"{stem}_std"])))
     return out
 
 
-def _judged(holds: bool, each: list[float], limit: float) -> dict:
-    interval = mean_interval(each)
-    if interval is None or not interval[0] < limit < interval[1]:
-        return {"holds": holds, "undecided": ""}
-    low, high = (100 * end for end in interval)
-    return {"holds": holds, "undecided": f"; undecided: 95 % interval {low:+.1f} to {high:+.1f}"}
+def _std(ours: list[float], theirs: list[float]) -> tuple[str, tuple[bool | None, str]]:
+    if not any(theirs):  # PGD-AT fails all classes alike
+        return "no ratio, PGD-AT's is 0", (False, "")
+    change = statistics.mean(ours) / statistics.mean(theirs) - 1
+    each = [a / b - 1 for a, b in zip(ours, theirs, strict=True) if b]
+    return f"{100 * change:+.0f} %", verdict(change, each, STD, below=True)
+
+
+def _claim(claim: str, measured: str, judged: tuple[bool | None, str]) -> dict:
+    holds, words = judged
+    return {"claim": claim, "measured": measured + words, "holds": holds}
 
 
 VERDICTS = {True: ": **holds here**", False: ": **does not hold here**", None: ""}

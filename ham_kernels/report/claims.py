@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .alike import same_images, unlike
@@ -17,7 +17,10 @@ FEWEST = 32  # images of a class: of fewer, one weighs more than the claim on th
 EASY_M, EASY_STAY = 3, 0.75  # of the examples that resist M = 3 steps, the share that resists to the end
 
 
-def claims(groups: Sequence[dict[str, Any]], attacks: Sequence[str]) -> list[dict[str, Any]]:
+EpochSeconds = Mapping[str, Sequence[Sequence[tuple[int, float | None]]]]  # {title: (epoch, seconds) of each run}
+
+
+def claims(groups: Sequence[dict[str, Any]], attacks: Sequence[str], seconds: EpochSeconds) -> list[dict[str, Any]]:
     """For each HAM group: {"group", "claim", "measured", "value", "seeds", "holds"}.
 
     holds is None where it was not judged, or where the seeds leave open on which side of the claim the mean lies.
@@ -28,7 +31,7 @@ def claims(groups: Sequence[dict[str, Any]], attacks: Sequence[str]) -> list[dic
     out = []
     for group in (g for g in groups if g["mines_hard_rows"]):
         if group["finished"] and base["finished"]:
-            found = [*_times(group, base), *_fairness(group, base, attacks)]
+            found = [*_times(group, base, seconds), *_fairness(group, base, attacks)]
         else:
             found = [_entry("all", "not judged: training is not finished", None, None, 0)]
         out += [{"group": group["title"], **entry} for entry in found]
@@ -40,13 +43,15 @@ def same_seeds(group: dict[str, Any], base: dict[str, Any]) -> bool:
     return group["seeds"] == base["seeds"] and None not in base["seeds"]
 
 
-def _times(group: dict, base: dict) -> list[dict]:
+def _times(group: dict, base: dict, seconds: EpochSeconds) -> list[dict]:
     seeds = min(group["time"]["n"], base["time"]["n"])
     apart = unlike((group["training"], base["training"]))
     out = []
-    for where, pick in (("whole run", _all_epochs), ("mining epochs alone", _mining_epochs)):
+    curves = group["curves"]
+    mining = {e for e, phase in zip(curves["epoch"], curves["phase"], strict=True) if phase == "ham"}
+    for where, epochs in (("whole run", None), ("mining epochs alone", mining)):
         claim = f"training time {100 * TIME:+.0f} %, {where}".replace("-", "−")
-        ours, theirs = ([_total(run, pick(group)) for run in g["epoch_seconds"]] for g in (group, base))
+        ours, theirs = ([_total(run, epochs) for run in seconds[g["title"]]] for g in (group, base))
         if apart:
             why = ", ".join(f"{what} ({' and '.join(values)})" for what, values in apart.items())
             out.append(_entry(claim, f"not judged: trained unlike in {why}", None, None, seeds))
@@ -55,28 +60,19 @@ def _times(group: dict, base: dict) -> list[dict]:
         else:
             change = statistics.fmean(ours) / statistics.fmean(theirs) - 1
             each = [a / b - 1 for a, b in zip(ours, theirs, strict=True)] if same_seeds(group, base) else []
-            holds, words = _verdict(change, each, TIME, below=True)
+            holds, words = verdict(change, each, TIME, below=True)
             out.append(_entry(claim, _signed(100 * change, " %", 0) + words, change, holds, seeds))
     return out
 
 
-def _all_epochs(group: dict) -> set[int] | None:
-    return None
-
-
-def _mining_epochs(group: dict) -> set[int]:
-    curves = group["curves"]
-    return {e for e, phase in zip(curves["epoch"], curves["phase"], strict=True) if phase == "ham"}
-
-
-def _total(run: list, epochs: set[int] | None) -> float | None:
-    """Seconds of these epochs (None: all); None where one of them, or all, are unknown."""
+def _total(run: Sequence, epochs: set[int] | None) -> float | None:
+    """Seconds of these epochs (None: all); None where one of them is unknown, or there are none."""
     seconds = {epoch: s for epoch, s in run if epochs is None or epoch in epochs}
     known = bool(seconds) and None not in seconds.values() and (epochs is None or len(seconds) == len(epochs))
     return sum(seconds.values()) if known else None
 
 
-def _verdict(mean: float, each: Sequence[float], limit: float, below: bool) -> tuple[bool | None, str]:
+def verdict(mean: float, each: Sequence[float], limit: float, below: bool) -> tuple[bool | None, str]:
     """(whether the claim holds, what to say of it): undecided where the 95 % interval over seeds contains the limit."""
     interval = mean_interval(each)
     if interval is not None and interval[0] < limit < interval[1]:
@@ -127,7 +123,7 @@ def _worst(gain: dict, ours: dict, theirs: dict, where: str, seeds: int, paired:
         cost = ours["average"]["mean"] - theirs["average"]["mean"]
         measured += f" (average over all images {_signed(100 * cost, '', 1)})"
     each = [a - b for a, b in _pairs(ours["worst"], theirs["worst"], paired)]
-    holds, words = _verdict(gain["mean"], each, WORST, below=False)
+    holds, words = verdict(gain["mean"], each, WORST, below=False)
     return _entry(claim, measured + words, gain["mean"], holds, seeds)
 
 
@@ -144,7 +140,7 @@ def _std(ours: dict, theirs: dict, where: str, seeds: int, paired: bool) -> dict
         relative = ours["nstd"]["mean"] / theirs["nstd"]["mean"] - 1
         measured += f" (relative to the average {_signed(100 * relative, ' %', 0)})"
     each = [a / b - 1 for a, b in _pairs(ours["std"], theirs["std"], paired) if b]
-    holds, words = _verdict(change, each, STD, below=True)
+    holds, words = verdict(change, each, STD, below=True)
     return _entry(claim, measured + words, change, holds, seeds)
 
 

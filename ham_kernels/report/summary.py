@@ -33,9 +33,7 @@ def _section(section: Section) -> dict[str, Any]:
     base = groups[0] if section.baseline else None
     for group in groups[1:] if base else []:
         _relate(group, base, attack)
-    judged = claims(groups, _judging(section.groups, attack))
-    for group in groups:
-        del group["epoch_seconds"]  # for the claims alone
+    seconds = {g.title: [[(e.epoch, e.seconds) for e in run.epochs] for run in g.counted] for g in section.groups}
     return {
         "title": section.title,
         "dataset": section.dataset,
@@ -47,7 +45,7 @@ def _section(section: Section) -> dict[str, Any]:
         "notes": section.notes,
         "val_attack": _val_attack(section.groups),
         "groups": groups,
-        "claims": judged,
+        "claims": claims(groups, _judging(section.groups, attack), seconds),
     }
 
 
@@ -98,7 +96,6 @@ def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
         "accuracy": {w: _accuracies(group, w) for w in WEIGHTS if group.evaluated(w)},
         "differences": None,
         "curves": _curves(group.counted),
-        "epoch_seconds": [[[e.epoch, e.seconds] for e in run.epochs] for run in group.counted],
         "confidence": _confidence([e.confidence for e in shown if e.confidence]),
         "easy": _easy([e.easy for e in shown if e.easy], [e.easy_steps for e in shown if e.easy]),
         "masking": _masking(group),
@@ -241,7 +238,7 @@ def _run(run: Run, section: Section, group: Group) -> dict[str, Any]:
         "weights": list(run.evaluations),
         "shown": None if shown is None else {
             "weights": shown.weights, "epoch": shown.epoch, "checkpoint_sha256": shown.checkpoint_sha256,
-            "dataset": shown.dataset, "part": shown.part, "images": shown.images, "precision": shown.precision,
+            "dataset": run.dataset, "part": shown.part, "images": shown.images, "precision": shown.precision,
             "attacks": {name: attack.n for name, attack in shown.attacks.items()},
         },
         "machine": "; then ".join(machines_of(run)),
