@@ -1,4 +1,4 @@
-"""Adds the compiled libraries (ham_kernels/_native.py) to the build of the package. Never imports torch."""
+"""Adds the compiled libraries (ham_kernels/ops/native) to the build of the package. Never imports torch."""
 
 import importlib
 import shutil
@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_native():
-    """ham_kernels/_native.py without the package itself, which needs torch: in a stand-in for it."""
+    """ham_kernels/ops/native/build.py without the package itself, which needs torch: in a stand-in for it."""
     package = sys.modules.setdefault("_ham_build", types.ModuleType("_ham_build"))
-    package.__path__ = [str(ROOT / "ham_kernels")]
-    return importlib.import_module("_ham_build._native")
+    package.__path__ = [str(ROOT / "ham_kernels" / "ops" / "native")]
+    return importlib.import_module("_ham_build.build")
 
 
 class build_native(Command):
@@ -37,7 +37,7 @@ class build_native(Command):
         native = load_native()
         try:
             native.build(ROOT, self.out_dir)
-        except (native._build.BuildError, ValueError) as error:
+        except (native.cuda.BuildError, ValueError) as error:
             raise SystemExit(f"error: {error}") from None
 
     @property

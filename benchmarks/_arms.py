@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ham_kernels as ham
-from ham_kernels.ema import WeightAverage
+from ham_kernels.training.ema import WeightAverage
 
 TITLES = {
     "pgd_at": "PGD-AT",

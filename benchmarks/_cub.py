@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ham_kernels import _build
+from ham_kernels.ops.native import cuda
 
 SOURCE = Path(__file__).with_name("cub_select.cu")
 
@@ -30,7 +30,7 @@ def build(arch: str, folder: Path) -> Path:
 
     Raises: Unavailable where there is no nvcc, the compiler fails, or the folder cannot be written.
     """
-    nvcc = _build.find_nvcc()
+    nvcc = cuda.find_nvcc()
     if nvcc is None:
         raise Unavailable("no nvcc to build CUB's DeviceSelect with")
     try:

@@ -165,9 +165,9 @@ def stages(o: Options) -> list[Stage]:
 # ---------------------------------------------------------------- the command
 def share_warm_up(folder: Path, seed: int, flags: list[str]) -> None:
     """Trains PGD-AT until HAM would start, and gives each other arm a folder that goes on from there."""
-    from ham_kernels.cli import main
+    from ham_kernels.commands.cli import main
     from ham_kernels.commands.flags import parse_train
-    from ham_kernels.runs import RunFolder
+    from ham_kernels.runs.folder import RunFolder
 
     told = {arm: parse_train([*flags, *choice]).settings for arm, choice in ARMS.items()}
     for settings in told.values():

@@ -73,7 +73,7 @@ print(json.dumps({"machine": environment.machine(), "versions": environment.vers
 
 def build(o: Options, shell: Shell) -> dict:
     """In place, where csrc has changed since the last build or there is none. Never imports the package."""
-    spec = importlib.util.spec_from_file_location("_ham_build", ROOT / "ham_kernels" / "_build.py")
+    spec = importlib.util.spec_from_file_location("_ham_build", ROOT / "ham_kernels" / "ops" / "native" / "cuda.py")
     builder = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(builder)
     package = ROOT / "ham_kernels"

@@ -20,7 +20,7 @@ from ham_kernels.ops._library import jit
 from ham_kernels.ops.compact import compact_reference
 from ham_kernels.ops.margin import margin_stats_reference
 from ham_kernels.ops.pgd import pgd_step_reference
-from ham_kernels.ops.start import random_start_reference
+from ham_kernels.ops.random_start import random_start_reference
 from ham_kernels.ops.weights import step_size_weights_reference
 
 Inputs = dict[str, Any]

@@ -6,17 +6,17 @@ import datetime
 
 import torch
 
-from ham_kernels import environment
+from ham_kernels.common import provenance
 
 
 def machine() -> dict[str, str]:
     """What has to stand beside a number for it to mean anything."""
-    versions = environment.versions("torchattacks")
+    versions = provenance.versions("torchattacks")
     return {
-        **environment.machine(),
+        **provenance.machine(),
         "python": versions["python"],
         "torch": torch.__version__,
-        "ham_kernels": f"{versions['ham_kernels']}, commit {environment.commit()}",
+        "ham_kernels": f"{versions['ham_kernels']}, commit {provenance.commit()}",
         "date": datetime.date.today().isoformat(),
         "torchattacks": versions["torchattacks"],
     }

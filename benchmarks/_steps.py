@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import ham_kernels as ham
 import ham_reference
 from ham_kernels import models
-from ham_kernels.data.facts import SETS
+from ham_kernels.data.table import SETS
 from ham_kernels.engine import EngineError, keep_freed_memory, return_freed_memory
 from ham_kernels.engine.options import half_problem
 

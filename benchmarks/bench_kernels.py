@@ -42,7 +42,8 @@ from _kernel_report import goal_lines, goals, table, unsteady
 from _machine import machine
 from _results import write_json
 
-from ham_kernels import environment, ops
+from ham_kernels import ops
+from ham_kernels.common import provenance
 from ham_kernels.engine import keep_freed_memory
 from ham_kernels.ops._library import TRITON
 
@@ -271,10 +272,10 @@ def main() -> int:
     ms = 2.0 if args.quick else 5.0
     clock = CudaClock(ms) if args.device == "cuda" else CpuClock(ms * 2)
     about = machine()
-    found = environment.versions("triton")
+    found = provenance.versions("triton")
     about |= {"triton": found["triton"], "cuda": str(torch.version.cuda)}
     print("; ".join(f"{key} {value}" for key, value in about.items()))
-    about["commit"] = environment.commit()
+    about["commit"] = provenance.commit()
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     backends = {op: kinds[args.device] for op, kinds in ops.backends().items()}
     result = {"machine": about, "device": args.device, "settings": settings, "backends": backends, "cases": []}

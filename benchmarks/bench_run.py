@@ -23,7 +23,9 @@ from _machine import machine
 from _results import write_json
 
 import ham_kernels as ham
-from ham_kernels import checkpoint, models
+from ham_kernels import models
+from ham_kernels.common import files
+from ham_kernels.runs import checkpoints
 
 GOAL_SHARE, GOAL_HELP = 0.02, 1.5
 IMAGES = 50_000
@@ -71,13 +73,13 @@ def checkpoint_seconds(trainer: ham.HAMTrainer, args: argparse.Namespace) -> tup
     """Of a whole save to this folder's disk, as `ham train` makes it; and the size in bytes."""
     seconds = []
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        folder = checkpoint.Checkpoints(folder)
+        folder = checkpoints.Checkpoints(folder)
         for i in range(args.repetitions):
             start = time.perf_counter()
-            state = {"trainer": trainer.state_dict(), "random": checkpoint.random_states()}
+            state = {"trainer": trainer.state_dict(), "random": checkpoints.random_states()}
             path = folder.save(state, i)
             for name, model in (("best", trainer.model), ("best_ema", trainer.ema_model)):
-                checkpoint.save(folder.folder / f"{name}.pt", {"model": model.state_dict()})
+                files.save(folder.folder / f"{name}.pt", {"model": model.state_dict()})
             seconds.append(time.perf_counter() - start)
         return seconds, path.stat().st_size
 

@@ -29,8 +29,8 @@ def torch_if_missing(build):
 
 
 def load_build_module():
-    """ham_kernels/_build.py by its path: the package itself needs torch."""
-    path = Path(__file__).resolve().parents[1] / "ham_kernels" / "_build.py"
+    """ham_kernels/ops/native/cuda.py by its path: the package itself needs torch."""
+    path = Path(__file__).resolve().parents[1] / "ham_kernels" / "ops" / "native" / "cuda.py"
     spec = importlib.util.spec_from_file_location("_ham_build", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -8,44 +8,46 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ._lazy import names_of
+from .common.lazy import names_of
 
 if TYPE_CHECKING:
-    from . import data, models, ops, recipes
-    from .attack import PGD, pgd_attack
-    from .commands.assemble import load_model
+    from . import data, methods, models, ops
+    from .attack.pgd import PGD, pgd_attack
+    from .commands.from_settings import load_model
     from .commands.train import resume, train
     from .engine import EngineError, EngineWarning, NonFiniteError
-    from .history import EpochReport, StepReport
-    from .judging import ClassAccuracy, evaluate
-    from .overfitting import OverfittingWarning
-    from .presets import preset
-    from .recipes import ham_loss
-    from .settings import TrainSettings
-    from .trainer import HAMTrainer
+    from .evaluation import ClassAccuracy, evaluate
+    from .methods import ham_loss, loss
+    from .runs.presets import preset
+    from .runs.settings import TrainSettings
+    from .training.overfitting import OverfittingWarning
+    from .training.reports import EpochReport, StepReport
+    from .training.trainer import HAMTrainer, Trainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "PGD": "attack",
-    "pgd_attack": "attack",
+    "PGD": "attack.pgd",
+    "pgd_attack": "attack.pgd",
     "EngineError": "engine",
     "EngineWarning": "engine",
     "NonFiniteError": "engine",
-    "ClassAccuracy": "judging",
-    "evaluate": "judging",
-    "ham_loss": "recipes",
-    "EpochReport": "history",
-    "OverfittingWarning": "overfitting",
-    "HAMTrainer": "trainer",
-    "StepReport": "history",
-    "TrainSettings": "settings",
-    "load_model": "commands.assemble",
-    "preset": "presets",
+    "ClassAccuracy": "evaluation",
+    "evaluate": "evaluation",
+    "ham_loss": "methods",
+    "loss": "methods",
+    "EpochReport": "training.reports",
+    "OverfittingWarning": "training.overfitting",
+    "HAMTrainer": "training.trainer",
+    "StepReport": "training.reports",
+    "TrainSettings": "runs.settings",
+    "Trainer": "training.trainer",
+    "load_model": "commands.from_settings",
+    "preset": "runs.presets",
     "resume": "commands.train",
     "train": "commands.train",
 }
-_MODULES = ("data", "models", "ops", "recipes")
+_MODULES = ("data", "methods", "models", "ops", "recipes")
 
 __all__ = [
     "PGD",
@@ -58,10 +60,13 @@ __all__ = [
     "OverfittingWarning",
     "StepReport",
     "TrainSettings",
+    "Trainer",
     "data",
     "evaluate",
     "ham_loss",
     "load_model",
+    "loss",
+    "methods",
     "models",
     "ops",
     "pgd_attack",

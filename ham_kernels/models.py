@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import _check
-from .data.facts import SETS
+from .common import checks
+from .data.table import SETS
 
 CIFAR10_MEAN, CIFAR10_STD = SETS["cifar10"].mean, SETS["cifar10"].std
 
@@ -37,7 +37,7 @@ def normalisation(channels: int, mean: Sequence[float] | None, std: Sequence[flo
         if len(values) != channels:
             raise ValueError(f"{name}: got {len(values)} values; it must have one per channel, {channels}")
         for value in values:
-            _check.real(name, value, low)
+            checks.real(name, value, low)
     return Normalize(mean, std)
 
 
@@ -135,9 +135,9 @@ class WideResNet(_PreActNet):
         self, depth: int = 34, widen: int = 10, classes: int = 10, *, channels: int = 3,
         mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
     ):  # fmt: skip
-        if _check.integer("depth", depth, 10) % 6 != 4:
+        if checks.integer("depth", depth, 10) % 6 != 4:
             raise ValueError(f"depth: got {depth}; it must be 6n + 4, such as 28 or 34")
-        _check.integer("widen", widen, 1)
+        checks.integer("widen", widen, 1)
         super().__init__(classes, 16, [c * widen for c in (16, 32, 64)], (depth - 4) // 6, channels, mean, std)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
@@ -174,8 +174,8 @@ def create(
         mean, std: normalisation inside the model, one value per channel; None for no normalisation.
     Raises: TypeError, ValueError naming the argument, with close matches for an unknown name.
     """
-    _check.integer("classes", classes, 2)
-    _check.integer("channels", channels, 1)
+    checks.integer("classes", classes, 2)
+    checks.integer("channels", channels, 1)
     if name in _OWN:
         return _OWN[name](classes, channels=channels, mean=mean, std=std)
     theirs = _torchvision_names()

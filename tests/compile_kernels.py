@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ham_kernels.ops.compact import compact_launch
 from ham_kernels.ops.margin import margin_stats_launch
 from ham_kernels.ops.pgd import pgd_step_launch
-from ham_kernels.ops.start import random_start_launch
+from ham_kernels.ops.random_start import random_start_launch
 from ham_kernels.ops.weights import step_size_weights_launch, weighted_cross_entropy_launch
 
 ARCHS = (80, 90, 100)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import ham_kernels as ham
 import ham_reference as reference
 from ham_kernels import data
-from ham_kernels.engine import EngineWarning, core
+from ham_kernels.engine import EngineWarning, engine
 
 CPU = torch.device("cpu")
 SETTINGS = {"eps": 0.2, "step_size": 0.05, "steps": 5, "screen_steps": 2, "start_epoch": 2}
@@ -32,7 +32,7 @@ def ragged_batches(rows: tuple[int, ...] = RAGGED) -> list[tuple[Tensor, Tensor]
 
 def serve_any_half(monkeypatch) -> None:
     """Half precisions are served although this processor may have to emulate them."""
-    monkeypatch.setattr(core, "half_problem", lambda *_: None)
+    monkeypatch.setattr(engine, "half_problem", lambda *_: None)
 
 
 def trainer_of(model: nn.Module, **choices) -> ham.HAMTrainer:

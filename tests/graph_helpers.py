@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import ham_kernels as ham
 from ham_kernels.engine import Engine, EngineOptions
 from ham_kernels.engine import graphs as graphs_module
-from ham_kernels.mining import Examples
-from ham_kernels.update import Updater
+from ham_kernels.methods.mining import Examples
+from ham_kernels.training.update import Updater
 
 RAGGED = (64, 40, 64, 37)
 NOT_CAPTURABLE = "operation not permitted when stream is capturing"

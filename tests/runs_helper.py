@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from helpers import environment
 
-from ham_kernels.runs import RunFolder
+from ham_kernels.runs.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 # Small, and with all that has a state: weight average, momentum, decay of the rate, both phases, validation.

@@ -12,7 +12,7 @@ from torch import nn
 import ham_kernels as ham
 import ham_reference as reference
 from ham_kernels import engine
-from ham_kernels.attack import PGD, advance, begin, cw_gradient
+from ham_kernels.attack.pgd import PGD, advance, begin, cw_gradient
 
 EPS = {"linf": (0.2, 0.05), "l2": (1.0, 0.25)}
 

@@ -7,13 +7,13 @@ import torch
 from nets import small_cnn
 from torch import nn
 
-from ham_kernels import batchnorm
-from ham_kernels.batchnorm import fast_eval_batchnorm
+from ham_kernels.engine import eval_batchnorm
+from ham_kernels.engine.eval_batchnorm import fast_eval_batchnorm
 
 
 @pytest.fixture(autouse=True)
 def no_layer_is_too_small(monkeypatch):
-    monkeypatch.setattr(batchnorm, "SMALL", 0)
+    monkeypatch.setattr(eval_batchnorm, "SMALL", 0)
 
 
 def filled(layer: nn.Module) -> nn.Module:

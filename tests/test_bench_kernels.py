@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ham_kernels import _build
+from ham_kernels.ops.native import cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -135,7 +135,7 @@ def test_a_run_on_the_gpu(tiny, tmp_path, monkeypatch):
     assert run(monkeypatch, "--device", "cuda", "--rounds", "2", "--no-compile", "--out", tmp_path) == 0
     result = json.loads(next(tmp_path.glob("kernels_*.json")).read_text())
     for row in result["cases"]:
-        assert {who: note for who, note in row["notes"].items() if who != k.CUB or _build.find_nvcc()} == {}
+        assert {who: note for who, note in row["notes"].items() if who != k.CUB or cuda.find_nvcc()} == {}
         if not row["to_host"]:
             assert {"call", "graph", "host"} <= set(row["times"][k.COPY if row["op"] == "copy" else k.OURS])
     for row in (row for row in result["cases"] if row["op"] == "compact"):
@@ -413,7 +413,7 @@ def test_the_section_for_readme():
 
 
 # ---------------------------------------------------------------- CUB
-needs_nvcc = pytest.mark.skipif(_build.find_nvcc() is None, reason="no nvcc to build CUB's DeviceSelect with")
+needs_nvcc = pytest.mark.skipif(cuda.find_nvcc() is None, reason="no nvcc to build CUB's DeviceSelect with")
 
 
 @needs_nvcc
@@ -435,7 +435,7 @@ def test_why_there_is_no_cub(tmp_path, monkeypatch):
     (tmp_path / "no.so").write_text("")
     with pytest.raises(_cub.Unavailable, match=r"no\.so does not load"):
         _cub.load(tmp_path / "no.so")
-    monkeypatch.setattr(_build, "find_nvcc", lambda: None)
+    monkeypatch.setattr(cuda, "find_nvcc", lambda: None)
     with pytest.raises(_cub.Unavailable, match="no nvcc"):
         _cub.build("sm_90", tmp_path)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ham_kernels import _build
+from ham_kernels.ops.native import cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLES = ("HAM_BUILD_CUDA", "HAM_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH")
@@ -34,7 +34,7 @@ def machine(tmp_path, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr(_build, "DEFAULT_CUDA", str(tmp_path / "no-cuda"))
+    monkeypatch.setattr(cuda, "DEFAULT_CUDA", str(tmp_path / "no-cuda"))
     return tmp_path
 
 
@@ -69,63 +69,63 @@ def fake_torch(monkeypatch, folder: Path, version: str | None) -> None:
     ],
 )
 def test_archs(text, archs, flags):
-    assert _build.parse_archs(text, "X") == archs
-    assert _build.arch_flags(archs) == [f"-gencode=arch={flag}" for flag in flags]
+    assert cuda.parse_archs(text, "X") == archs
+    assert cuda.arch_flags(archs) == [f"-gencode=arch={flag}" for flag in flags]
 
 
 def test_archs_by_name():
-    assert _build.arch_flags(_build.parse_archs("all-major", "X")) == ["-arch=all-major"]
+    assert cuda.arch_flags(cuda.parse_archs("all-major", "X")) == ["-arch=all-major"]
 
 
 @pytest.mark.parametrize("text", ["8", "Ampere", "sm_80", "8.0;;PTX", "8.0-PTX", ";", "9.0 all-major"])
 def test_archs_that_cannot_be_read_name_the_variable(text):
     with pytest.raises(ValueError, match=r"^HAM_CUDA_ARCHS='.*allowed: 8\.0;9\.0\+PTX"):
-        _build.parse_archs(text, "HAM_CUDA_ARCHS")
+        cuda.parse_archs(text, "HAM_CUDA_ARCHS")
 
 
 def test_archs_come_from_the_first_source_that_says_something(machine, monkeypatch):
     nvcc = script(machine / "bin/nvcc", WORKS)
-    assert _build.cuda_archs(nvcc) == ["all-major"]  # no GPU
+    assert cuda.cuda_archs(nvcc) == ["all-major"]  # no GPU
     smi = machine / "bin/nvidia-smi"
     script(smi, "#!/bin/sh\necho 9.0; echo 8.0; echo 9.0\n")
-    assert _build.cuda_archs(nvcc) == ["8.0", "9.0"]
+    assert cuda.cuda_archs(nvcc) == ["8.0", "9.0"]
     script(smi, "#!/bin/sh\necho 9.0; echo 13.0\n")
-    assert _build.cuda_archs(nvcc) == ["all-major"]  # 13.0 is newer than this nvcc
+    assert cuda.cuda_archs(nvcc) == ["all-major"]  # 13.0 is newer than this nvcc
     script(smi, "#!/bin/sh\necho 'NVIDIA-SMI has failed: 9.0'; exit 9\n")
-    assert _build.cuda_archs(nvcc) == ["all-major"]
+    assert cuda.cuda_archs(nvcc) == ["all-major"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
-    assert _build.cuda_archs(nvcc) == ["8.6"]
+    assert cuda.cuda_archs(nvcc) == ["8.6"]
     monkeypatch.setenv("HAM_CUDA_ARCHS", "7.5")
-    assert _build.cuda_archs(nvcc) == ["7.5"]
+    assert cuda.cuda_archs(nvcc) == ["7.5"]
 
 
 def test_nvcc_is_looked_for_in_this_order(machine, monkeypatch):
-    assert _build.find_nvcc() is None
+    assert cuda.find_nvcc() is None
     default = script(machine / "no-cuda/bin/nvcc", WORKS)
-    assert _build.find_nvcc() == default
+    assert cuda.find_nvcc() == default
     target = script(machine / "elsewhere/nvcc", WORKS)
     on_path = machine / "bin/nvcc"
     on_path.symlink_to(target)
-    assert _build.find_nvcc() == on_path
+    assert cuda.find_nvcc() == on_path
     for variable in ("CUDA_PATH", "CUDA_HOME"):
         nvcc = script(machine / variable / "bin/nvcc", WORKS)
         monkeypatch.setenv(variable, str(machine / variable))
-        assert _build.find_nvcc() == nvcc
+        assert cuda.find_nvcc() == nvcc
     monkeypatch.setenv("CUDA_HOME", str(machine / "gone"))
-    assert _build.find_nvcc() == machine / "CUDA_PATH/bin/nvcc"
+    assert cuda.find_nvcc() == machine / "CUDA_PATH/bin/nvcc"
 
 
 def test_the_torch_of_the_target_environment_wins_unless_it_is_too_old(tmp_path, monkeypatch):
-    real = _build.find_torch()
+    real = cuda.find_torch()
     assert real.usable, "these tests run with torch >= 2.10"
     spec = importlib.util.find_spec("torch")
     fake_torch(monkeypatch, tmp_path / "new", "3.0.1")
-    assert _build.find_torch() == (tmp_path / "new/torch", "3.0.1")
+    assert cuda.find_torch() == (tmp_path / "new/torch", "3.0.1")
     fake_torch(monkeypatch, tmp_path / "old", "2.9.1+cpu")
-    assert _build.find_torch() == (tmp_path / "old/torch", "2.9.1+cpu")
-    assert not _build.find_torch().usable
+    assert cuda.find_torch() == (tmp_path / "old/torch", "2.9.1+cpu")
+    assert not cuda.find_torch().usable
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    assert _build.find_torch() == real
+    assert cuda.find_torch() == real
 
 
 def test_the_build_asks_for_torch_only_with_nvcc_and_without_torch(machine, monkeypatch):
@@ -156,7 +156,7 @@ spec.loader.exec_module(module)
 module.find_torch()
 assert not {"torch", "ham_kernels"} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code, _build.__file__], check=True, cwd="/")
+    subprocess.run([sys.executable, "-c", code, cuda.__file__], check=True, cwd="/")
 
 
 # Failures
@@ -169,7 +169,7 @@ def build(machine, monkeypatch, torch="2.15.0"):
     (out / "_C.so").write_text("stale")
     fake_torch(monkeypatch, machine / f"site-{torch}", torch)
     try:
-        info = _build.build_extension(ROOT, out_dir=out, log=lambda line: None)
+        info = cuda.build_extension(ROOT, out_dir=out, log=lambda line: None)
     finally:
         written = json.loads((out / "_build_info.json").read_text())
         assert (out / "_C.so").exists() == (written["status"] == "built")
@@ -197,7 +197,7 @@ def test_a_failed_build_says_why_and_leaves_no_library(machine, monkeypatch):
     assert info["status"] == "failed"
     assert info["reason"] == "nvcc ended with code 2: csrc/bindings.cu(7): error: no such thing"
     assert info["output"] == ["csrc/bindings.cu(7): error: no such thing", "1 error detected"]
-    assert info["csrc_sha256"] == _build.csrc_hash(ROOT)
+    assert info["csrc_sha256"] == cuda.csrc_hash(ROOT)
     script(machine / "bin/nvcc", "#!/nowhere/sh\n")
     info = build(machine, monkeypatch, torch="2.15.1")
     assert (info["status"], info["versions"]["nvcc"]) == ("failed", None)
@@ -208,13 +208,13 @@ def test_ham_build_cuda(machine, monkeypatch):
     script(machine / "bin/nvcc", FAILS)
     monkeypatch.setenv("HAM_BUILD_CUDA", "1")
     message = r"(?s)HAM_BUILD_CUDA=1, but: nvcc ended with code 2.*1 error detected"
-    with pytest.raises(_build.BuildError, match=message):
+    with pytest.raises(cuda.BuildError, match=message):
         build(machine, monkeypatch)
     monkeypatch.setenv("HAM_BUILD_CUDA", "0")
     assert build(machine, monkeypatch, torch="2.15.1")["status"] == "skipped"
     monkeypatch.setenv("HAM_BUILD_CUDA", "yes")
     with pytest.raises(ValueError, match=r"HAM_BUILD_CUDA='yes': allowed are 0 \(skip\), 1"):
-        _build.build_extension(ROOT, out_dir=machine / "out2", log=lambda line: None)
+        cuda.build_extension(ROOT, out_dir=machine / "out2", log=lambda line: None)
 
 
 def test_arch_lists_that_cannot_be_read(machine, monkeypatch):
@@ -228,25 +228,25 @@ def test_arch_lists_that_cannot_be_read(machine, monkeypatch):
     assert (info["status"], info["archs"]) == ("built", ["8.0+PTX"])
     monkeypatch.setenv("HAM_CUDA_ARCHS", "fast")
     with pytest.raises(ValueError, match="HAM_CUDA_ARCHS='fast'"):
-        _build.build_extension(ROOT, out_dir=machine / "out2", log=lambda line: None)
+        cuda.build_extension(ROOT, out_dir=machine / "out2", log=lambda line: None)
 
 
 def test_only_the_library_that_was_built_may_be_loaded(machine, monkeypatch):
-    assert "no library with a record" in _build.library_problem(machine / "out")
+    assert "no library with a record" in cuda.library_problem(machine / "out")
     script(machine / "bin/nvcc", WORKS)
     build(machine, monkeypatch)
-    assert _build.library_problem(machine / "out") is None
+    assert cuda.library_problem(machine / "out") is None
     (machine / "out/_C.so").write_text("lib")
-    assert _build.library_problem(machine / "out") == "_C.so has 3 bytes, but 8 were built"
+    assert cuda.library_problem(machine / "out") == "_C.so has 3 bytes, but 8 were built"
 
 
 def test_every_change_in_csrc_changes_the_hash(tmp_path):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    hashes = {_build.csrc_hash(ROOT), _build.csrc_hash(tmp_path)}
+    hashes = {cuda.csrc_hash(ROOT), cuda.csrc_hash(tmp_path)}
     assert len(hashes) == 1
     with open(tmp_path / "csrc/compact.cuh", "a") as file:
         file.write("\n")
-    hashes.add(_build.csrc_hash(tmp_path))
+    hashes.add(cuda.csrc_hash(tmp_path))
     (tmp_path / "csrc/compact.cuh").rename(tmp_path / "csrc/compact2.cuh")
-    hashes.add(_build.csrc_hash(tmp_path))
+    hashes.add(cuda.csrc_hash(tmp_path))
     assert len(hashes) == 3

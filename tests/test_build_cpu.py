@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ham_kernels import _build, _build_cpu, _native
+from ham_kernels.ops.native import build as native
+from ham_kernels.ops.native import cpu, cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKS = '#!/bin/sh\n[ "$1" = --version ] && { echo "some compiler 1.0"; exit 0; }\n'
@@ -19,7 +20,7 @@ FAILS = WORKS + 'echo "csrc/winograd.cpp(7): error: no such thing"; exit 2\n'
 WORKS += 'while [ "$1" != -o ]; do shift; done; echo library > "$2"\n'
 
 needs_compiler = pytest.mark.skipif(
-    _build_cpu.find_compiler() is None or platform.machine() != _build_cpu.MACHINE,
+    cpu.find_compiler() is None or platform.machine() != cpu.MACHINE,
     reason="no C++ compiler, or no x86-64",
 )
 
@@ -47,26 +48,26 @@ def build(machine) -> dict:
     out.mkdir(exist_ok=True)
     (out / "_cpu.so").write_text("stale")
     try:
-        info = _build_cpu.build_library(ROOT, out_dir=out, log=lambda line: None)
+        info = cpu.build_library(ROOT, out_dir=out, log=lambda line: None)
     finally:
         written = json.loads((out / "_build_cpu_info.json").read_text())
         assert (out / "_cpu.so").exists() == (written["status"] == "built")
         assert {path.name for path in out.iterdir()} <= {"_cpu.so", "_build_cpu_info.json"}
     assert info == written
-    assert info["csrc_sha256"] == _build.csrc_hash(ROOT, _build_cpu.SOURCES)
+    assert info["csrc_sha256"] == cuda.csrc_hash(ROOT, cpu.SOURCES)
     return written
 
 
 def test_compilers_are_looked_for_in_this_order(machine, monkeypatch):
-    assert _build_cpu.find_compiler() is None
+    assert cpu.find_compiler() is None
     for name in ("c++", "clang++", "g++"):
         script(machine / "bin" / name, WORKS)
-        assert _build_cpu.find_compiler() == [name]
+        assert cpu.find_compiler() == [name]
     own = script(machine / "mine", WORKS)
     monkeypatch.setenv("CXX", f"{own} -m64")
-    assert _build_cpu.find_compiler() == [str(own), "-m64"]
+    assert cpu.find_compiler() == [str(own), "-m64"]
     monkeypatch.setenv("CXX", "gone")
-    assert _build_cpu.find_compiler() == ["g++"]
+    assert cpu.find_compiler() == ["g++"]
     monkeypatch.setenv("CXX", 'g++ "')
     info = build(machine)
     assert info["status"] == "failed"
@@ -92,7 +93,7 @@ def test_it_is_for_linux(machine, monkeypatch):
 
 
 def test_the_command_serves_every_processor_and_keeps_nan():
-    command = _build_cpu.compile_command(["g++", "-m64"], Path("x.so"))
+    command = cpu.compile_command(["g++", "-m64"], Path("x.so"))
     assert command[:2] == ["g++", "-m64"]
     assert "-O3" in command
     assert not [f for f in command[2:] if f.startswith(("-march", "-mtune", "-ffast", "-Ofast", "-mavx"))]
@@ -103,9 +104,9 @@ def test_a_build_is_recorded_and_only_what_was_built_may_be_loaded(machine):
     info = build(machine)
     assert (info["status"], info["compiler"]) == ("built", "some compiler 1.0")
     names = ("_cpu.so", "_build_cpu_info.json")
-    assert _build.library_problem(machine / "out", *names) is None
+    assert cuda.library_problem(machine / "out", *names) is None
     (machine / "out/_cpu.so").write_text("lib")
-    assert _build.library_problem(machine / "out", *names) == "_cpu.so has 3 bytes, but 8 were built"
+    assert cuda.library_problem(machine / "out", *names) == "_cpu.so has 3 bytes, but 8 were built"
 
 
 def test_ham_build_cpu(machine, monkeypatch):
@@ -114,30 +115,30 @@ def test_ham_build_cpu(machine, monkeypatch):
     assert info["status"] == "failed"
     assert info["reason"] == "g++ ended with code 2: csrc/winograd.cpp(7): error: no such thing"
     monkeypatch.setenv("HAM_BUILD_CPU", "1")
-    with pytest.raises(_build.BuildError, match=r"(?s)HAM_BUILD_CPU=1, but: g\+\+ ended with code 2.*no such thing"):
+    with pytest.raises(cuda.BuildError, match=r"(?s)HAM_BUILD_CPU=1, but: g\+\+ ended with code 2.*no such thing"):
         build(machine)
     monkeypatch.setenv("HAM_BUILD_CPU", "0")
     assert build(machine)["reason"] == "HAM_BUILD_CPU=0 asks for no CPU library"
     monkeypatch.setenv("HAM_BUILD_CPU", "yes")
     with pytest.raises(ValueError, match=r"HAM_BUILD_CPU='yes': allowed are 0 \(skip\), 1"):
-        _build_cpu.build_library(ROOT, out_dir=machine / "out", log=lambda line: None)
+        cpu.build_library(ROOT, out_dir=machine / "out", log=lambda line: None)
 
 
 def test_what_counts_as_built(machine, monkeypatch):
     """The CUDA extension; and the CPU library, unless it is not for this machine or was not asked for."""
     made = {"cuda": "built", "cpu": "built"}
-    monkeypatch.setattr(_native._build, "build_extension", lambda *_, **__: {"status": made["cuda"]})
-    monkeypatch.setattr(_native._build_cpu, "build_library", lambda *_, **__: {"status": made["cpu"]})
+    monkeypatch.setattr(native.cuda, "build_extension", lambda *_, **__: {"status": made["cuda"]})
+    monkeypatch.setattr(native.cpu, "build_library", lambda *_, **__: {"status": made["cpu"]})
     for made["cuda"], made["cpu"], code in (
         ("built", "built", 0), ("built", "skipped", 0), ("built", "failed", 1), ("skipped", "built", 1),
     ):  # fmt: skip
-        assert _native.main([]) == code
-    assert set(_native.FILES) == {"_C.so", "_build_info.json", "_cpu.so", "_build_cpu_info.json"}
+        assert native.main([]) == code
+    assert set(native.FILES) == {"_C.so", "_build_info.json", "_cpu.so", "_build_cpu_info.json"}
 
 
 def test_its_hash_follows_its_own_sources_only(tmp_path):
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    of = lambda: [_build.csrc_hash(tmp_path, files) for files in (_build.CUDA_SOURCES, _build_cpu.SOURCES)]  # noqa: E731
+    of = lambda: [cuda.csrc_hash(tmp_path, files) for files in (cuda.CUDA_SOURCES, cpu.SOURCES)]  # noqa: E731
     before = of()
     with open(tmp_path / "csrc/winograd.inl", "a") as file:
         file.write("\n")
@@ -150,9 +151,9 @@ def test_setup_loads_it_without_the_package_or_torch():
     code = f"""
 import sys, types, importlib
 package = sys.modules["_ham_build"] = types.ModuleType("_ham_build")
-package.__path__ = [{str(ROOT / "ham_kernels")!r}]
-module = importlib.import_module("_ham_build._native")
-module._build_cpu.find_compiler()
+package.__path__ = [{str(ROOT / "ham_kernels" / "ops" / "native")!r}]
+module = importlib.import_module("_ham_build.build")
+module.cpu.find_compiler()
 assert not {{"torch", "ham_kernels"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
@@ -164,7 +165,7 @@ def test_real_compilers_have_nothing_to_warn_of(name, tmp_path):
     if shutil.which(name) is None:
         pytest.skip(f"no {name} here")
     library = tmp_path / "_cpu.so"
-    command = [*_build_cpu.compile_command([name], library), "-Wall", "-Wextra", "-Werror"]
+    command = [*cpu.compile_command([name], library), "-Wall", "-Wextra", "-Werror"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     exported = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True).stdout

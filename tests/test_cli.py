@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ham_kernels import cli
+from ham_kernels.commands import cli
 
 
 def test_help(capsys):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from runs_helper import TINY, assert_same_weights, finish, ham
 
-from ham_kernels import checkpoint, cli
-from ham_kernels.commands import flags
+from ham_kernels.commands import cli, flags
 from ham_kernels.commands import train as train_command
-from ham_kernels.presets import preset
-from ham_kernels.runs import RunFolder
-from ham_kernels.settings import EvaluateSettings
+from ham_kernels.common import files
+from ham_kernels.runs.folder import RunFolder
+from ham_kernels.runs.presets import preset
+from ham_kernels.runs.settings import EvaluateSettings
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
 QUICK = EvaluateSettings(attacks=("clean", "pgd3"), masking_images=32, analysis_images=64)
@@ -150,7 +150,7 @@ def test_best_is_the_epoch_that_validation_says(run):
 def test_weights_can_be_read_by_torch_alone(run):
     path = run / "checkpoints/best.pt"
     state = torch.load(path, weights_only=True)
-    assert all(torch.equal(v, checkpoint.load(path)["model"][k]) for k, v in state["model"].items())
+    assert all(torch.equal(v, files.load(path)["model"][k]) for k, v in state["model"].items())
 
 
 def test_output_is_plain_where_nobody_watches(tmp_path):

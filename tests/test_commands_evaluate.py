@@ -10,14 +10,13 @@ import pytest
 import torch
 from runs_helper import TINY
 
-from ham_kernels import cli
+from ham_kernels.commands import cli, flags
 from ham_kernels.commands import evaluate as evaluate_command
-from ham_kernels.commands import flags
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.evaluate import evaluate_run
-from ham_kernels.commands.verdict import verdict
-from ham_kernels.runs import RunFolder
-from ham_kernels.settings import EvaluateSettings
+from ham_kernels.commands.evaluation_text import verdict
+from ham_kernels.runs.folder import RunFolder
+from ham_kernels.runs.settings import EvaluateSettings
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
 QUICK = EvaluateSettings(attacks=("clean", "pgd3"), masking_images=32, analysis_images=64)
@@ -96,7 +95,7 @@ def test_loading_a_model_leaves_the_generators_alone(run):
 def test_evaluation_agrees_with_the_python_function(run):
     import ham_kernels as ham_package
     from ham_kernels import data
-    from ham_kernels.commands.assemble import images_of
+    from ham_kernels.commands.from_settings import images_of
 
     evaluate_run(run, EvaluateSettings(("best",), ("pgd3",), masking=False, analyses=False), quiet=True)
     found = json.loads((run / "evaluation/best.json").read_text())["attacks"]["pgd3"]

@@ -10,13 +10,12 @@ import signal
 import pytest
 from runs_helper import TINY, assert_same_weights, finish, ham, wait_for
 
-from ham_kernels import cli
-from ham_kernels.commands import flags
+from ham_kernels.commands import cli, flags
 from ham_kernels.commands import sweep as sweep_command
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.experiments import cells
-from ham_kernels.presets import preset
-from ham_kernels.runs import RunFolder
+from ham_kernels.runs.folder import RunFolder
+from ham_kernels.runs.presets import preset
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
 
@@ -140,7 +139,7 @@ def test_what_would_fail_in_every_run_is_told_once(more, message, tmp_path, caps
 
 
 def test_autoattack_needs_its_library_before_the_training(tmp_path, capsys, monkeypatch):
-    from ham_kernels.judging import autoattack
+    from ham_kernels.evaluation import autoattack
 
     def missing():
         raise ImportError('attacks: "autoattack" needs torchattacks')

@@ -22,7 +22,7 @@ from engine_helpers import (
 )
 from nets import Broken, Counting, small_cnn
 
-from ham_kernels.attack import pgd_attack
+from ham_kernels.attack.pgd import pgd_attack
 from ham_kernels.engine import (
     Engine,
     EngineError,

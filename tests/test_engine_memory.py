@@ -14,7 +14,7 @@ from engine_helpers import (
 from ham_kernels.engine import (
     Engine,
     EngineOptions,
-    core,
+    engine,
     memory,
     plain,
 )
@@ -63,7 +63,7 @@ def test_freed_memory_stays_and_goes_back():
 )
 def test_who_keeps_memory(keep, device, kept, monkeypatch):
     calls = []
-    monkeypatch.setattr(core, "keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr(engine, "keep_freed_memory", lambda: calls.append(1))
     Engine(EngineOptions(keep_memory=keep), device)
     assert len(calls) == kept
     assert plain("fp32").options.keep_memory is False  # an attack alone leaves the process as it is

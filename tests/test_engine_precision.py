@@ -19,8 +19,8 @@ from engine_helpers import (
 from nets import Broken, small_cnn
 from torch import nn
 
-from ham_kernels import active
-from ham_kernels.attack import pgd_attack
+from ham_kernels.attack import step
+from ham_kernels.attack.pgd import pgd_attack
 from ham_kernels.engine import (
     Engine,
     EngineError,
@@ -110,7 +110,7 @@ def test_fp16_gradients_are_lifted(norm, monkeypatch):
     won = [(leads(model, x_adv, y) <= 0).float().mean().item() for x_adv in (full, half)]
     assert won[0] > 0.2
     assert won[1] == pytest.approx(won[0], abs=0.1)
-    monkeypatch.setattr(active, "_lifted", lambda z_grad: z_grad)
+    monkeypatch.setattr(step, "_lifted", lambda z_grad: z_grad)
     assert moved(pgd_attack(model, x, y, precision="fp16", **settings), x) < 0.1
 
 
@@ -120,7 +120,7 @@ def test_fp16_gradients_are_not_lifted_out_of_range(monkeypatch):
     y = (y + 1) % 10
     settings = {"random_start": False, "eps": 0.05, "step_size": 0.01, "steps": 5}
     lifted = pgd_attack(model, x, y, precision="fp16", **settings)
-    monkeypatch.setattr(active, "_lifted", lambda z_grad: z_grad)
+    monkeypatch.setattr(step, "_lifted", lambda z_grad: z_grad)
     plain_fp16 = pgd_attack(model, x, y, precision="fp16", **settings)
     assert moved(plain_fp16, x) > 0.9
     assert moved(lifted, x) > 0.9

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from ham_kernels import _build, _build_cpu, doctor
+from ham_kernels.commands import doctor
+from ham_kernels.ops.native import cpu, cuda
 
 ROOT = Path(__file__).resolve().parents[1]
 
-needs_nvcc = pytest.mark.skipif(_build.find_nvcc() is None, reason="no nvcc to build the extension with")
+needs_nvcc = pytest.mark.skipif(cuda.find_nvcc() is None, reason="no nvcc to build the extension with")
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +25,11 @@ def built(tmp_path_factory):
     out = tmp_path_factory.mktemp("extension")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HAM_CUDA_ARCHS", "8.0;9.0;10.0+PTX")
-        info = _build.build_extension(ROOT, out_dir=out, required=True)
+        info = cuda.build_extension(ROOT, out_dir=out, required=True)
     assert info["status"] == "built"
     assert info["archs"] == ["8.0", "9.0", "10.0+PTX"]
-    assert info["csrc_sha256"] == _build.csrc_hash(ROOT)
-    assert _build.library_problem(out) is None
+    assert info["csrc_sha256"] == cuda.csrc_hash(ROOT)
+    assert cuda.library_problem(out) is None
     return out
 
 
@@ -202,7 +203,7 @@ def test_the_doctor_fails_where_a_gpu_is_without_extension(monkeypatch, capsys, 
 def test_the_doctor_sees_when_csrc_has_changed(checkout):
     package = checkout / "ham_kernels"
     assert doctor.compare_sources(package) == "unknown"
-    info = _build.build_extension(checkout, required=False, log=lambda line: None)
+    info = cuda.build_extension(checkout, required=False, log=lambda line: None)
     assert doctor.compare_sources(package) == "unknown"  # skipped: nothing was built
     (package / "_build_info.json").write_text(json.dumps({**info, "status": "built"}))
     assert doctor.compare_sources(package) == "current"
@@ -212,7 +213,7 @@ def test_the_doctor_sees_when_csrc_has_changed(checkout):
     for broken in ("{", "[1]"):
         (package / "_build_info.json").write_text(broken)
         assert "cannot be read" in doctor.read_build_info(package)["reason"]
-        assert "no library with a record of its build" in _build.library_problem(package)
+        assert "no library with a record of its build" in cuda.library_problem(package)
 
 
 @needs_nvcc
@@ -235,9 +236,9 @@ def test_the_doctor_tells_of_the_cpu_library(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "PACKAGE", package)
     monkeypatch.setattr(doctor.winograd, "status", lambda: (None, "why not"))
     info = {"status": "built", "reason": "how", "output": ["a compiler's line"]}
-    info["csrc_sha256"] = _build.csrc_hash(tmp_path, _build_cpu.SOURCES)
-    (package / _build_cpu.BUILD_INFO).write_text(json.dumps(info))
-    (package / _build.BUILD_INFO).write_text(json.dumps({"status": "failed", "reason": "of CUDA"}))
+    info["csrc_sha256"] = cuda.csrc_hash(tmp_path, cpu.SOURCES)
+    (package / cpu.BUILD_INFO).write_text(json.dumps(info))
+    (package / cuda.BUILD_INFO).write_text(json.dumps({"status": "failed", "reason": "of CUDA"}))
     report = doctor.collect()
     library = report["cpu_library"]
     assert (library["loaded"], library["reason"], library["sources"]) == (False, "why not", "current")

@@ -121,8 +121,9 @@ def test_the_sanitizer_is_taken_at_its_word(tmp_path, monkeypatch, said, status,
 
 
 def test_the_extension_is_built_without_a_network_where_it_is_not_current(tmp_path, monkeypatch):
-    (tmp_path / "ham_kernels").mkdir()
-    shutil.copy(ROOT / "ham_kernels" / "_build.py", tmp_path / "ham_kernels")
+    native = tmp_path / "ham_kernels" / "ops" / "native"
+    native.mkdir(parents=True)
+    shutil.copy(ROOT / "ham_kernels" / "ops" / "native" / "cuda.py", native)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     monkeypatch.setattr(_gpu_stages, "ROOT", tmp_path)
     commands = []

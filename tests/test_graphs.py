@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 import ham_kernels as ham
 import ham_reference as reference
-from ham_kernels.buckets import Bucket
+from ham_kernels.attack.replay import Bucket
 from ham_kernels.engine import PLAIN, Engine, EngineOptions, EngineWarning
 from ham_kernels.engine.graphs import BUCKETS, bucket_of
-from ham_kernels.mining import Keep, StepSizeWeights, mine
+from ham_kernels.methods.mining import Keep, StepSizeWeights, mine
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_graphs_change_nothing_in_half_precision(batches, precision, monkeypatch
     """Also that the graphs read the rounded weights where the next batch puts them. Half a percent: other blocks of
     rows in a half-precision product round otherwise.
     """
-    monkeypatch.setattr("ham_kernels.engine.core.half_problem", lambda *_: None)
+    monkeypatch.setattr("ham_kernels.engine.engine.half_problem", lambda *_: None)
     ours, theirs = twins(small_cnn(), precision=precision)
     for epoch in (1, 1, 2, 2):
         for x, y in batches[:2]:
@@ -263,7 +263,7 @@ def test_weights_frozen_or_thawed_between_steps(batches, at_first):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_inside_autocast_of_the_caller(batches, precision, monkeypatch):
     """autocast keeps the weights that it cast until its outermost block ends: a capture must not take those over."""
-    monkeypatch.setattr("ham_kernels.engine.core.half_problem", lambda *_: None)
+    monkeypatch.setattr("ham_kernels.engine.engine.half_problem", lambda *_: None)
     ours, theirs = twins(small_cnn(), precision=precision)
     for t in (ours, theirs):
         for group in t.optimizer.param_groups:

@@ -15,9 +15,9 @@ from torch import nn
 
 import ham_kernels as ham
 from ham_kernels.engine import Engine, EngineError, EngineOptions, EngineWarning
-from ham_kernels.mining import Examples
-from ham_kernels.recipes import weighted_ce
-from ham_kernels.update import Updater
+from ham_kernels.methods import weighted_ce
+from ham_kernels.methods.mining import Examples
+from ham_kernels.training.update import Updater
 
 pytestmark = pytest.mark.gpu
 ON_GPU = {**SETTINGS, "device": "cuda"}

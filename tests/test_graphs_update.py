@@ -20,9 +20,9 @@ from torch import Tensor, nn
 import ham_kernels as ham
 from ham_kernels.engine import Engine, EngineOptions
 from ham_kernels.engine import graphs as graphs_module
-from ham_kernels.mining import Examples
-from ham_kernels.recipes import weighted_ce
-from ham_kernels.update import Updater
+from ham_kernels.methods import weighted_ce
+from ham_kernels.methods.mining import Examples
+from ham_kernels.training.update import Updater
 
 
 @pytest.fixture(scope="module")

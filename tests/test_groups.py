@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import ham_kernels as ham
 import ham_reference as reference
 from ham_kernels import data
-from ham_kernels.mining import Examples, Keep, StepSizeWeights, mine, mine_group
+from ham_kernels.methods.mining import Examples, Keep, StepSizeWeights, mine, mine_group
 from ham_reference.method import evaluating, input_gradient, is_hard, pgd_step, start_point
 
 K, M = 5, 2

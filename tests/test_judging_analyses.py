@@ -12,9 +12,9 @@ from torch import nn
 
 import ham_kernels as ham
 from ham_kernels import engine
-from ham_kernels.attack import PGD
-from ham_kernels.judging import confidence, easy_stays_easy
-from ham_kernels.judging.attacks import walk
+from ham_kernels.attack.pgd import PGD
+from ham_kernels.evaluation import confidence, easy_stays_easy
+from ham_kernels.evaluation.named_attacks import walk
 
 HOW = {"eps": EPS, "step_size": STEP_SIZE}
 

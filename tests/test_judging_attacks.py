@@ -9,8 +9,8 @@ from nets import Counting, small_cnn
 
 import ham_kernels as ham
 from ham_kernels import engine
-from ham_kernels.attack import PGD
-from ham_kernels.judging.attacks import RESTART_STRIDE, plans, survivors, walk
+from ham_kernels.attack.pgd import PGD
+from ham_kernels.evaluation.named_attacks import RESTART_STRIDE, plans, survivors, walk
 
 BUDGET = {"eps": 0.02, "step_size": 0.008, "norm": "linf"}
 

@@ -11,8 +11,8 @@ from nets import Counting, small_cnn
 
 import ham_kernels as ham
 from ham_kernels import engine
-from ham_kernels.attack import PGD
-from ham_kernels.judging import autoattack, judge
+from ham_kernels.attack.pgd import PGD
+from ham_kernels.evaluation import autoattack, judge
 
 torchattacks = pytest.importorskip("torchattacks")
 

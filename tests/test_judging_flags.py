@@ -10,8 +10,8 @@ import torch
 from scipy.stats import binom
 
 import ham_kernels as ham
-from ham_kernels.judging import Interval, intervals
-from ham_kernels.judging.flags import correct_rows, summary
+from ham_kernels.evaluation import Interval, intervals
+from ham_kernels.evaluation.class_accuracy import correct_rows, summary
 
 
 def flags(*of_each: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from nets import Broken, small_cnn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ham_kernels as ham
-from ham_kernels.judging import StoreWarning, intervals, judge
+from ham_kernels.evaluation import StoreWarning, intervals, judge
 
 HOW = {"classes": 10, "eps": 0.01, "step_size": 0.004}
 ATTACKS = ("clean", "pgd3")
@@ -189,7 +189,7 @@ def test_a_failing_write_leaves_the_old_file(model, loader, tmp_path, monkeypatc
 
 def test_flags_are_written_while_an_attack_runs(model, loader, tmp_path, monkeypatch):
     """A killed process runs no `finally`: what counts is what lies on the disk after each batch."""
-    monkeypatch.setattr("ham_kernels.judging.store.SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr("ham_kernels.evaluation.partial_results.SECONDS_BETWEEN_WRITES", 0.0)
     store, on_disk = tmp_path / "flags.json", []
 
     def progress(name, done, total):

@@ -10,7 +10,7 @@ from judging_nets import EPS, STEP_SIZE, digit_batches, robust_cnn
 from nets import Constant, Counting, small_cnn
 from torch import nn
 
-from ham_kernels.judging import masking
+from ham_kernels.evaluation import masking
 
 HOW = {"eps": EPS, "step_size": STEP_SIZE}
 

@@ -7,8 +7,8 @@ import torch
 from nets import Constant, Counting, small_cnn
 
 import ham_reference as reference
-from ham_kernels.attack import PGD
-from ham_kernels.mining import Keep, StepSizeWeights, mine
+from ham_kernels.attack.pgd import PGD
+from ham_kernels.methods.mining import Keep, StepSizeWeights, mine
 
 K, M = 10, 3
 PGD_SETTINGS = {"eps": 0.2, "step_size": 0.05, "steps": K}

@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import ham_kernels as ham
-from ham_kernels import _check, data
-from ham_kernels.active import PGD
-from ham_kernels.recipes.natural import natural
-from ham_kernels.recipes.one_step import fgsm_rs, n_fgsm
+from ham_kernels import data
+from ham_kernels.attack.step import PGD
+from ham_kernels.common import checks
+from ham_kernels.methods.natural import natural
+from ham_kernels.methods.one_step import fgsm_rs, n_fgsm
 from ham_reference import method
 from ham_reference import one_step as reference
 
@@ -249,7 +250,7 @@ def test_bad_batches_are_named(name, spoil, message, batch):
 
 def test_natural_loss_is_nan_where_the_host_cannot_read_labels(batch, monkeypatch):
     """As on a GPU: a label that the model does not know gives no loss and no gradient to train on."""
-    monkeypatch.setattr(_check, "_readable", lambda t: False)
+    monkeypatch.setattr(checks, "_readable", lambda t: False)
     x, y = batch
     assert update(natural(), x, y).isfinite()
     y[5] = 10

@@ -12,7 +12,7 @@ from ham_kernels import ops
 from ham_kernels.ops.compact import compact_reference
 from ham_kernels.ops.margin import margin_stats_reference
 from ham_kernels.ops.pgd import pgd_step_reference
-from ham_kernels.ops.start import random_start_reference
+from ham_kernels.ops.random_start import random_start_reference
 from ham_kernels.ops.weights import step_size_weights_reference, weighted_cross_entropy_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory")]

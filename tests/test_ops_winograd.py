@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ham_kernels import _build, _build_cpu
 from ham_kernels.ops import winograd as ops
+from ham_kernels.ops.native import cpu, cuda
 from ham_kernels.ops.winograd import winograd_launch, winograd_reference, winograd_weights, winograd_weights_launch
 
 raw = torch.ops.ham_kernels
@@ -415,7 +415,7 @@ def test_why_the_library_does_not_serve(anew, tmp_path, monkeypatch):
     (tmp_path / "_cpu.so").write_text("cut off")
     ops.status.cache_clear()
     assert "no library with a record of its build" in ops.status()[1]
-    (tmp_path / _build_cpu.BUILD_INFO).write_text('{"library_bytes": 7}')
+    (tmp_path / cpu.BUILD_INFO).write_text('{"library_bytes": 7}')
     ops.status.cache_clear()
     assert ops.status() == (None, ops.status()[1])
     assert "_cpu.so does not load" in ops.status()[1]
@@ -429,4 +429,4 @@ def test_processors_and_torches_that_cannot_serve(anew, monkeypatch):
     ops.status.cache_clear()
     monkeypatch.setattr(ops, "_torch_parallel_for", lambda: None)
     assert "offers no parallel_for" in ops.status()[1]
-    assert _build.library_problem(ops.LIBRARY.parent, ops.LIBRARY.name, _build_cpu.BUILD_INFO) is None
+    assert cuda.library_problem(ops.LIBRARY.parent, ops.LIBRARY.name, cpu.BUILD_INFO) is None

@@ -13,9 +13,9 @@ from torch import nn
 
 import ham_kernels as ham
 from ham_kernels import data
-from ham_kernels.active import PGD, begin
-from ham_kernels.overfitting import OverfittingCheck, Past, Reading, judge
-from ham_kernels.recipes.one_step import fgsm_rs, n_fgsm
+from ham_kernels.attack.step import PGD, begin
+from ham_kernels.methods.one_step import fgsm_rs, n_fgsm
+from ham_kernels.training.overfitting import OverfittingCheck, Past, Reading, judge
 from ham_reference import method
 from ham_reference import one_step as reference
 
@@ -225,7 +225,7 @@ def test_noise_is_no_training_noise(seed, batch, monkeypatch):
         seen.append((seed, step))
         return begin(x, y, pgd, seed, step)
 
-    monkeypatch.setattr("ham_kernels.judging.attacks.begin", spy)
+    monkeypatch.setattr("ham_kernels.evaluation.named_attacks.begin", spy)
     OverfittingCheck(**CHECK, seed=seed)(small_cnn(), *batch, epoch=7)
     assert seen == [(-1 - seed, 7)] * 2
 

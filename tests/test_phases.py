@@ -10,7 +10,7 @@ from nets import Counting, sgd, small_cnn
 
 import ham_kernels as ham
 from ham_kernels import data
-from ham_kernels.overfitting import OverfittingWarning
+from ham_kernels.training.overfitting import OverfittingWarning
 
 SMALL = {"eps": 0.1, "step_size": 0.03, "steps": 4, "screen_steps": 2}
 COLLAPSE = {"eps": 0.5, "step_size": 0.1, "steps": 4, "screen_steps": 2, "start_epoch": 13, "warm_up": "fgsm_rs"}

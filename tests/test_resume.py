@@ -14,11 +14,13 @@ import pytest
 import torch
 from runs_helper import TINY, assert_same_weights, finish, ham, wait_for
 
-from ham_kernels import checkpoint, models
+from ham_kernels import models
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.flags import parse_train
-from ham_kernels.runs import RunFolder
-from ham_kernels.validation import Validation
+from ham_kernels.common import files
+from ham_kernels.runs import checkpoints
+from ham_kernels.runs.folder import RunFolder
+from ham_kernels.training.validation import Validation
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("no_gpu")]
 
@@ -242,7 +244,7 @@ def test_damage_is_found_and_named(places, stopped, tmp_path, seed):
     """The newest checkpoint altered in one place: named, set aside, and the one before it is used, unchanged."""
     rng = random.Random(seed)
     newest, previous = RunFolder(stopped).checkpoints.newest_first()
-    good = checkpoint.load(previous)
+    good = files.load(previous)
     for _ in range(places):
         folder = tmp_path / "checkpoints"
         folder.mkdir(exist_ok=True)
@@ -250,7 +252,7 @@ def test_damage_is_found_and_named(places, stopped, tmp_path, seed):
             (folder / path.name).write_bytes(path.read_bytes())
         what = damage(folder / newest.name, rng)
         with pytest.warns(UserWarning, match=f"{newest.name} (is truncated|was altered)"):
-            found, state, _ = checkpoint.Checkpoints(folder).load_newest(set_aside=True)
+            found, state, _ = checkpoints.Checkpoints(folder).load_newest(set_aside=True)
         assert found.name == previous.name, what
         assert state["trainer"]["steps_done"] == good["trainer"]["steps_done"]
         assert torch.equal(state["random"]["torch"], good["random"]["torch"])
@@ -274,7 +276,7 @@ def test_no_intact_checkpoint_is_an_error(stopped, tmp_path, seed):
     for _ in range(2):  # nor is it a new run the second time
         with (
             pytest.warns(UserWarning, match="if that is intact"),
-            pytest.raises(checkpoint.CheckpointError, match=r"none of step_\d+.pt, step_\d+.pt"),
+            pytest.raises(files.CheckpointError, match=r"none of step_\d+.pt, step_\d+.pt"),
         ):
             train_command.resume(tmp_path / "run", quiet=True)
 
@@ -284,7 +286,7 @@ def test_a_reader_sets_nothing_aside(stopped, tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints"
     shutil.copytree(stopped / "checkpoints", folder)
     before = sorted(p.name for p in folder.iterdir())
-    kept = checkpoint.Checkpoints(folder)
+    kept = checkpoints.Checkpoints(folder)
     damage(kept.newest_first()[0], random.Random(1))
     with pytest.warns(UserWarning, match="the one before it is used"):
         assert kept.load_newest()[0] == kept.newest_first()[1]

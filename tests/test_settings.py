@@ -11,12 +11,12 @@ from dataclasses import replace
 import pytest
 
 import ham_kernels as ham
-from ham_kernels import settings as settings_
-from ham_kernels.config_file import from_toml, merge, to_toml
-from ham_kernels.data.facts import SETS
+from ham_kernels.data.table import SETS
 from ham_kernels.engine.options import SWITCHES
-from ham_kernels.presets import PRESETS, preset, rescaled
-from ham_kernels.settings import EvaluateSettings, TrainSettings, lr_factor
+from ham_kernels.runs import settings as settings_
+from ham_kernels.runs.config_file import from_toml, merge, to_toml
+from ham_kernels.runs.presets import PRESETS, preset, rescaled
+from ham_kernels.runs.settings import EvaluateSettings, TrainSettings, lr_factor
 
 
 def test_every_data_set_has_a_preset_that_is_sound():
@@ -158,7 +158,7 @@ def test_bad_settings_objects():
 
 def test_settings_and_flags_wait_for_no_torch():
     code = (
-        "import sys, ham_kernels, ham_kernels.cli, ham_kernels.settings, ham_kernels.presets, "
+        "import sys, ham_kernels, ham_kernels.commands.cli, ham_kernels.runs.settings, ham_kernels.runs.presets, "
         "ham_kernels.commands.flags, ham_kernels.report; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

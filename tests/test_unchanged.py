@@ -8,10 +8,10 @@ import signal
 import pytest
 from runs_helper import TINY
 
-from ham_kernels import checkpoint
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.flags import parse_train
-from ham_kernels.runs import RunFolder
+from ham_kernels.common import files
+from ham_kernels.runs.folder import RunFolder
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
 
@@ -116,7 +116,7 @@ def test_pgd_at_is_a_warm_up_at_any_epoch(tmp_path, one_thread):
 def test_a_checkpoint_of_an_earlier_version_goes_on(mining, tmp_path, one_thread):
     shutil.copytree(mining, tmp_path / "run")
     newest = RunFolder(tmp_path / "run").checkpoints.newest_first()[0]
-    state = checkpoint.load(newest)
+    state = files.load(newest)
     del state["method"], state["epochs"]
-    checkpoint.save(newest, state)
+    files.save(newest, state)
     assert train_command.resume(tmp_path / "run", quiet=True).epoch == 4

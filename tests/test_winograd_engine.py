@@ -217,7 +217,7 @@ def test_another_model_and_moved_weights(batches):
 @needs_library
 def test_bf16(batches, monkeypatch, calls):
     """Weights stay in fp32 for it, images and gradients are bf16: as near to fp32 as bf16 is without it."""
-    monkeypatch.setattr("ham_kernels.engine.core.half_problem", lambda *_: None)
+    monkeypatch.setattr("ham_kernels.engine.engine.half_problem", lambda *_: None)
     trainers = [
         trainer_of(net(), precision="bf16", winograd="require"), trainer_of(net(), precision="bf16"), trainer_of(net()),
     ]  # fmt: skip
@@ -357,7 +357,7 @@ def test_other_devices(device):
 
 @pytest.mark.parametrize("precision", ["fp16", "require-fp16"])
 def test_fp16(precision, monkeypatch):
-    monkeypatch.setattr("ham_kernels.engine.core.half_problem", lambda *_: None)
+    monkeypatch.setattr("ham_kernels.engine.engine.half_problem", lambda *_: None)
     gives_up("it takes images in fp32 or bf16", {"precision": precision})
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from ham_kernels import _build_cpu
 from ham_kernels.ops import winograd
+from ham_kernels.ops.native import cpu
 
 TESTS = Path(__file__).resolve().parent
 LANES = [w for w in (8, 16) if winograd.status()[0] is not None and w <= winograd.lanes()]
 
 pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or platform.machine() != _build_cpu.MACHINE, reason="no g++, or no x86-64"
+    shutil.which("g++") is None or platform.machine() != cpu.MACHINE, reason="no g++, or no x86-64"
 )
 
 

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import data, environment, judging
-from ..checkpoint import write_atomically
-from ..judging.attacks import plans
-from ..runs import RunFolder
-from ..settings import EvaluateSettings, TrainSettings
-from .assemble import device_of, facts_of, images_of, load_model, trained_model
+from .. import data, evaluation
+from ..common import provenance
+from ..common.files import write_atomically
+from ..evaluation.named_attacks import plans
+from ..runs.folder import RunFolder
+from ..runs.settings import EvaluateSettings, TrainSettings
+from .evaluation_text import verdict
+from .from_settings import device_of, facts_of, images_of, load_model, trained_model
 from .progress import on_terminal, say
-from .verdict import verdict
 
 FORMAT = 1
 
@@ -119,15 +120,15 @@ class _Judge:
     def work(self) -> None:
         s, result = self.settings, self.result
         self.model = trained_model(self.told, self.run.data_facts(), self.state["model"], self.device)
-        facts = environment.machine()
-        on = {"cpu": facts["cpu"], "gpu": facts["gpu"], "torch": torch.__version__, "commit": environment.commit()}
+        facts = provenance.machine()
+        on = {"cpu": facts["cpu"], "gpu": facts["gpu"], "torch": torch.__version__, "commit": provenance.commit()}
         with self.progress as progress:
             loader = self._loader(s.part, self.n)
             for attack in s.attacks:
                 name = f"{attack}-r{s.restarts}" if s.restarts > 1 and attack.startswith(("pgd", "cw")) else attack
                 if result["attacks"].get(name, {}).get("n", 0) >= self.n:
                     continue
-                found = judging.judge(
+                found = evaluation.judge(
                     self.model, loader, (attack,), classes=len(self.images.classes), restarts=s.restarts,
                     device=self.device, store=self.run.path / "evaluation" / f".{self.stem}.flags.json",
                     identity=self.identity, progress=progress, **self.how,
@@ -148,8 +149,8 @@ class _Judge:
         Those of earlier weights are kept beside it. Raises: ValueError naming the file where they are of later ones.
         """
         self.result = fresh = {
-            "format": FORMAT, **self.identity, "classes": list(self.images.classes), "machine": environment.machine(),
-            "versions": environment.versions("torchattacks"), "commit": environment.commit(), "attacks": {},
+            "format": FORMAT, **self.identity, "classes": list(self.images.classes), "machine": provenance.machine(),
+            "versions": provenance.versions("torchattacks"), "commit": provenance.commit(), "attacks": {},
         }  # fmt: skip
         if not self.path.exists():
             return
@@ -197,7 +198,7 @@ class _Judge:
     def _masking(self) -> dict:
         s = self.settings
         loader = self._loader(s.part, s.masking_images)
-        return judging.masking(
+        return evaluation.masking(
             self.model, loader, device=self.device, other=self.other, images=s.masking_images,
             progress=self.progress, **self.how,
         )  # fmt: skip
@@ -205,7 +206,7 @@ class _Judge:
     def _confidence(self) -> dict:
         self.progress.begin("confidence")
         loader = self._loader("train", self.settings.analysis_images)
-        found = judging.confidence(
+        found = evaluation.confidence(
             self.model, loader, steps=self.steps, threshold=self.settings.threshold, device=self.device, **self.how
         )
         return {"part": "train", **found}
@@ -213,7 +214,7 @@ class _Judge:
     def _easy(self) -> dict:
         self.progress.begin("easy")
         loader = self._loader("train", self.settings.analysis_images)
-        found = judging.easy_stays_easy(self.model, loader, steps=self.steps, device=self.device, **self.how)
+        found = evaluation.easy_stays_easy(self.model, loader, steps=self.steps, device=self.device, **self.how)
         return {"part": "train", **found}
 
     def _loader(self, part: str, count: int | None):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..settings import TrainSettings
+from ..methods.settings import with_name
+from ..runs.settings import TrainSettings
 
 GRID_SCREEN_STEPS = (1, 2, 3, 4, 5)
 GRID_LAM = (0.5, 1.0, 1.5, 2.0)
@@ -36,14 +37,18 @@ def _method(base: TrainSettings, **changes) -> TrainSettings:
     return replace(base, method=replace(base.method, **changes))
 
 
+def _named(base: TrainSettings, name: str) -> TrainSettings:
+    return replace(base, method=with_name(base.method, name))
+
+
 def _ham(base: TrainSettings, **changes) -> tuple[str, TrainSettings]:
-    settings = _method(base, **{"name": "ham", **changes})
+    settings = _method(_named(base, "ham"), **changes)
     m = settings.method
     return f"ham-M{m.screen_steps}-lam{m.lam:g}", settings
 
 
 def _baseline(base: TrainSettings) -> Iterator[tuple[str, TrainSettings]]:
-    yield "pgd_at", _method(base, name="pgd_at")
+    yield "pgd_at", _named(base, "pgd_at")
 
 
 def _paper_ham(base: TrainSettings) -> Iterator[tuple[str, TrainSettings]]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from ..config_file import from_toml, read_toml
-from ..presets import preset, rescaled
-from ..settings import EvaluateSettings, TrainSettings
+from ..methods import names
+from ..methods.settings import with_name
+from ..runs.config_file import from_toml, read_toml
+from ..runs.presets import preset, rescaled
+from ..runs.settings import EvaluateSettings, TrainSettings
 
 T = TypeVar("T")
 
@@ -19,6 +21,12 @@ T = TypeVar("T")
 def _default(words: str) -> Any:
     """What help says of a default that depends on the rest."""
     return tyro.conf.arg(help_behavior_hint=f"(default: {words})")
+
+
+_METHOD = tyro.conf.arg(
+    help=f"One of {', '.join(names())}; `--method NAME --help` shows its own settings.",
+    help_behavior_hint=lambda default: f"(default: {default})",
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Train:
     resume: Path | None = None
     """Go on with this run, as its config.toml says; the only other flags then are --until-epoch N and --quiet."""
     quiet: bool = False
+    method: Annotated[str, _METHOD] = "ham"
     settings: TrainSettings = field(default_factory=TrainSettings)
 
 
@@ -96,7 +105,8 @@ class Resume:
 def parse_train(argv: list[str]) -> Train | Resume:
     if _seen(argv, "--resume") is not None:
         return _cli(Resume, argv, "ham train")
-    return _cli(Train, argv, "ham train", Train(settings=_base(argv)))
+    base = _base(argv)
+    return _cli(Train, argv, "ham train", Train(method=base.method.name, settings=base))
 
 
 def parse_evaluate(argv: list[str]) -> Evaluate:
@@ -127,12 +137,15 @@ def _base(argv: list[str]) -> TrainSettings:
     told = {} if config is None else read_toml(config)
     if config is not None:
         from_toml(config, TrainSettings())  # judges keys and types before anything is made of them
+    named = _seen(argv, "--method")
     path = _seen(argv, "--path") or get(told, "data", "path")
     dataset = _seen(argv, "--dataset") or get(told, "data", "dataset") or ("cifar10" if path else "digits")
     base = preset(dataset)
     if config is not None:
         own_epochs = get(told, "optim", "epochs")
         base = from_toml(config, rescaled(base, own_epochs) if own_epochs else base)
+    if named is not None:
+        base = replace(base, method=with_name(base.method, named))
     try:
         return base if epochs is None else rescaled(base, int(epochs))
     except ValueError:  # tyro and check() say what is wrong with it

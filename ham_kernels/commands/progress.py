@@ -11,7 +11,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from ..history import EpochReport, StepReport
+from ..training.reports import EpochReport, StepReport
 
 
 def say(text: str = "", file: TextIO | None = None) -> None:

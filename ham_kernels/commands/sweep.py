@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import report
-from ..judging.attacks import plans
-from ..runs import RunFolder
-from ..settings import MethodSettings, TrainSettings
-from .assemble import device_of, images_of, model_of
+from ..evaluation.named_attacks import plans
+from ..methods.pgd_at import PGDAT
+from ..runs.folder import RunFolder
+from ..runs.settings import TrainSettings
 from .experiments import Cell, cells
 from .flags import Sweep
+from .from_settings import device_of, images_of, model_of
 from .progress import duration, say
 from .signals import StopRequest
 
@@ -163,7 +164,7 @@ def _warm_up_folder(folder: Path, settings: TrainSettings) -> Path:
 
 def _warm_up_settings(settings: TrainSettings) -> TrainSettings:
     """What all methods share before start_epoch."""
-    return replace(settings, method=MethodSettings(name="pgd_at", start_epoch=settings.method.start_epoch))
+    return replace(settings, method=PGDAT(start_epoch=settings.method.start_epoch))
 
 
 def _check_unchanged(path: Path, settings: TrainSettings) -> None:

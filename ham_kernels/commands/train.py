@@ -12,18 +12,19 @@ from pathlib import Path
 
 import torch
 
-from .. import _check, checkpoint
-from ..history import EpochReport, StepReport
-from ..runs import RunFolder, metrics_of
-from ..settings import TrainSettings
-from ..trainer import HAMTrainer
-from .assemble import check_takes, device_of, facts_of, images_of, loaders_of, model_of, scheduler_of, trainer_of
+from ..common import checks, files
+from ..runs.checkpoints import random_states, set_random_states
+from ..runs.folder import RunFolder, metrics_of
+from ..runs.resume_rules import check_unchanged, noted
+from ..runs.settings import TrainSettings
+from ..training.reports import EpochReport, StepReport
+from ..training.trainer import Trainer
+from .from_settings import check_takes, device_of, facts_of, images_of, loaders_of, model_of, scheduler_of, trainer_of
 from .progress import TrainProgress, duration, say
 from .signals import Stopped, StopRequest
-from .unchanged import check_unchanged, noted
 
 
-def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool = False) -> HAMTrainer:
+def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool = False) -> Trainer:
     """Trains a new run in the folder `out` (None: runs/DATASET-METHOD-seedN) and returns the trainer.
 
     SIGINT, SIGTERM or SIGHUP end it after the batch at hand, with a checkpoint; `resume(out)` goes on, also after a
@@ -39,7 +40,7 @@ def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool
     return job.work_in(_new_folder(settings) if out is None else RunFolder.create(out, settings), quiet)
 
 
-def resume(out: str | Path, *, until_epoch: int | None = None, quiet: bool = False) -> HAMTrainer:
+def resume(out: str | Path, *, until_epoch: int | None = None, quiet: bool = False) -> Trainer:
     """Goes on with the run in `out` from its newest intact checkpoint, on a CPU to the same final weights, bit by bit,
     with as many threads.
 
@@ -47,7 +48,7 @@ def resume(out: str | Path, *, until_epoch: int | None = None, quiet: bool = Fal
     Raises: as `train` does; CheckpointError if no checkpoint is intact.
     """
     if until_epoch is not None:
-        _check.integer("until_epoch", until_epoch, 1)
+        checks.integer("until_epoch", until_epoch, 1)
     run = RunFolder.open(out)
     settings = run.settings()
     settings.check()
@@ -82,7 +83,7 @@ class _Job:
         self.stop = StopRequest()
         self.best: dict[str, float] = {}
 
-    def work_in(self, run: RunFolder, quiet: bool, until_epoch: int | None = None) -> HAMTrainer:
+    def work_in(self, run: RunFolder, quiet: bool, until_epoch: int | None = None) -> Trainer:
         with run.alone(), self.stop:
             try:
                 return self._work_in(run, quiet, until_epoch)
@@ -90,7 +91,7 @@ class _Job:
                 stopped.run = run.path
                 raise
 
-    def _work_in(self, run: RunFolder, quiet: bool, until_epoch: int | None) -> HAMTrainer:
+    def _work_in(self, run: RunFolder, quiet: bool, until_epoch: int | None) -> Trainer:
         self.run = run
         run.set_data_facts(self.facts)
         found = run.checkpoints.load_newest(set_aside=True)
@@ -138,7 +139,7 @@ class _Job:
         stopped = isinstance(error, (Stopped, KeyboardInterrupt))
         message = f"{type(error).__name__}: {error}"
         if not stopped:
-            checkpoint.write_atomically(self.run.path / "error.txt", traceback.format_exc().encode())
+            files.write_atomically(self.run.path / "error.txt", traceback.format_exc().encode())
             message += " (error.txt has the whole way to it)"
         epochs = self.settings.optim.epochs
         self.run.set_status("interrupted" if stopped else "failed", self.trainer.epoch, epochs, message)
@@ -201,7 +202,7 @@ class _Job:
         state = {
             "trainer": self.trainer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "random": checkpoint.random_states(),
+            "random": random_states(),
             "best": dict(self.best),
             **noted(self.settings),
             "threads": torch.get_num_threads(),
@@ -213,7 +214,7 @@ class _Job:
         check_unchanged(state, self.settings)
         self.trainer.load_state_dict(state["trainer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        checkpoint.set_random_states(state["random"])
+        set_random_states(state["random"])
         if self.trainer.device.type == "cpu" and state["threads"] != torch.get_num_threads():
             warnings.warn(
                 f"the run has used {state['threads']} CPU threads and goes on with {torch.get_num_threads()}: its last "
@@ -225,14 +226,9 @@ class _Job:
 
     def _say_what(self, resumed: bool) -> None:
         s, trainer = self.settings, self.trainer
-        m = s.method
-        mining = f"HAM (M {m.screen_steps}, λ {m.lam:g}, from epoch {m.start_epoch})"
         images = f"{s.data.path} (preset: {s.data.dataset})" if s.data.path else s.data.dataset
         millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-        say(
-            f"{self.run.path}: {images}, {s.model.name} ({millions:.2f} M parameters), "
-            f"{'PGD-AT' if m.name == 'pgd_at' else mining}"
-        )
+        say(f"{self.run.path}: {images}, {s.model.name} ({millions:.2f} M parameters), {s.method.describe()}")
         say(
             f"eps {s.attack.eps:g}, step {s.attack.step_size:g}, K {s.attack.steps}, {s.attack.norm}; {s.optim.epochs} "
             f"epochs of {len(self.loaders.train)} batches on {trainer.device}, {s.run.precision}, seed {s.run.seed}"

@@ -3,38 +3,38 @@
     images = data.load("cifar10").hold_out(1000)
     train, val, test = data.loaders(images, 128, augment="crop+flip", device="cuda")
 
-Names load on first use, so that `from ham_kernels.data.facts import SETS` does not wait for torch.
+Names load on first use, so that `from ham_kernels.data.table import SETS` does not wait for torch.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._lazy import names_of
+from ..common.lazy import names_of
 
 if TYPE_CHECKING:
     from .batches import Batches
-    from .facts import SETS, SetFacts
-    from .feeding import Loaders, loaders, part_loader
     from .files import FileBatches
     from .folders import class_folders
+    from .loaders import Loaders, loaders, part_loader
     from .named import digits
     from .sets import FileSet, ImageSet
     from .sources import load
+    from .table import SETS, SetFacts
 
 _HOMES = {
     "Batches": "batches",
     "FileBatches": "files",
     "FileSet": "sets",
     "ImageSet": "sets",
-    "Loaders": "feeding",
-    "SETS": "facts",
-    "SetFacts": "facts",
+    "Loaders": "loaders",
+    "SETS": "table",
+    "SetFacts": "table",
     "class_folders": "folders",
     "digits": "named",
     "load": "sources",
-    "loaders": "feeding",
-    "part_loader": "feeding",
+    "loaders": "loaders",
+    "part_loader": "loaders",
 }
 
 __all__ = [

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _check
-from .facts import AUGMENTATIONS
+from ..common import checks
+from .table import AUGMENTATIONS
 
 PAD = 4  # pixels of zeros around an image that is cropped
 
@@ -33,18 +33,18 @@ class EpochLoader:
         if rows == 0:
             raise ValueError("images: there are none in this part; it must have at least one")
         self.rows = rows
-        self.batch_size = _check.integer("batch_size", batch_size, 1)
-        self.seed = _check.integer("seed", seed, 0, 2**63 - 1)
+        self.batch_size = checks.integer("batch_size", batch_size, 1)
+        self.seed = checks.integer("seed", seed, 0, 2**63 - 1)
         self.epoch = 0
         self._position = 0
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration gives."""
-        self.epoch = _check.integer("epoch", epoch, 0)
+        self.epoch = checks.integer("epoch", epoch, 0)
 
     def set_position(self, batches: int) -> None:
         """The next iteration (only that one) starts after so many batches of its epoch, without making them."""
-        self._position = _check.integer("batches", batches, 0, len(self))
+        self._position = checks.integer("batches", batches, 0, len(self))
 
     def __len__(self) -> int:
         return -(-self.rows // self.batch_size)
@@ -77,8 +77,8 @@ class Batches(EpochLoader):
         device: torch.device | str = "cpu",
     ):  # fmt: skip
         super().__init__(len(x), batch_size, seed)
-        self.shuffle = _check.flag("shuffle", shuffle)
-        self.augment = _check.choice("augment", augment, AUGMENTATIONS)
+        self.shuffle = checks.flag("shuffle", shuffle)
+        self.augment = checks.choice("augment", augment, AUGMENTATIONS)
         self.device = torch.device(device)
         self._x, self._y = x.to(self.device), y.to(self.device)
         # a tensor: divided by a number, a GPU multiplies by its inverse, which rounds differently

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .. import checkpoint
+from ..common import files
 from .sets import ImageSet
 
 VERSION = 3  # of what a file holds, and of how class folders are read and resized
@@ -49,7 +49,7 @@ def _digest(value: list) -> str:
 
 def _read(file: Path) -> ImageSet | None:
     try:
-        held = checkpoint.load(file)
+        held = files.load(file)
         fields = {name: t for name, t in held.items() if isinstance(t, Tensor)}
         return ImageSet(held["name"], tuple(held["classes"]), **fields)
     except (OSError, KeyError, TypeError, ValueError) as error:  # the source is there all the same
@@ -61,6 +61,6 @@ def _read(file: Path) -> ImageSet | None:
 def _write(file: Path, images: ImageSet) -> None:
     tensors = {f"{kind}_{part}": getattr(images, f"{kind}_{part}") for part in images.counts for kind in "xy"}
     try:
-        checkpoint.save(file, {"name": images.name, "classes": list(images.classes), **tensors})
+        files.save(file, {"name": images.name, "classes": list(images.classes), **tensors})
     except (OSError, RuntimeError) as error:  # a full or read-only disk; the images are there all the same
         warnings.warn(f"cache: {file} could not be written ({error}); the next start decodes again", stacklevel=2)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .. import _check
+from ..common import checks
 from .batches import EpochLoader, epoch_generator, mixed_seed
-from .facts import AUGMENTATIONS
+from .table import AUGMENTATIONS
 
 # shorter side before the centre crop, as torchvision's references do it: 256 for 224
 RESIZE = 256 / 224
@@ -42,11 +42,11 @@ class FileBatches(EpochLoader):
         size: int = 224, seed: int = 0, device: torch.device | str = "cpu", workers: int = 0,
     ):  # fmt: skip
         super().__init__(len(files), batch_size, seed)
-        _check.choice("augment", augment, AUGMENTATIONS)
-        self.shuffle = _check.flag("shuffle", shuffle)
-        self.workers = _check.integer("workers", workers, 0)
+        checks.choice("augment", augment, AUGMENTATIONS)
+        self.shuffle = checks.flag("shuffle", shuffle)
+        self.workers = checks.integer("workers", workers, 0)
         self.device = torch.device(device)
-        self._decoder = _Decoder(list(files), y, augment, _check.integer("size", size, 1), seed)
+        self._decoder = _Decoder(list(files), y, augment, checks.integer("size", size, 1), seed)
         self._white = torch.tensor(255.0, device=self.device)
 
     def _batches(self, first: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
-from .. import _check
+from ..common import checks
 from .cache import cached
 from .files import decode
 from .sets import CROP_SIZE, PARTS, FileSet, ImageSet, pick, stratified
@@ -51,8 +51,8 @@ def class_folders(
     if not path.exists():
         raise FileNotFoundError(f"path: {path} does not exist; give a folder or tar of class folders")
     if size is not None:
-        _check.integer("size", size, 1)
-    _check.flag("cache", cache)
+        checks.integer("size", size, 1)
+    checks.flag("cache", cache)
     images = _read(path, Path(root) / "cache" if cache else None, size)
     for part in images.counts:
         there = set(getattr(images, f"y_{part}").tolist())

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .facts import SETS
 from .folders import class_folders
 from .sets import FileSet, ImageSet, stratified
+from .table import SETS
 
 
 def digits(test_images: int = 517) -> ImageSet:

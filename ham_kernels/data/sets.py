@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .. import _check
+from ..common import checks
 
 PARTS = ("train", "val", "test")
 CROP_SIZE = 224  # ImageNet's usual one
@@ -22,7 +22,7 @@ class _Parts:
 
     def part(self, part: str) -> tuple[Tensor | list[str], Tensor]:
         """Images and labels of "train", "val" or "test". ValueError where there is no such part."""
-        _check.choice("part", part, PARTS)
+        checks.choice("part", part, PARTS)
         images, labels = getattr(self, f"{self._kind}_{part}"), getattr(self, f"y_{part}")
         if labels is None:
             raise ValueError(f"part: got 'val', but {self.name} has no validation images; call hold_out first")
@@ -44,7 +44,7 @@ class _Parts:
 
     def limit(self, part: str, count: int | None, seed: int = 0):
         """At most `count` images of one part ("train", "val" or "test"), drawn at random by seed, class shares kept."""
-        if count is None or _check.integer(part, count, 1) >= len(self.labels(part)):
+        if count is None or checks.integer(part, count, 1) >= len(self.labels(part)):
             return self
         return replace(self, **self._rows(part, stratified(self.labels(part), count, seed)))
 
@@ -57,7 +57,7 @@ class _Parts:
         if self.y_val is not None:
             raise ValueError(f"hold_out: {self.name} has {len(self.y_val)} validation images already")
         y = self.y_train
-        held = stratified(y, _check.integer("count", count, 1, len(y) - 1), seed)
+        held = stratified(y, checks.integer("count", count, 1, len(y) - 1), seed)
         stays = torch.ones(len(y), dtype=torch.bool)
         stays[held] = False
         val = self._rows("train", held, into="val")
@@ -115,7 +115,7 @@ class FileSet(_Parts):
     size: int = CROP_SIZE  # height and width that loaders crop to
 
     def __post_init__(self):
-        _check.integer("size", self.size, 1)
+        checks.integer("size", self.size, 1)
         for part in self.counts:
             _same_length(f"y_{part}", *self.part(part))
 

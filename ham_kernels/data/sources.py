@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .. import _check
-from .facts import SETS
+from ..common import checks
 from .folders import class_folders
 from .named import digits, from_torchvision, is_files
 from .sets import FileSet, ImageSet
+from .table import SETS
 
 
 def load(
@@ -29,7 +29,7 @@ def load(
     Raises: FileNotFoundError where a data set is missing and not to be had, saying what to put where; TypeError,
         ValueError naming the argument.
     """
-    _check.flag("download", download)
+    checks.flag("download", download)
     if path is not None:
         return class_folders(path, root=root, size=size, cache=cache)
     if dataset not in SETS:

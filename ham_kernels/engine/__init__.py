@@ -6,11 +6,11 @@ the CPU), `graphs` (capture and replay), `core` (Engine, which ties them togethe
 method.
 """
 
-from .core import PLAIN, Engine, plain
+from .engine import PLAIN, Engine, plain
+from .host_reads import BatchGuard, NonFiniteError, Stopwatch, start_read
 from .memory import keep_freed_memory, return_freed_memory
 from .modes import JUDGING_PRECISIONS, PRECISIONS, attack_mode, autocast, model_device, update_mode
 from .options import EngineError, EngineOptions, EngineWarning
-from .reads import BatchGuard, NonFiniteError, Stopwatch, start_read
 
 __all__ = [
     "JUDGING_PRECISIONS",

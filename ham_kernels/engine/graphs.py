@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .halves import addresses
+from .half_weights import addresses
 from .options import reason
 
 # Shares of the full batch that an attack is captured for. Rows are padded up to the next one.
@@ -195,7 +195,32 @@ def ambient(device: torch.device) -> tuple:
     return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
-def place(shared: dict, name: str, like: Tensor | None, rows: int, capacity: int) -> Tensor | None:
+class Captured:
+    """Functions over tensors that stay in place: loaded, replayed, read. What attack and update build on.
+
+    `places` are the first `rows` rows of tensors that all graphs of a model share: what one holds is loaded anew for
+    each use, so that a number of rows costs no more than its launches.
+    """
+
+    def __init__(self, graphs: Graphs, like: dict[str, Tensor | None], rows: int, capacity: int):
+        self._graphs = graphs
+        self.places = {name: _place(graphs.shared, name, t, rows, capacity) for name, t in like.items()}
+        self._replays: dict[str, Replay] = {}
+
+    def capture(self, name: str, fn: Callable[[], None]) -> None:
+        if name not in self._replays:
+            self._replays[name] = self._graphs.capture(fn)
+
+    def load(self, values: dict[str, Tensor | None]) -> None:
+        for name, own in self.places.items():
+            if own is not None:
+                own[: len(values[name])].copy_(values[name])
+
+    def replay(self, name: str) -> None:
+        self._replays[name]()
+
+
+def _place(shared: dict, name: str, like: Tensor | None, rows: int, capacity: int) -> Tensor | None:
     """The first `rows` rows of a tensor that stays, in the layout of `like`; made for `capacity` rows if need be."""
     if like is None:
         return None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..batchnorm import fast_eval_batchnorm
+from .eval_batchnorm import fast_eval_batchnorm
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 JUDGING_PRECISIONS = PRECISIONS[:2]  # fp16 would hide what attacks on other losses than the cross entropy need

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from .. import _check
+from ..common import checks
 from .modes import PRECISIONS
 
 REQUIRE = "require"
@@ -41,10 +41,11 @@ class EngineOptions:
     keep_memory: bool = True  # on the CPU, freed memory stays with the process
 
     def __post_init__(self):
-        _check.choice("precision", self.precision, (*PRECISIONS, *(f"{REQUIRE}-{p}" for p in PRECISIONS[1:])))
+        checks.choice("precision", self.precision, (*PRECISIONS, *(f"{REQUIRE}-{p}" for p in PRECISIONS[1:])))
         for name in SWITCHES:
-            _check.choice(name, getattr(self, name), (False, True, REQUIRE))
-        _check.flag("keep_memory", self.keep_memory)
+            value = checks.choice(name, getattr(self, name), (False, True, "off", "on", REQUIRE))
+            object.__setattr__(self, name, {"off": False, "on": True}.get(value, value))
+        checks.flag("keep_memory", self.keep_memory)
 
 
 def refuse(option: str, reason: str, required: bool) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from .. import _build
+from .native import cuda
 
 NAMESPACE = "ham_kernels"
 EXTENSION = Path(__file__).resolve().parents[1] / "_C.so"
@@ -64,7 +64,7 @@ def extension_status() -> tuple[bool, str]:
         return False, f"switched off by HAM_BACKEND={backend_choice()}"
     if not EXTENSION.exists():
         return False, f"{EXTENSION.name} is not there: 'python -m ham_kernels doctor' shows what the build said"
-    problem = _build.library_problem(EXTENSION.parent)  # a truncated file must not even be tried
+    problem = cuda.library_problem(EXTENSION.parent)  # a truncated file must not even be tried
     if problem is not None:
         return False, f"{EXTENSION.name} is not loaded: {problem}"
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _check
+from ..common import checks
 from ._library import jit, on_device_of, register, tl, triton
 
 
@@ -69,7 +69,7 @@ def compact(flags: Tensor) -> tuple[Tensor, Tensor]:
         count: int32 (1,), how many flags are True, on the device of flags.
     Raises: TypeError, ValueError naming the argument.
     """
-    _check.tensor("flags", flags)
+    checks.tensor("flags", flags)
     if flags.dtype != torch.bool:
         raise TypeError(f"flags: got {flags.dtype}; it must be bool")
     if flags.dim() != 1:

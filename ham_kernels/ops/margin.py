@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _check
+from ..common import checks
 from ._library import jit, on_device_of, register, tl, triton
 
 
@@ -148,14 +148,14 @@ def margin_stats(
             (arXiv 2308.01823); None when neither prev nor max_step was given. NaN stays NaN.
     Raises: TypeError, ValueError naming the argument.
     """
-    _check.logits("logits", logits)
-    _check.labels(y, logits, "logits")
-    _check.label_range(y, logits.shape[1])
-    probs = _check.choice("space", space, ("logits", "probs")) == "probs"
+    checks.logits("logits", logits)
+    checks.labels(y, logits, "logits")
+    checks.label_range(y, logits.shape[1])
+    probs = checks.choice("space", space, ("logits", "probs")) == "probs"
     if prev is not None:
-        _check.same("prev", prev, "logits", logits)
+        checks.same("prev", prev, "logits", logits)
     if max_step is not None:
-        _check.vector("max_step", max_step, logits.shape[0], logits)
+        checks.vector("max_step", max_step, logits.shape[0], logits)
         max_step = max_step.detach().float()
     grad, hard, new_max = torch.ops.ham_kernels.margin_stats(
         logits.detach(), y, prev if prev is None else prev.detach(), max_step, probs

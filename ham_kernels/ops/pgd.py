@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _check
+from ..common import checks
 from ._layout import as_layout, row_layout
 from ._library import jit, on_device_of, register, tl, triton
 
@@ -230,13 +230,13 @@ def pgd_step(
         lo, hi: range of valid pixels.  norm: "linf" or "l2".
     Raises: TypeError, ValueError naming the argument.
     """
-    _check.images("x_adv", x_adv)
-    _check.same("x", x, "x_adv", x_adv)
-    l2 = _check.norm(norm)
-    _check.step_gradient(grad, x, index, count)
-    eps, eps_rows = _check.per_row("eps", eps, x)
-    step_size, step_rows = _check.per_row("step_size", step_size, x)
-    _check.limits(lo, hi)
+    checks.images("x_adv", x_adv)
+    checks.same("x", x, "x_adv", x_adv)
+    l2 = checks.norm(norm)
+    checks.step_gradient(grad, x, index, count)
+    eps, eps_rows = checks.per_row("eps", eps, x)
+    step_size, step_rows = checks.per_row("step_size", step_size, x)
+    checks.limits(lo, hi)
     torch.ops.ham_kernels.pgd_step_(
         x_adv.detach(), x.detach(), grad.detach(), index, count, eps, step_size, eps_rows, step_rows, lo, hi, l2
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _check
+from ..common import checks
 from ._library import NAMESPACE, jit, on_device_of, register, tl, triton
 
 
@@ -61,9 +61,9 @@ def step_size_weights(max_step: Tensor, lam: float) -> Tensor:
     Returns: (n,) fp32. Source: arXiv 2308.01823; norm and scale are this package's choice (README, "open choices").
     Raises: TypeError, ValueError naming the argument.
     """
-    _check.tensor("max_step", max_step)
-    _check.vector("max_step", max_step, max_step.numel(), max_step)
-    lam = _check.real("lam", lam)
+    checks.tensor("max_step", max_step)
+    checks.vector("max_step", max_step, max_step.numel(), max_step)
+    lam = checks.real("lam", lam)
     return torch.ops.ham_kernels.step_size_weights(max_step.detach().float().contiguous(), lam)
 
 
@@ -161,11 +161,11 @@ def weighted_cross_entropy(logits: Tensor, y: Tensor, weights: Tensor | None = N
     Returns: 0-dim fp32 tensor.
     Raises: TypeError, ValueError naming the argument.
     """
-    _check.logits("logits", logits)
-    _check.labels(y, logits, "logits")
-    _check.label_range(y, logits.shape[1])
+    checks.logits("logits", logits)
+    checks.labels(y, logits, "logits")
+    checks.label_range(y, logits.shape[1])
     if weights is not None:
-        _check.vector("weights", weights, logits.shape[0], logits)
+        checks.vector("weights", weights, logits.shape[0], logits)
         weights = weights.detach().float().contiguous()
     rows, _ = torch.ops.ham_kernels.weighted_cross_entropy(logits, y, weights)
     return rows.sum()

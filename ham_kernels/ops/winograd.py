@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _build, _build_cpu
 from ._library import NAMESPACE, register_for_cpu
+from .native import cpu, cuda
 
-LIBRARY = Path(__file__).resolve().parents[1] / _build_cpu.LIBRARY
+LIBRARY = Path(__file__).resolve().parents[1] / cpu.LIBRARY
 PANEL = 16  # channels of the output that lie together in transformed weights
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -94,7 +94,7 @@ def status() -> tuple[ctypes.CDLL | None, str]:
     """(the library, why or why not): None where it is not built, or this processor or torch cannot serve it."""
     if not LIBRARY.exists():
         return None, f"{LIBRARY.name} is not there: 'python -m ham_kernels doctor' shows what the build said"
-    problem = _build.library_problem(LIBRARY.parent, LIBRARY.name, _build_cpu.BUILD_INFO)
+    problem = cuda.library_problem(LIBRARY.parent, LIBRARY.name, cpu.BUILD_INFO)
     if problem is not None:
         return None, f"{LIBRARY.name} is not loaded: {problem}"
     try:

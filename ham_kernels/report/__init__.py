@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..common.provenance import package_version
 from .folders import lost_cells, read_runs
 from .groups import sections
 from .runs import MARKS, Run, read_run
@@ -59,13 +60,11 @@ def build(
 
 
 def _described(summary: dict[str, Any], title: str | None) -> dict[str, Any]:
-    from .. import __version__
-
     data = {
         "format": 1,
         "title": title or "Fair adversarial training: comparison of runs",
         "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "version": __version__,
+        "version": package_version(),
         **summary,
     }
     return _plain(data)

@@ -1,0 +1,188 @@
+"""The rows under attack, and one PGD step on them (Madry et al., "Towards deep learning models resistant ...")."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..common import checks
+from ..engine import Engine
+from ..ops import random_start
+
+_ops = torch.ops.ham_kernels
+
+LOSSES = ("ce", "cw", "kl")
+
+
+@dataclass(frozen=True)
+class PGD:
+    """Settings of an attack: budget eps and step size in units of the images (floats, or one value per row).
+
+    loss is what the attack raises: "ce", the cross entropy; "cw", the margin max_{j != y} z_j - z_y (Carlini and
+    Wagner, arXiv 1608.04644), whose gradient does not vanish where softmax saturates; or "kl", the divergence
+    KL(q || p) from the prediction q of the clean image (TRADES, arXiv 1901.08573), whose gradient is p - q.
+    step_sizes replaces steps and step_size: one size per step, in units of eps.
+    """
+
+    eps: float | Tensor = 8 / 255
+    step_size: float | Tensor = 2 / 255
+    steps: int = 10
+    norm: str = "linf"
+    random_start: bool = True
+    loss: str = "ce"
+    start_eps: float | None = None  # radius of the random start, where it is not eps
+    step_sizes: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.step_sizes:
+            for size in self.step_sizes:
+                checks.real("step_sizes", size)
+            object.__setattr__(self, "steps", len(self.step_sizes))
+        for name in ("eps", "step_size"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):  # a tensor is checked against the batch that it belongs to
+                checks.real(name, value)
+        if self.norm == "linf" and not isinstance(self.eps, Tensor) and self.eps > 1:
+            warnings.warn(
+                f"eps: got {self.eps:g}, but images are in [0, 1], where an L-inf eps of 1 allows anything; is it in "
+                "units of 1/255?",
+                stacklevel=2,
+            )
+        checks.integer("steps", self.steps, 0)
+        checks.norm(self.norm)
+        checks.flag("random_start", self.random_start)
+        checks.choice("loss", self.loss, LOSSES)
+        if self.start_eps is not None:
+            checks.real("start_eps", self.start_eps)
+
+    def share(self, first: int, last: int) -> float:
+        """How far the steps first, ..., last - 1 (counted from 0) reach together, in step sizes; or in eps."""
+        return math.fsum(self.step_sizes[first:last]) if self.step_sizes else float(last - first)
+
+
+@dataclass
+class ActiveSet:
+    """The rows still under attack. `x_adv` moves in place; the other tensors stay."""
+
+    x_adv: Tensor  # (n, C, H, W)
+    x: Tensor  # (n, C, H, W), clean
+    y: Tensor  # (n,)
+    eps: float
+    eps_rows: Tensor | None  # (n,) where eps differs from row to row
+    step_size: float  # of the next step
+    step_rows: Tensor | None
+    batch: int  # rows of the whole batch, of which these are some
+    track: bool = False  # whether steps keep the largest L1 change of the logits between consecutive points
+    prev: Tensor | None = None  # (n, classes), logits at the last point that was looked at
+    max_step: Tensor | None = None  # (n,), maximum adversarial step size so far
+    target: Tensor | None = None  # (n, classes), q of the loss "kl"
+
+    def named(self, index: Tensor) -> ActiveSet:
+        """The named rows as an active set of their own, gathered once so that later steps are dense."""
+        index = index.long()
+
+        def pick(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[index]  # index_select would forget the memory format
+
+        return replace(
+            self, x_adv=pick(self.x_adv), x=pick(self.x), y=pick(self.y), eps_rows=pick(self.eps_rows),
+            step_rows=pick(self.step_rows), max_step=pick(self.max_step), target=pick(self.target),
+            prev=None,  # the next forward is at the same point: there is no step to measure yet
+        )  # fmt: skip
+
+
+def begin(x: Tensor, y: Tensor, pgd: PGD, seed: int, step: int, track: bool = False) -> ActiveSet:
+    """The starting points x0: random in the ball, or the images themselves."""
+    x = x.detach()
+    eps, eps_rows = checks.per_row("eps", pgd.eps, x)
+    step_size, step_rows = checks.per_row("step_size", pgd.step_size, x)
+    if pgd.random_start:
+        radius = pgd.eps if pgd.start_eps is None else pgd.start_eps
+        x_adv = random_start(x, radius, seed=seed, step=step, norm=pgd.norm)
+    else:
+        x_adv = x.clone()
+    return ActiveSet(x_adv, x, y, eps, eps_rows, step_size, step_rows, batch=len(y), track=track)
+
+
+def set_step_size(rows: ActiveSet, pgd: PGD, share: float) -> None:
+    """The next step reaches as far as `share` step sizes (or eps, see PGD.share)."""
+    if pgd.step_sizes:
+        rows.step_size, rows.step_rows = share * rows.eps, None if rows.eps_rows is None else share * rows.eps_rows
+    elif isinstance(pgd.step_size, Tensor):
+        rows.step_rows = rows.step_rows * share
+    else:
+        rows.step_size = share * pgd.step_size
+
+
+def take_step(model: nn.Module, rows: ActiveSet, pgd: PGD, engine: Engine) -> Tensor:
+    """One PGD step. Returns the logits at the point that it leaves.
+
+    The gradient with respect to the logits comes from margin_stats, not from a loss graph. The step writes the next
+    forward's input: the same tensor, in the dtype and memory format that the images came in.
+    """
+    point = rows.x_adv.detach().requires_grad_()
+    logits = engine.forward(model, point)
+    checks.model_output(logits, point.shape[0])
+    half = logits.dtype == torch.float16
+    z = logits.detach().float() if half else logits.detach()
+    if pgd.loss == "ce" or rows.track:
+        prev, largest = (rows.prev, rows.max_step) if rows.track else (None, None)
+        z_grad, _, max_step = _ops.margin_stats(z, rows.y, prev, largest, probs=False, want_hard=False)
+    if rows.track:
+        rows.prev, rows.max_step = z, max_step if max_step.numel() else z.new_zeros(len(z)).float()
+    if pgd.loss == "cw":
+        z_grad = cw_gradient(z, rows.y)
+    elif pgd.loss == "kl":
+        z_grad = (torch.softmax(z.float(), 1) - rows.target).to(z.dtype)
+    if half:
+        z_grad = _lifted(z_grad).to(logits.dtype)
+    (grad,) = torch.autograd.grad(logits, point, z_grad)
+    _ops.pgd_step_(
+        rows.x_adv, rows.x, grad, None, None, rows.eps, rows.step_size, rows.eps_rows, rows.step_rows, 0.0, 1.0,
+        pgd.norm == "l2",
+    )  # fmt: skip
+    return z
+
+
+@torch.no_grad()
+def take_look(model: nn.Module, rows: ActiveSet, engine: Engine) -> tuple[Tensor, Tensor]:
+    """(hard flags, logits) at the current points; where steps are tracked, the one that led here counts too."""
+    z = engine.forward(model, rows.x_adv)
+    checks.model_output(z, rows.x_adv.shape[0])
+    z = z.float() if z.dtype == torch.float16 else z
+    _, hard, max_step = _ops.margin_stats(z, rows.y, rows.prev if rows.track else None, rows.max_step, probs=False)
+    if rows.track:
+        rows.prev, rows.max_step = z, max_step
+    return hard, z
+
+
+@torch.no_grad()
+def clean_prediction(model: nn.Module, x: Tensor, engine: Engine) -> tuple[Tensor, Tensor]:
+    """(q = softmax of the logits at x in fp32, logits): the target of the loss "kl"."""
+    z = engine.forward(model, x)
+    checks.model_output(z, x.shape[0])
+    return torch.softmax(z.float(), 1), z
+
+
+def _lifted(z_grad: Tensor) -> Tensor:
+    """Each row scaled to a largest entry of 1, so that the gradient of a row that is right by far does not vanish.
+
+    It is then as large as that of a row that is wrong by far, and overflows only where that would. Neither sign nor
+    direction of a row's gradient depends on its scale.
+    """
+    return z_grad / z_grad.abs().amax(1, keepdim=True).clamp_min(1e-30)
+
+
+def cw_gradient(z: Tensor, y: Tensor) -> Tensor:
+    """d(max_{j != y} z_j - z_y)/dz = onehot(j*) - onehot(y), (n, classes); of equal largest others the first is j*.
+
+    Compares instead of indexing: on CUDA the labels are judged only later, and a bad one must not reach an address.
+    """
+    column = torch.arange(z.shape[1], device=z.device)
+    is_label = y[:, None] == column
+    other = z.masked_fill(is_label, -torch.inf).argmax(1, keepdim=True)
+    return (other == column).to(z.dtype) - is_label.to(z.dtype)

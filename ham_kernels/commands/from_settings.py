@@ -1,0 +1,136 @@
+"""From settings to images, model, optimiser and trainer: the one place where names become objects."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import data, models
+from ..runs.folder import RunFolder
+from ..runs.settings import TrainSettings, lr_factor
+from ..training.trainer import Trainer
+
+
+def device_of(name: str) -> torch.device:
+    """ "auto": the GPU if there is one. Raises: ValueError for a device that torch does not have here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {name!r}; allowed are auto, cpu, cuda, cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {name!r}; allowed are auto, cpu, cuda, cuda:N")
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ValueError(f"device: got {name!r}; torch finds {torch.cuda.device_count()} CUDA devices here")
+    return device
+
+
+def images_of(settings: TrainSettings) -> data.ImageSet | data.FileSet:
+    """The data set, cut to size, with its validation images set aside (the same ones for every seed)."""
+    d = settings.data
+    images = data.load(d.dataset, d.path, root=d.root, download=d.download, size=d.size)
+    if images.y_val is not None:  # a part of its own
+        return images.subset(d.train_images, d.test_images)
+    train = None if d.train_images is None else d.train_images + d.val_images
+    images = images.subset(train, d.test_images)
+    n = images.counts["train"]
+    if d.val_images >= n:
+        raise ValueError(
+            f"val_images: got {d.val_images}, but there are {n} training images to take them from (0 for none)"
+        )
+    return images.hold_out(d.val_images) if d.val_images else images
+
+
+def facts_of(images: data.ImageSet | data.FileSet) -> dict:
+    """What a run notes of its images: classes, channels, counts, and a digest of pixels (or file names) and labels."""
+    digest = hashlib.sha256()
+    for part in images.counts:
+        inputs, y = images.part(part)
+        digest.update(
+            inputs.contiguous().numpy() if isinstance(inputs, torch.Tensor) else "\n".join(_below(inputs)).encode()
+        )
+        digest.update(y.numpy())
+    return {
+        "classes": list(images.classes), "channels": images.channels, "counts": images.counts,
+        "sha256": digest.hexdigest(),
+    }  # fmt: skip
+
+
+def _below(files: list[str]) -> list[str]:
+    """PART/CLASS/NAME of each file: a data set may move as a whole."""
+    return ["/".join(Path(file).parts[-3:]) for file in files]
+
+
+def check_takes(model: nn.Module, name: str, loader) -> None:
+    """Raises: ValueError where a model cannot take images like those of the loader."""
+    x, _ = next(iter(loader))
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(x[:2])
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"model: {name} cannot take images of shape {tuple(x.shape[1:])}: {error}") from error
+    finally:
+        model.train()
+
+
+def model_of(settings: TrainSettings, classes: int, channels: int) -> nn.Module:
+    """The classifier with its first weights, which depend on the seed. Raises: ValueError naming the model."""
+    facts = data.SETS.get(settings.data.dataset) if settings.model.normalize else None
+    mean, std = (facts.mean, facts.std) if facts else (None, None)
+    torch.manual_seed(settings.run.seed)
+    try:
+        return models.create(settings.model.name, classes, channels=channels, mean=mean, std=std)
+    except ValueError as error:  # the flag is --model, whatever the argument of `create`
+        raise ValueError(f"model: {str(error).removeprefix('name: ')}") from error
+
+
+def load_model(run: str | Path, weights: str = "ema", device: torch.device | str = "auto") -> nn.Module:
+    """A trained classifier in eval mode: images (n, C, H, W) in [0, 1] -> logits (n, classes).
+
+    Args:
+        run: a run folder of `ham train`.
+        weights: "last", "ema" (their average), "best" or "best_ema" (of the best epoch on validation images).
+        device: "auto" takes the GPU if there is one.
+    Raises: FileNotFoundError, ValueError naming the argument; CheckpointError for a damaged file.
+    """
+    folder = RunFolder.open(run)
+    settings, state = folder.settings(), folder.load_weights(weights)
+    facts = folder.data_facts()
+    return trained_model(settings, facts, state["model"], device_of(str(device)))
+
+
+def trained_model(settings: TrainSettings, facts: dict, state: dict, device: torch.device) -> nn.Module:
+    """The classifier with these weights, in eval mode; torch's random generators stay where they are."""
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+        model = model_of(settings, len(facts["classes"]), facts["channels"])
+    model.load_state_dict(state)
+    return model.to(device).eval()
+
+
+def loaders_of(settings: TrainSettings, images: data.ImageSet | data.FileSet, device: torch.device) -> data.Loaders:
+    d = settings.data
+    return data.loaders(
+        images, d.batch_size, seed=settings.run.seed, augment=d.augment, device=device, workers=d.workers
+    )
+
+
+def trainer_of(settings: TrainSettings, model: nn.Module, device: torch.device) -> Trainer:
+    o = settings.optim
+    model = model.to(device)
+    optimizer = torch.optim.SGD(model.parameters(), o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+    run = settings.run
+    return Trainer(
+        model, optimizer, settings.method, **asdict(settings.attack), **asdict(settings.engine), device=device,
+        ema_decay=run.ema_decay, precision=run.precision, seed=run.seed, warm_up=settings.warm_up.name,
+        natural_epochs=settings.warm_up.natural_epochs,
+    )  # fmt: skip
+
+
+def scheduler_of(settings: TrainSettings, trainer: Trainer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda done: lr_factor(settings.optim, done + 1))

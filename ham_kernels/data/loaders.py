@@ -1,0 +1,78 @@
+"""Loaders for the parts of a data set, whichever kind it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..common import checks
+from .batches import Batches
+from .files import FileBatches
+from .sets import FileSet, ImageSet
+from .table import AUGMENTATIONS
+
+EVAL_BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Training batches, shuffled and augmented; validation (None without hold_out) and test batches, in order."""
+
+    train: Batches | FileBatches
+    val: Batches | FileBatches | None
+    test: Batches | FileBatches
+
+    def __iter__(self) -> Iterator[Batches | FileBatches | None]:
+        """train, val, test = loaders(...)"""
+        return iter((self.train, self.val, self.test))
+
+
+def loaders(
+    images: ImageSet | FileSet, batch_size: int, *, seed: int = 0, augment: str, device: torch.device | str = "cpu",
+    workers: int = 0, size: int | None = None, eval_batch_size: int = EVAL_BATCH_SIZE,
+) -> Loaders:  # fmt: skip
+    """Loaders of (x float32 in [0, 1], y int64) on `device` for all parts of a data set.
+
+    Each has len(), set_epoch(e) and set_position(batches): the next iteration starts after so many batches, as an
+    uninterrupted one would have gone on. The epochs depend on (seed, e) only, not on device or workers.
+
+    Args:
+        images: what `load` gives. An ImageSet is moved to the device as uint8.
+        batch_size: of the training batches; the last one of an epoch may be smaller.
+        seed: >= 0, of order and augmentation.
+        augment: "none", "crop" or "crop+flip", of the training images; `data.SETS[name].augment` is the usual one.
+        workers: processes that decode a FileSet's images; an ImageSet needs none.
+        size: height and width that a FileSet's images are cropped to; None: what it was loaded with, else 224.
+        eval_batch_size: of the other parts.
+    Raises: TypeError, ValueError naming the argument.
+    """
+    checks.choice("augment", augment, AUGMENTATIONS)
+    how = {"device": device, "workers": workers, "size": size}
+    return Loaders(
+        _loader(images, "train", batch_size, shuffle=True, augment=augment, seed=seed, **how),
+        None if images.y_val is None else part_loader(images, "val", eval_batch_size, **how),
+        part_loader(images, "test", eval_batch_size, **how),
+    )
+
+
+def part_loader(
+    images: ImageSet | FileSet, part: str, batch_size: int = EVAL_BATCH_SIZE, *, device: torch.device | str = "cpu",
+    workers: int = 0, size: int | None = None,
+) -> Batches | FileBatches:  # fmt: skip
+    """One part ("train", "val", "test") without augmentation and in its own order; arguments as for `loaders`."""
+    return _loader(
+        images, part, batch_size, shuffle=False, augment="none", seed=0, device=device, workers=workers, size=size
+    )
+
+
+def _loader(images, part, batch_size, *, shuffle, augment, seed, device, workers, size) -> Batches | FileBatches:
+    if not isinstance(images, ImageSet | FileSet):
+        raise TypeError(f"images: got {type(images).__name__}; it must be what data.load gives")
+    checks.integer("workers", workers, 0)
+    inputs, y = images.part(part)
+    how = {"shuffle": shuffle, "augment": augment, "seed": seed, "device": device}
+    if isinstance(images, FileSet):
+        return FileBatches(inputs, y, batch_size, size=images.size if size is None else size, workers=workers, **how)
+    return Batches(inputs, y, batch_size, **how)

@@ -1,0 +1,107 @@
+"""What the host reads from the device and when: the facts of a batch, the loss, clocks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..common import checks
+
+
+class NonFiniteError(ValueError):
+    """The model produced NaN or infinity; nothing was updated."""
+
+
+def start_read(values: Tensor) -> Callable[[], list[float]]:
+    """Starts to copy a small tensor to the host; the returned function waits for it and gives the numbers.
+
+    On CUDA the copy goes to pinned memory behind an event, so that the wait ends as soon as the values are there
+    and not when all the work launched since has finished.
+    """
+    if values.device.type != "cuda":
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(values.device))
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait
+
+
+class BatchGuard:
+    """Judges what only the data can tell: pixels in [0, 1], labels the model knows, finite logits.
+
+    On the CPU each is judged at once. On CUDA they stay on the device and travel with `read`, the one read of a
+    step, which comes before anything is updated.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor):
+        self._y = y
+        self._classes: int | None = None
+        self._immediate = x.device.type != "cuda"
+        x = x.detach()
+        self._facts = [*x.aminmax(), *y.aminmax()]
+        self._finite = torch.ones((), dtype=torch.bool, device=x.device)
+        if self._immediate:
+            checks.data_facts(*(float(f) for f in self._facts), None)
+
+    def logits(self, z: Tensor) -> None:
+        """Takes note of logits: how many classes there are, and whether all are finite."""
+        self._classes = z.shape[1]
+        self._finite = self._finite & z.detach().isfinite().all()
+        if self._immediate:
+            checks.label_range(self._y, z.shape[1])
+            if not self._finite:
+                _raise_not_finite()
+
+    def read(self, counts: Tensor | None = None) -> list[int]:
+        """Waits for the facts (and the counts of active rows, which it returns) and judges them."""
+        if self._immediate:
+            return [] if counts is None else counts.tolist()
+        facts = torch.stack([f.double() for f in (*self._facts, self._finite)])
+        if counts is not None:
+            facts = torch.cat([facts, counts.double()])
+        x_min, x_max, y_min, y_max, finite, *rest = start_read(facts)()
+        checks.data_facts(x_min, x_max, y_min, y_max, self._classes)
+        if not finite:
+            _raise_not_finite()
+        return [int(n) for n in rest]
+
+
+def _raise_not_finite() -> None:
+    raise NonFiniteError("model: returned NaN or infinite logits in eval mode; nothing was updated")
+
+
+class Stopwatch:
+    """Seconds of work on a device; on CUDA the end is waited for only when `seconds` is asked."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._cuda = device.type == "cuda"
+        self._start = self._now()
+        self._end = None
+
+    def stop(self) -> Stopwatch:
+        self._end = self._now()
+        return self
+
+    @property
+    def seconds(self) -> float:
+        if not self._cuda:
+            return self._end - self._start
+        self._end.synchronize()
+        return self._start.elapsed_time(self._end) / 1000.0
+
+    def _now(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event

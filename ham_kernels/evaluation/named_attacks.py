@@ -1,0 +1,150 @@
+"""The attacks by name, and which images of a batch survive one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import engine
+from ..attack.pgd import PGD, ActiveSet, Attack
+from ..common import checks
+from . import autoattack
+from .class_accuracy import correct_rows
+
+NAMES = "'clean' and 'pgdK' such as 'pgd20', also 'fgsm', 'cwK' and 'autoattack'"
+RESTART_STRIDE = 1 << 20  # noise is keyed on (seed, step): step = batch + restart * stride
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a name stands for. AutoAttack uses eps and norm of `pgd` only."""
+
+    name: str
+    pgd: PGD
+    restarts: int = 1
+
+    @property
+    def is_autoattack(self) -> bool:
+        return self.name == "autoattack"
+
+    def settings(self) -> dict:
+        """All that decides this attack's flags, besides model, data, precision and seed; JSON-ready."""
+        if self.name == "clean":
+            return {"attack": self.name}
+        ball = {"attack": self.name, "norm": self.pgd.norm, "eps": self.pgd.eps}
+        if self.is_autoattack:
+            return {**ball, **autoattack.settings()}
+        pgd = self.pgd
+        return {
+            **ball, "step_size": pgd.step_size, "steps": pgd.steps, "loss": pgd.loss,
+            "random_start": pgd.random_start, "restarts": self.restarts,
+        }  # fmt: skip
+
+
+def plans(names: Sequence[str], *, eps: float, step_size: float, norm: str, restarts: int = 1) -> dict[str, Plan]:
+    """The attacks of these names, checked before anything runs."""
+    if isinstance(names, str):
+        raise TypeError(f"attacks: got {names!r}; it must be a list of names, such as ({names!r},)")
+    checks.integer("restarts", restarts, 1, (1 << 31) // RESTART_STRIDE - 1)
+    found = {name: _plan(name, eps, step_size, norm, restarts) for name in names}
+    if not found:
+        raise ValueError('attacks: got none; give at least one, such as ("clean", "pgd20")')
+    if any(plan.is_autoattack for plan in found.values()):
+        autoattack.library()
+    return found
+
+
+def _plan(name: str, eps: float, step_size: float, norm: str, restarts: int) -> Plan:
+    checks.norm(norm)
+    if name == "clean":
+        return Plan(name, PGD(0.0, 0.0, 0, norm, random_start=False))
+    checks.real("eps", eps)
+    if name == "fgsm":
+        return Plan(name, PGD(eps, eps, 1, norm, random_start=False))
+    if name == "autoattack":
+        return Plan(name, PGD(eps, 0.0, 0, norm))
+    match = re.fullmatch(r"(pgd|cw)([1-9]\d*)", name) if isinstance(name, str) else None
+    if match is None:
+        raise ValueError(f"attacks: got {name!r}; allowed are {NAMES}")
+    loss = {"pgd": "ce", "cw": "cw"}[match[1]]
+    return Plan(name, PGD(eps, checks.real("step_size", step_size), int(match[2]), norm, loss=loss), restarts)
+
+
+# ---------------------------------------------------------------- images
+def resolve_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    """The model's device, else the one asked for, else the CPU. ValueError where the model is on another one."""
+    home = engine.model_device(model)
+    wanted = home or torch.device("cpu") if device is None else torch.device(device)
+    if home is not None and (wanted.type != home.type or wanted.index not in (None, home.index)):
+        raise ValueError(f"device: got {device}, but the model is on {home}; move it there first")
+    return home or wanted
+
+
+def batches(loader: Iterable, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(number, x, y) of each batch, checked and on the device. A loader without a batch raises ValueError."""
+    b = -1
+    for b, (x, y) in enumerate(loader):
+        checks.batch(x, y)
+        yield b, x.to(device), y.to(device)
+    if b < 0:
+        raise ValueError("loader: gave no batch")
+
+
+# ---------------------------------------------------------------- running
+def survivors(
+    model: nn.Module, x: Tensor, y: Tensor, plan: Plan, *, seed: int, batch: int, precision: str
+) -> tuple[Tensor, int]:
+    """(n,) bool, the rows that the model in eval mode still classifies correctly; and how many classes it knows.
+
+    A row counts as lost when any restart ends on a wrong class. Later restarts attack the rows left over; the noise
+    of a row depends on its place in the batch, not on which others are left.
+    """
+    if plan.is_autoattack:
+        return autoattack.survivors(model, x, y, plan.pgd, seed=seed + batch, precision=precision)
+    _, at = walk(model, x, y, plan.pgd, seed=seed, batch=batch, precision=precision)
+    z = at[plan.pgd.steps]
+    correct = correct_rows(z, y)
+    for restart in range(1, plan.restarts):
+        rows = correct.nonzero()[:, 0]
+        if not len(rows):
+            break
+        step = batch + restart * RESTART_STRIDE
+        _, at = walk(model, x, y, plan.pgd, seed=seed, batch=step, precision=precision, rows=rows)
+        correct[rows] = correct_rows(at[plan.pgd.steps], y[rows])
+    return correct, z.shape[1]
+
+
+def walk(
+    model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, *, seed: int, batch: int, precision: str,
+    look_at: Collection[int] = (), rows: Tensor | None = None,
+) -> tuple[ActiveSet, dict[int, Tensor]]:  # fmt: skip
+    """One attack on a model in attack_mode: where it ended, and the logits at x^k for each k of `look_at` and k = K.
+
+    A look at x^k for k < K costs nothing: the attack computes those logits itself. The data are judged (one read)
+    before this returns. `rows` restricts the attack to some rows; they start where they would start among all.
+    """
+    attack = Attack(model, x, y, pgd, seed=seed, step=batch, engine=engine.plain(precision), only=rows)
+    seen: dict[int, Tensor] = {}
+
+    def observe(k: int, z: Tensor) -> None:
+        if k in look_at:
+            seen[k] = z
+
+    attack.steps(pgd.steps, observe)
+    seen[pgd.steps] = final = logits_at(model, attack.rows.x_adv, precision)
+    attack.guard.logits(final)
+    attack.guard.read()
+    return attack.rows, seen
+
+
+@torch.no_grad()
+def logits_at(model: nn.Module, x: Tensor, precision: str) -> Tensor:
+    """One forward without a graph."""
+    with engine.autocast(precision, x.device):
+        z = model(x)
+    checks.model_output(z, x.shape[0])
+    return z

@@ -1,0 +1,143 @@
+"""A judgement that can be killed and goes on where it was: flags image by image, and what follows from them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .. import engine
+from ..common import checks
+from .class_accuracy import Interval, intervals
+from .named_attacks import Plan, batches, plans, resolve_device, survivors
+from .partial_results import FlagStore, fingerprint_of_batch, fingerprint_of_model
+
+Progress = Callable[[str, int, "int | None"], None]
+
+
+def judge(
+    model: nn.Module, loader: Iterable, attacks: Sequence[str], *, classes: int, eps: float, step_size: float,
+    norm: str = "linf", restarts: int = 1, device: torch.device | str | None = None, precision: str = "fp32",
+    seed: int = 0, store: str | Path | None = None, identity: dict | None = None, progress: Progress | None = None,
+) -> dict[str, dict]:  # fmt: skip
+    """What a model is worth under each attack, with bootstrap intervals, from one flag per image.
+
+    The flags made so far go to `store` every few seconds, and whatever stops the run: the next one with the same
+    model, data and settings goes on from there, and its result is the same to the last flag. Flags belong to the
+    model's weights, `identity`, the settings of the attack, and the images and labels of their batch; flags of
+    anything else are never used.
+
+    Args:
+        model: classifier, images (n, C, H, W) in [0, 1] -> logits (n, classes). In eval mode, left as it was.
+        loader: (x in [0, 1], y) in the same order each time it is iterated (once per attack).
+        attacks, eps, step_size, norm, restarts, device, precision, seed: as in `evaluate`.
+        classes: how many classes there are.
+        store: a file, made where it is missing; an altered one is reported by a StoreWarning and ignored. None
+            keeps nothing.
+        identity: what else the flags belong to, JSON-ready (sha256 of a checkpoint, name and part of a data set).
+        progress: called as progress(attack, images done, images in all) after each batch; the last is None as long
+            as it is not known. What it raises stops the run, after the flags are written.
+    Returns: {attack: {"settings", "n", "seconds", "correct", "accuracy", "per_class", "worst_class", "std", "nstd"}},
+        ready for JSON: "correct" has one character, 0 or 1, per image in the loader's order; each statistic is
+        {"value", "low", "high"} (95 % percentile bootstrap, see `intervals`), null where there is nothing to measure.
+    Raises: TypeError, ValueError, FileNotFoundError naming the argument, before work starts where possible;
+        ImportError for "autoattack" without torchattacks.
+    """
+    wanted = plans(attacks, eps=eps, step_size=step_size, norm=norm, restarts=restarts)
+    checks.integer("classes", classes, 2)
+    checks.integer("seed", seed, 0)
+    checks.choice("precision", precision, engine.JUDGING_PRECISIONS)
+    if len(wanted) > 1 and isinstance(loader, Iterator):
+        raise TypeError("loader: is an iterator, which can be read once; each attack reads the data anew")
+    device = resolve_device(model, device)
+    weights = None if store is None else fingerprint_of_model(model)
+    shelf = FlagStore(store, {"model": weights, "identity": identity, "classes": classes})
+    run = _Run(model, loader, classes, device, precision, seed, shelf, progress, _images_in(loader))
+    return {name: run.attack(plan) for name, plan in wanted.items()}
+
+
+@dataclass
+class _Run:
+    """What the attacks of one judgement share."""
+
+    model: nn.Module
+    loader: Iterable
+    classes: int
+    device: torch.device
+    precision: str
+    seed: int
+    shelf: FlagStore
+    progress: Progress | None
+    images: int | None = None  # how many there are, as far as known
+    order: list[str] | None = None  # fingerprints of the batches, after the first attack
+    labels: Tensor | None = None
+
+    def attack(self, plan: Plan) -> dict:
+        settings = plan.settings() | {
+            "precision": self.precision, "seed": self.seed, "device": self.device.type,
+        }  # fmt: skip
+        entry = self.shelf.entry(settings)
+        try:
+            self._fill(entry, plan)
+        finally:
+            self.shelf.save(now=True)
+        correct = "".join(batch["correct"] for batch in entry["batches"])
+        return {
+            "settings": settings, "n": len(correct), "seconds": entry["seconds"], "correct": correct,
+            **as_json(intervals(np.frombuffer(correct.encode(), np.uint8) == ord("1"), self.labels, self.classes)),
+        }  # fmt: skip
+
+    def _fill(self, entry: dict, plan: Plan) -> None:
+        """Flags of every batch: those of the store where they fit, and new ones."""
+        done, order, labels, images = entry["batches"], [], [], 0
+        with engine.attack_mode(self.model):
+            for b, x, y in batches(self.loader, self.device):
+                order.append(fingerprint_of_batch(x, y))
+                if self.order is not None and order != self.order[: len(order)]:
+                    raise _changed()
+                labels.append(y.cpu())
+                images += len(y)
+                if b >= len(done) or done[b]["data"] != order[b]:
+                    del done[b:]
+                    start = time.perf_counter()
+                    done.append({"data": order[b], "correct": self._flags(x, y, plan, b)})
+                    entry["seconds"] = (entry["seconds"] if b else 0.0) + time.perf_counter() - start
+                    self.shelf.save()
+                if self.progress is not None:
+                    self.progress(plan.name, images, self.images)
+        del done[len(order) :]
+        if self.order is not None and len(order) != len(self.order):
+            raise _changed()
+        self.order, self.labels, self.images = order, torch.cat(labels), images
+
+    def _flags(self, x: Tensor, y: Tensor, plan: Plan, b: int) -> str:
+        correct, classes = survivors(self.model, x, y, plan, seed=self.seed, batch=b, precision=self.precision)
+        if classes != self.classes:
+            raise ValueError(f"classes: got {self.classes}; the model gives logits of {classes}")
+        return "".join(map(str, correct.int().tolist()))
+
+
+def as_json(statistics: dict[str, Interval | list[Interval]]) -> dict:
+    """What `intervals` found, ready for JSON: NaN becomes null."""
+    return {name: [i.as_json() for i in v] if isinstance(v, list) else v.as_json() for name, v in statistics.items()}
+
+
+def _changed() -> ValueError:
+    return ValueError("loader: gave other batches for the second attack; it must give the same order each time")
+
+
+def _images_in(loader: Iterable) -> int | None:
+    """How many images a loader gives, where it can be known beforehand."""
+    if isinstance(loader, (list, tuple)):
+        return sum(len(y) for _, y in loader)
+    if isinstance(loader, DataLoader):
+        plain = loader.batch_size is not None and not loader.drop_last and hasattr(loader.sampler, "__len__")
+        return len(loader.sampler) if plain else None
+    rows = getattr(loader, "rows", None)  # data.Batches and its kin
+    return rows if isinstance(rows, int) else None

@@ -1,0 +1,33 @@
+"""Training methods, one file each: `methods.names()`, `methods.TRADES(beta=6.0, early_drop=True, easy="stop")`.
+
+Every module here that is not machinery is a method, and is imported with the package; none imports torch by itself.
+`Objective` and `loss` do, and load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from ..common.lazy import names_of
+from .settings import Method, class_of, names
+
+_MACHINERY = {"settings", "objective", "mining", "loss"}
+_FIRST = ("pgd_at", "ham", "trades")  # in help and tables; the others follow by name
+
+_found = {module.name for module in pkgutil.iter_modules(__path__)} - _MACHINERY
+for _name in (*_FIRST, *sorted(_found - {*_FIRST})):
+    importlib.import_module(f".{_name}", __name__)
+_CLASSES = {class_of(name).__name__: class_of(name) for name in names()}
+globals().update(_CLASSES)
+
+_HOMES = {
+    "EpochEnd": "objective",
+    "Objective": "objective",
+    "weighted_ce": "objective",
+    "ham_loss": "loss",
+    "loss": "loss",
+}
+__all__ = [*_CLASSES, *_HOMES, "Method", "names"]
+
+__getattr__, __dir__ = names_of(__name__, globals(), _HOMES)

@@ -1,0 +1,172 @@
+"""Mining of one batch: screen, look, let the easy rows leave, finish the hard ones (arXiv 2308.01823)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..attack.pgd import PGD, ActiveSet, Attack
+from ..engine import PLAIN, Engine
+from ..ops._philox import ROWS, philox_uniform
+from .settings import Method
+
+_ops = torch.ops.ham_kernels
+
+
+@dataclass
+class Examples:
+    """What a batch became: the rows in the loss with their adversarial examples and weights."""
+
+    x_adv: Tensor  # (n_kept, C, H, W)
+    x: Tensor  # (n_kept, C, H, W), clean
+    y: Tensor  # (n_kept,)
+    weights: Tensor | None  # (n_kept,); None for ones
+    n: int  # rows of the whole batch
+    n_hard: int  # of which hard; all where nothing was screened
+    index: Tensor | None = None  # int32 (n_kept,), which rows of the batch are in the loss; None for all
+    rest: Tensor | None = None  # (n - n_kept, C, H, W), the other rows as they left; only where bn_rows is "all"
+    rest_x: Tensor | None = None  # the same rows, clean
+    left: Tensor | None = None  # int32 (n - n_kept,), which rows those are
+    max_step: Tensor | None = None  # (n_kept,), largest step of the logits, where steps are tracked
+    hard: Tensor | None = None  # (n,) bool, the flags of the look; None where nothing was screened
+
+    @property
+    def n_kept(self) -> int:
+        """Rows in the loss: the hard ones and those that round_to adds; all where easy rows stop or jump."""
+        return self.y.shape[0]
+
+    @property
+    def n_forward(self) -> int:
+        """Rows that pass through the model in the update."""
+        return self.n_kept if self.rest is None else self.n
+
+
+def mine(
+    model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, method: Method, *, seed: int, step: int, engine: Engine = PLAIN
+) -> Examples:
+    """Makes the adversarial examples of one batch, without weights, as `method` screens them.
+
+    Cost in full-batch forwards, h the share of rows attacked to the end and M = screen_steps: 2K without screening,
+    else 2M + 1 + 2h(K - M). The step size of row i is the largest |f(x^k) - f(x^(k-1))|_1 over k = 1..K-1: the points
+    that the attack looks at anyway. f(x^K) is only ever computed in train mode, where it is no step of the attack.
+    """
+    with engine.attacking(model):
+        attack = Attack(model, x, y, pgd, seed=seed, step=step, engine=engine, track=method.reweight)
+        if not method.early_drop:
+            attack.steps(pgd.steps)
+            attack.guard.read()
+            return _examples(attack.rows, len(y))
+        before = _screen(attack, method)
+        hard, z = attack.look()
+        order, count = _ops.compact(hard)
+        (n_hard,) = attack.guard.read(count)  # the one read of the step
+        order, n_finished = _finished(method, order, n_hard, z, y, hard, seed, step)
+        index, whole = order[:n_finished], attack.rows
+        if before is not None:
+            _jump(whole, before, _flags_of(index, hard), pgd, method)
+        if n_finished:
+            attack.keep(index)
+            attack.steps(pgd.steps - method.screen_steps)
+    if method.easy != "drop":
+        if n_finished:
+            _put_back(whole, attack.rows, index.long())
+        return replace(_examples(whole, len(y)), n_hard=n_hard, hard=hard)
+    kept = attack.rows if n_finished else whole.named(index)
+    left = order[n_finished:] if method.bn_rows == "all" else None
+    rest = {} if left is None else {"rest": whole.x_adv[left.long()], "rest_x": whole.x[left.long()], "left": left}
+    return replace(_examples(kept, len(y)), n_hard=n_hard, index=index, hard=hard, **rest)
+
+
+def _examples(rows: ActiveSet, n: int) -> Examples:
+    return Examples(rows.x_adv, rows.x, rows.y, None, n, n, max_step=rows.max_step)
+
+
+def _screen(attack: Attack, method: Method) -> Tensor | None:
+    """The first M steps. Returns the points before the last of them, where easy rows will jump."""
+    m = method.screen_steps
+    if method.screen == "steps":
+        attack.steps(m - 1)
+    before = attack.rows.x_adv.clone() if method.easy == "jump" else None
+    if method.screen == "steps":
+        attack.steps(1)
+    else:
+        attack.stride(m)
+    return before
+
+
+def _jump(rows: ActiveSet, before: Tensor, stays: Tensor, pgd: PGD, method: Method) -> None:
+    """Easy rows go on as far as the steps left reach, along their last one."""
+    m = method.screen_steps
+    last = pgd.share(m - 1 if method.screen == "steps" else 0, m)
+    factor = pgd.share(m, pgd.steps) / last
+    _ops.jump_(
+        rows.x_adv, rows.x, before, stays, factor, rows.eps, rows.eps_rows, 0.0, 1.0, pgd.norm == "l2"
+    )  # fmt: skip
+
+
+def _flags_of(index: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros_like(like).index_fill_(0, index.long(), True)
+
+
+def _put_back(whole: ActiveSet, finished: ActiveSet, index: Tensor) -> None:
+    """The rows attacked to the end, in their places among all."""
+    whole.x_adv[index] = finished.x_adv
+    if finished.max_step is not None:
+        whole.max_step = whole.max_step.index_copy(0, index, finished.max_step)
+
+
+# ---------------------------------------------------------------- which rows are attacked to the end
+def _finished(
+    method: Method, order: Tensor, n_hard: int, z: Tensor, y: Tensor, hard: Tensor, seed: int, step: int
+) -> tuple[Tensor, int]:
+    """(all rows, int32, those to finish first; how many those are)."""
+    n = len(y)
+    count = min(-(-n_hard // method.round_to) * method.round_to, n)
+    if method.round_to > 1:
+        order = _hardest_first(z, y, hard)
+    if method.rows == "random":
+        keys = philox_uniform(n, 1, seed, step, ROWS, y.device)[0][:, 0]
+        order = torch.argsort(keys, stable=True)
+        order = torch.cat([order[:count].sort().values, order[count:].sort(descending=True).values]).int()
+    return order, count
+
+
+def _hardest_first(z: Tensor, y: Tensor, hard: Tensor) -> Tensor:
+    """All rows, int32: the hard ones in order, then the easy ones by their margin z_y - max_{j != y} z_j."""
+    is_label = y[:, None] == torch.arange(z.shape[1], device=z.device)
+    margin = z.masked_fill(~is_label, -torch.inf).amax(1) - z.masked_fill(is_label, -torch.inf).amax(1)
+    return torch.argsort(margin.float().masked_fill(hard, -torch.inf), stable=True).int()
+
+
+# ---------------------------------------------------------------- batches attacked together
+def split(examples: Examples, sizes: Sequence[int]) -> list[Examples]:
+    """The examples of several batches that were attacked as one, batch by batch. Costs one more read on a GPU."""
+    if len(sizes) == 1:
+        return [examples]
+    ends = torch.tensor(sizes).cumsum(0)
+
+    def counts(index: Tensor | None) -> list[int]:
+        """How many of these rows each batch has."""
+        if index is None:
+            return list(sizes)
+        return torch.bincount(torch.bucketize(index.cpu(), ends, right=True), minlength=len(sizes)).tolist()
+
+    kept = counts(examples.index)
+    hard = kept if examples.hard is None else torch.stack([f.sum() for f in examples.hard.split(list(sizes))]).tolist()
+    cut = {
+        name: t.split(kept)
+        for name in ("x_adv", "x", "y", "index", "max_step")
+        if (t := getattr(examples, name)) is not None
+    }
+    if examples.hard is not None:
+        cut["hard"] = examples.hard.split(list(sizes))
+    if examples.rest is not None:  # those of the last batch first
+        gone = counts(examples.left)[::-1]
+        cut |= {name: getattr(examples, name).split(gone)[::-1] for name in ("rest", "rest_x", "left")}
+    return [
+        replace(examples, n=n, n_hard=hard[b], **{name: parts[b] for name, parts in cut.items()})
+        for b, n in enumerate(sizes)
+    ]

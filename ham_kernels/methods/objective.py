@@ -1,0 +1,128 @@
+"""A method at work: what a trainer, a loss in somebody's loop and a checkpoint deal with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attack.pgd import PGD
+from ..common import checks
+from ..engine import PLAIN, Engine, attack_mode
+from ..ops import weighted_cross_entropy
+from .mining import Examples, mine, split
+from .settings import Method
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """What a method may read after an epoch."""
+
+    epoch: int  # 1-based
+    model: nn.Module
+    val: Mapping[str, Any] | None  # {attack: ClassAccuracy} of the validation images
+    val_ema: Mapping[str, Any] | None  # of the weight average
+
+
+class Objective(nn.Module):
+    """A method, the attack that it trains with, and what it remembers: buffers that move, are saved and undone.
+
+    Args:
+        method: see `Method`.
+        pgd: the attack that the training was told.
+    Raises: TypeError, ValueError naming the argument.
+    """
+
+    def __init__(self, method: Method, pgd: PGD):
+        super().__init__()
+        if not isinstance(method, Method):
+            raise TypeError(f"method: got {method!r}; it must be a method, such as ham_kernels.methods.HAM()")
+        if method.step_sizes:
+            pgd = replace(pgd, step_sizes=method.step_sizes)
+        method.attack_steps(pgd.steps)
+        self.method, self.pgd = method, method.attack(pgd)
+        self._remembers = type(method).remembers is not Method.remembers
+
+    def examples(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int, step: int, engine: Engine = PLAIN
+    ) -> Examples:
+        """Of one batch, weights included."""
+        return self.group_examples(model, x, y, (len(y),), seed=seed, step=step, engine=engine)[0]
+
+    def group_examples(
+        self, model: nn.Module, x: Tensor, y: Tensor, sizes: Sequence[int], *, seed: int, step: int,
+        engine: Engine = PLAIN,
+    ) -> list[Examples]:  # fmt: skip
+        """Of several batches that are attacked as one: x and y hold them one after the other, `sizes` rows each."""
+        self._prepare(model, x)
+        pgd = self.method.attack_on(self.pgd, y, self)
+        mined = mine(model, x, y, pgd, self.method, seed=seed, step=step, engine=engine)
+        parts = split(mined, sizes)
+        for part in parts:
+            part.weights = self.method.weights(part, self)
+        return parts
+
+    def loss(self, model: nn.Module, examples: Examples) -> Tensor:
+        """0-dim."""
+        return self.method.loss(model, examples, self)
+
+    def around(self, model: nn.Module, examples: Examples):
+        """Context of an update."""
+        return self.method.around(model, examples, self)
+
+    def end_epoch(self, end: EpochEnd) -> bool:
+        """Returns whether the next epoch's updates enter the weight average."""
+        self.method.end_epoch(end, self)
+        return self.method.keeps_average(end, self)
+
+    # ------------------------------------------------------------ what it remembers
+    def _prepare(self, model: nn.Module, x: Tensor) -> None:
+        """Buffers for as many classes as the model knows, at the first batch."""
+        if not self._remembers or dict(self.named_buffers()):
+            return
+        with attack_mode(model), torch.no_grad():
+            z = model(x[:1].detach())
+        checks.model_output(z, 1)
+        for name, value in self.method.remembers(z.shape[1]).items():
+            self.register_buffer(name, value.to(z.device))
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raises: ValueError where a state is none of this method."""
+        wanted = set(self.method.remembers(2)) if self._remembers else set()
+        if state and set(state) != wanted:
+            raise ValueError(
+                f"state: its method remembers {', '.join(sorted(state)) or 'nothing'}, {self.method.name} "
+                f"{', '.join(sorted(wanted)) or 'nothing'}"
+            )
+
+    def load_memory(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Takes over what `state_dict` gave, checked by `check_state`."""
+        for name in [name for name, _ in self.named_buffers()]:
+            delattr(self, name)
+        for name, value in state.items():
+            self.register_buffer(name, value.detach().clone().to(device))
+
+
+# ---------------------------------------------------------------- what losses are made of
+def logits_at(model: nn.Module, examples: Examples, x: Tensor) -> Tensor:
+    """Logits in fp32 of examples.x or examples.x_adv; the rest of the batch passes through the model beside them."""
+    rest = examples.rest if x is examples.x_adv else examples.rest_x
+    z = model(x if rest is None else torch.cat([x, rest]))
+    checks.model_output(z, len(x) if rest is None else len(x) + len(rest))
+    return z[: len(x)].float()
+
+
+def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """sum_i w_i * losses_i / n."""
+    return (losses if weights is None else losses * weights).mean()
+
+
+def weighted_ce(model: nn.Module, examples: Examples) -> Tensor:
+    """sum_i w_i * CE(f(x_adv_i), y_i) / n_kept, fused. Rows in `rest` pass through the model, and have no loss."""
+    x = examples.x_adv if examples.rest is None else torch.cat([examples.x_adv, examples.rest])
+    logits = model(x)
+    checks.model_output(logits, len(x))
+    return weighted_cross_entropy(logits[: examples.n_kept], examples.y, examples.weights)

@@ -1,0 +1,228 @@
+"""The seam: what a training method is told, and what it may change. Imports no torch, so that help does not wait.
+
+A method is one file of this package: a frozen dataclass below `Method` that has a `name`. Its fields are its flags,
+its keys in TOML, their bounds and their words in titles; the functions that it overrides are what it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt
+
+from ..common import field_types
+from ..common.field_types import Words
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..attack.pgd import PGD
+    from .mining import Examples
+    from .objective import EpochEnd, Objective
+
+_registry: dict[str, type[Method]] = {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Method."""
+
+    name: ClassVar[str]  # on the command line, in TOML, in folders
+    title: ClassVar[str]  # in tables and figures
+    # trains on one step: watched for catastrophic overfitting, and replaced by PGD-AT where that is found
+    one_step: ClassVar[bool] = False
+
+    start_epoch: Annotated[int, Ge(1), Words("from epoch {}", scales=True)] = 1
+    """First epoch (1-based) of the method; the warm-up before."""
+    early_drop: Annotated[bool, Words(by_value=((True, "early drop"), (False, "no early drop")))] = False
+    """Screen: examples that resist the first M attack steps are not attacked further."""
+    easy: Annotated[Literal["drop", "stop", "jump"], Words("easy rows {}", needs="early_drop")] = "drop"
+    """Examples that leave the attack: also leave the loss; or stay in it as they are; or jump on along their step."""
+    screen_steps: Annotated[int, Ge(1), Words("M={}", needs="early_drop")] = 3
+    """M, attack steps before easy examples leave."""
+    screen: Annotated[
+        Literal["steps", "one_step"], Words(by_value=(("one_step", "screened by one step"),), needs="early_drop")
+    ] = "steps"
+    """Screen by M steps, or by one of their length."""
+    rows: Annotated[Literal["hard", "random"], Words(by_value=(("random", "random rows"),), needs="early_drop")] = (
+        "hard"
+    )
+    """Keep the hard rows, or as many random ones (the control experiment)."""
+    round_to: Annotated[int, Ge(1), Words("rounded to {}", off=1, needs="early_drop")] = 1
+    """Keep a multiple of so many rows; the easy ones of the least margin fill up."""
+    bn_rows: Annotated[Literal["hard", "all"], Words(by_value=(("all", "BN of all rows"),), needs="early_drop")] = (
+        "hard"
+    )
+    """BatchNorm's statistics are of the rows that are kept, or of the whole batch."""
+    freeze_bn: Annotated[bool, Words(by_value=((True, "frozen BN"),))] = False
+    """BatchNorm keeps its warm-up statistics."""
+    reweight: Annotated[bool, Words(by_value=((True, "reweighting"), (False, "no reweighting")))] = False
+    """Weigh examples by how far a step of the attack moved their logits."""
+    lam: Annotated[float, Ge(0), Words("λ={}", needs="reweight")] = 1.0
+    """Lambda of the weights sigmoid(lambda * s), s the largest change of logits in a step; higher is more uniform."""
+    step_sizes: Annotated[tuple[float, ...], Gt(0), Words("steps of {} ε", off=())] = ()
+    """Sizes of the attack's steps in units of eps, one each, such as 1 0.5 0.25; in place of steps and step_size."""
+    group: Annotated[int, Ge(1), Words("groups of {}", off=1)] = 1
+    """Attack so many batches together."""
+    group_updates: Annotated[
+        Literal["each", "one"], Words(by_value=(("one", "one update a group"),), needs="group")
+    ] = "each"
+    """A group then makes one update for each of its batches, or one in all."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        name = cls.__dict__.get("name")
+        if name is not None:
+            other = _registry.setdefault(name, cls)
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"name: {name!r} of {cls.__qualname__} is that of {other.__qualname__} already")
+            _registry[name] = cls
+
+    def __post_init__(self):
+        for field, hint in field_types.hints(type(self)).items():  # 1 for 1.0, a list for a tuple
+            value = field_types.convert(f"method.{field}", getattr(self, field), hint)
+            object.__setattr__(self, field, value)
+        field_types.check(self, "method.")
+        self.check()
+
+    # ------------------------------------------------------------ what it is told
+    def check(self) -> None:
+        """What no single field shows. Raises: ValueError naming the field."""
+        if self.freeze_bn and self.bn_rows == "all":
+            raise ValueError("bn_rows: got 'all' with freeze_bn; frozen statistics come from no rows of the batch")
+        if self.round_to > 1 and self.group > 1 and self.group_updates == "each":
+            raise ValueError(
+                f"round_to: got {self.round_to} with group={self.group}; rows are rounded for one update of a group"
+            )
+
+    def attack_steps(self, steps: int) -> int:
+        """K, where the attack has so many steps. Raises: ValueError where none are left behind the screening."""
+        steps = len(self.step_sizes) or steps
+        if self.early_drop and self.screen_steps >= steps:
+            raise ValueError(
+                f"screen_steps: got {self.screen_steps} with steps={steps}; it must be less than steps, or no attack "
+                "is left for the hard examples"
+            )
+        return steps
+
+    @property
+    def mines(self) -> bool:
+        """Whether rows are screened or weighed: what HAM adds to a method."""
+        return self.early_drop or self.reweight
+
+    def in_effect(self) -> dict[str, Any]:
+        """The fields that have an effect beside the others."""
+        words = field_types.words(type(self))
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+        def used(name: str) -> bool:
+            needs = words[name].needs if name in words else None
+            return needs is None or fields[needs] not in (False, words[needs].off)
+
+        return {name: value for name, value in fields.items() if used(name)}
+
+    def describe(self) -> str:
+        """The method and what is told of it in one line."""
+        words, default = field_types.words(type(self)), type(self)()
+        told = []
+        for name, value in self.in_effect().items():
+            if name not in words or value == words[name].off:
+                continue
+            if words[name].by_value:
+                told += [text for of, text in words[name].by_value if of == value and value != getattr(default, name)]
+            elif name != "start_epoch" or value > 1:
+                told.append(words[name].text.format(f"{value:g}" if isinstance(value, float) else value))
+        return f"{self.title} ({', '.join(told)})" if told else self.title
+
+    # ------------------------------------------------------------ what it does
+    # `memory` is the Objective that the method made: what it remembers is there, as buffers.
+    def attack(self, pgd: PGD) -> PGD:
+        """The attack that it trains with, from the one that the training was told."""
+        return pgd
+
+    def attack_on(self, pgd: PGD, y: Tensor, memory: Objective) -> PGD:
+        """The same for one batch: eps and step_size may be tensors, one value per row."""
+        return pgd
+
+    def weights(self, examples: Examples, memory: Objective) -> Tensor | None:
+        """(n_kept,) weight of each row in the loss; None for ones. Here: HAM's, where `reweight` is on."""
+        from ..ops import step_size_weights
+
+        if not self.reweight or examples.n_kept == 0:
+            return None
+        return step_size_weights(examples.max_step.contiguous(), self.lam)
+
+    def loss(self, model: nn.Module, examples: Examples, memory: Objective) -> Tensor:
+        """0-dim. Here: the weighted mean of the cross entropies at x_adv."""
+        from .objective import weighted_ce
+
+        return weighted_ce(model, examples)
+
+    def around(self, model: nn.Module, examples: Examples, memory: Objective) -> AbstractContextManager[None]:
+        """Entered before the forward of an update, left after the optimiser's step, also where that failed."""
+        return nullcontext()
+
+    def remembers(self, classes: int) -> dict[str, Tensor]:
+        """What `memory` starts with: buffers by name, for a model of so many classes. Saved with every checkpoint."""
+        return {}
+
+    def end_epoch(self, end: EpochEnd, memory: Objective) -> None:
+        """After an epoch that it has trained, validation included."""
+
+    def keeps_average(self, end: EpochEnd, memory: Objective) -> bool:
+        """Whether the updates of the next epoch enter the weight average."""
+        return True
+
+
+def names() -> tuple[str, ...]:
+    """The methods known, by name."""
+    return tuple(_registry)
+
+
+def class_of(name: str) -> type[Method]:
+    """Raises: ValueError for a name that no method has."""
+    if name not in _registry:
+        raise ValueError(f"method: got {name!r}; allowed are {', '.join(map(repr, _registry))}")
+    return _registry[name]
+
+
+def with_name(method: Method, name: str) -> Method:
+    """The method of this name; M, and where it starts unless that is the first epoch, as they are told `method`.
+
+    Raises: ValueError for a name that no method has.
+    """
+    kind = class_of(name)
+    if kind is type(method):
+        return method
+    usual = kind()
+    told = {"screen_steps": method.screen_steps}
+    if usual.start_epoch > 1 and method.start_epoch > 1:
+        told["start_epoch"] = method.start_epoch
+    return dataclasses.replace(usual, **told)
+
+
+def warm_up_of(method: Method, name: str) -> Method:
+    """The method of the epochs before start_epoch, by name; that of `method` is `method` without mining.
+
+    Raises: ValueError naming warm_up.
+    """
+    if name == method.name:
+        plain = {
+            "early_drop": False,
+            "reweight": False,
+            "freeze_bn": False,
+            "bn_rows": "hard",
+            "group": 1,
+            "round_to": 1,
+        }
+        return dataclasses.replace(method, **plain) if method.mines else method
+    if name not in _registry:
+        raise ValueError(f"warm_up: got {name!r}; allowed are {', '.join(map(repr, _registry))}")
+    warm = _registry[name]()
+    if warm.mines or name == "natural":
+        why = "for clean images give natural_epochs" if name == "natural" else "it would mine"
+        raise ValueError(f"warm_up: got {name!r}; {why}")
+    return dataclasses.replace(warm, start_epoch=method.start_epoch)

@@ -1,0 +1,1 @@
+"""How the compiled libraries are built: `build` (both), `cuda` (the extension), `cpu` (Winograd convolutions)."""

@@ -1,0 +1,83 @@
+"""The resume points of a run, and the random generators' states that belong to them."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..common.files import CheckpointError, read, save
+
+KEPT = 2  # resume points of a run: the newest, and one to fall back on
+
+
+class Checkpoints:
+    """The resume points of one run, `step_XXXXXXXXXX.pt`, of which the newest KEPT stay."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def save(self, state: dict[str, Any], step: int) -> Path:
+        path = self.folder / f"step_{step:010d}.pt"
+        save(path, state)
+        for old in self.newest_first()[KEPT:]:
+            old.unlink(missing_ok=True)
+        for torn in self.folder.glob(".*.partial"):  # of a killed process
+            torn.unlink(missing_ok=True)
+        return path
+
+    def newest_first(self) -> list[Path]:
+        named = [p for p in self.folder.glob("step_*.pt") if re.fullmatch(r"step_\d{10}\.pt", p.name)]
+        return sorted(named, reverse=True)
+
+    def load_newest(self, *, set_aside: bool = False) -> tuple[Path, dict[str, Any], str] | None:
+        """(path, state, SHA-256) of the newest intact checkpoint; each damaged one is named in a warning.
+
+        set_aside: rename the damaged ones to *.damaged, for the process that goes on with the run.
+        None where there never was one. Raises: CheckpointError where there were some and none is intact.
+        """
+        damaged: list[Path] = []
+        for path in self.newest_first():
+            try:
+                state, digest = read(path)
+            except FileNotFoundError:  # a run that goes on has just replaced it by a newer one
+                return self.load_newest(set_aside=set_aside)
+            except CheckpointError as error:
+                damaged.append(path)
+                warnings.warn(f"{error}; the one before it is used, if that is intact", stacklevel=2)
+                continue
+            for bad in damaged if set_aside else ():
+                os.replace(bad, bad.with_suffix(".damaged"))
+            return path, state, digest
+        names = [p.name for p in (*damaged, *sorted(self.folder.glob("step_*.damaged")))]
+        if names:
+            raise CheckpointError(f"checkpoint: none of {', '.join(names)} in {self.folder} is intact")
+        return None
+
+
+def random_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's generators, as `load` can read them back."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  (what a loader of the user may draw from)
+    version, words, gauss_next = random.getstate()
+    return {
+        "python": (version, list(words), gauss_next),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    version, words, gauss_next = states["python"]
+    random.setstate((version, tuple(words), gauss_next))
+    kind, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in states["cuda"]])

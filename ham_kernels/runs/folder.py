@@ -1,0 +1,265 @@
+"""A run's folder: what it was told, on what it ran, how it went, and the weights it left.
+
+config.toml         resolved settings
+data.json           classes, channels, images of each part
+environment.json    versions, machine, commit, and when it was worked on
+status.json         running, interrupted, finished or failed
+metrics.jsonl       one line per epoch
+checkpoints/        step_*.pt (two newest), best.pt, best_ema.pt
+evaluation/         one JSON per weights judged
+tensorboard/        events, where tensorboard is installed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import shlex
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..common import locks
+from ..common.files import CheckpointError, load, read, save, write_atomically
+from .checkpoints import Checkpoints
+from .config_file import from_toml, to_toml
+from .settings import TrainSettings, lr_factor
+
+WEIGHTS = ("last", "ema", "best", "best_ema")
+
+
+class RunFolder:
+    """One run on disk. Every file is replaced as a whole, so a killed process leaves none torn."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
+
+    # ------------------------------------------------------------ what it was told
+    @classmethod
+    def create(cls, path: str | Path, settings: TrainSettings) -> RunFolder:
+        """A new folder with config.toml. Raises: FileExistsError where there is a run already, or parts of one."""
+        run = cls(path)
+        run.check_free()
+        aside = run.path / f".config.{os.getpid()}.partial"
+        write_atomically(aside, to_toml(settings).encode())
+        try:
+            os.link(aside, run.path / "config.toml")  # unlike a rename it fails where another process was faster
+        except FileExistsError:
+            run.check_free()
+            raise
+        finally:
+            aside.unlink()
+        return run
+
+    def check_free(self) -> None:
+        """Raises: FileExistsError, NotADirectoryError where a new run cannot begin here."""
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"out: {self.path} is a file; it must be a folder")
+        if (self.path / "config.toml").exists():
+            quoted = shlex.quote(str(self.path))
+            raise FileExistsError(f"out: {self.path} holds a run already; go on with `ham train --resume {quoted}`")
+        for name in ("checkpoints", "metrics.jsonl", "status.json", "data.json"):
+            if (self.path / name).exists():
+                raise FileExistsError(f"out: {self.path} holds {name} of something else; give another folder")
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """An existing run. Raises: FileNotFoundError naming the folder."""
+        run = cls(path)
+        if not (run.path / "config.toml").is_file():
+            raise FileNotFoundError(f"run: {path} is no run folder (it has no config.toml)")
+        return run
+
+    @contextlib.contextmanager
+    def alone(self, lock: str = ".lock", patience: float = 10.0) -> Iterator[None]:
+        """Inside, no other process holds this lock of the run.
+
+        Raises: BlockingIOError where one still does after `patience` seconds.
+        """
+        path = self.path / lock
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w") as file:
+            end = time.monotonic() + patience
+            # The system lets go when the process ends, however; its data workers may outlive it by some seconds.
+            while not locks.take(file):
+                if time.monotonic() > end:
+                    raise BlockingIOError(f"run: another process works on {self.path}")
+                time.sleep(0.1)
+            for torn in path.parent.glob(".*.partial"):  # of a killed process
+                torn.unlink(missing_ok=True)
+            yield
+
+    def busy(self) -> bool:
+        """Whether a process works on the run at this moment."""
+        return locks.held(self.path / ".lock")
+
+    def settings(self) -> TrainSettings:
+        return from_toml(self.path / "config.toml", TrainSettings())
+
+    def set_data_facts(self, facts: dict[str, Any]) -> None:
+        """Notes what the images are; a run that goes on must find them as they were. Raises: ValueError."""
+        if (self.path / "data.json").exists():
+            self.check_data_facts(facts)
+        self.write_json("data.json", facts)
+
+    def check_data_facts(self, facts: dict[str, Any]) -> None:
+        """Raises: ValueError where the images are not those that the run was trained on."""
+        before = self.data_facts()
+        wrong = [k for k in facts if facts[k] != before.get(k)]
+        if wrong:
+            raise ValueError(
+                f"data: {self.path} was trained on other images: {wrong[0]} was {before.get(wrong[0])}, "
+                f"now it is {facts[wrong[0]]}"
+            )
+
+    def data_facts(self) -> dict[str, Any]:
+        """{"classes": names, "channels", "counts": images of each part, "sha256"}. Raises: FileNotFoundError."""
+        path = self.path / "data.json"
+        if not path.exists():
+            raise FileNotFoundError(f"run: {self.path} has not begun to train (it has no data.json)")
+        return json.loads(path.read_text())
+
+    # ------------------------------------------------------------ how it goes
+    def begin_session(self, from_epoch: int, from_batch: int = 0) -> None:
+        """Notes versions, machine and commit, and that a process works on the run from here (batches done) on."""
+        from ..common import provenance
+
+        path = self.path / "environment.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        sessions = [{"machine": before.get("machine"), **session} for session in before.get("sessions", [])]
+        machine = provenance.machine()
+        where = {"from_epoch": from_epoch, "from_batch": from_batch, "machine": machine}
+        sessions.append({"started": _now(), "ended": None, **where})
+        facts = {  # of the last session
+            "versions": provenance.versions("torchvision", "triton", "numpy"),
+            "machine": machine,
+            "commit": provenance.commit(),
+            "sessions": sessions,
+        }
+        self.write_json("environment.json", facts)
+
+    def end_session(self) -> None:
+        facts = json.loads((self.path / "environment.json").read_text())
+        facts["sessions"][-1]["ended"] = _now()
+        self.write_json("environment.json", facts)
+
+    def set_status(self, state: str, epoch: int, epochs: int, message: str = "") -> None:
+        self.write_json("status.json", {"state": state, "epoch": epoch, "epochs": epochs, "message": message})
+
+    def mark_failed(self, message: str) -> None:
+        status = self.status()
+        self.set_status("failed", status["epoch"], status.get("epochs", 0), message)
+
+    def status(self) -> dict[str, Any]:
+        path = self.path / "status.json"
+        return json.loads(path.read_text()) if path.exists() else {"state": "new", "epoch": 0}
+
+    def write_metrics(self, history: list[Any], settings: TrainSettings) -> None:
+        """The whole of metrics.jsonl anew: after a resume it holds no line of epochs that were thrown away."""
+        lines = [dumps(metrics_of(report, settings)) for report in history]
+        write_atomically(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
+
+    def write_json(self, name: str, value: Any) -> Path:
+        path = self.path / name
+        write_atomically(path, dumps(value, indent=1).encode() + b"\n")
+        return path
+
+    # ------------------------------------------------------------ the weights it left
+    def save_best(self, weights: str, state: dict[str, Any]) -> None:
+        save(self.path / "checkpoints" / f"{weights}.pt", state)
+
+    def load_weights(self, weights: str) -> dict[str, Any]:
+        """{"model": state_dict, "epoch", "sha256", "path" of the checkpoint} of one of WEIGHTS.
+
+        Raises: ValueError for another name or weights that the run has not; FileNotFoundError; CheckpointError.
+        """
+        if weights not in WEIGHTS:
+            raise ValueError(f"weights: got {weights!r}; allowed are {', '.join(WEIGHTS)}")
+        if weights.startswith("best"):
+            path = self.path / "checkpoints" / f"{weights}.pt"
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"weights: {path} is not there; the run has no validation images"
+                    f"{', no weight average' if weights == 'best_ema' else ''}, or no epoch is done yet"
+                )
+            state, digest = read(path)
+            return {"model": state["model"], "epoch": state["epoch"], "sha256": digest, "path": path}
+        newest = self.checkpoints.load_newest()
+        if newest is None:
+            raise FileNotFoundError(f"weights: {self.path} has no checkpoint yet")
+        path, state, digest = newest
+        key = "model" if weights == "last" else "ema"
+        if state["trainer"][key] is None:
+            raise ValueError("weights: got 'ema', but the run keeps no weight average (ema_decay)")
+        return {"model": state["trainer"][key], "epoch": state["trainer"]["epoch"], "sha256": digest, "path": path}
+
+    def damaged_after(self, path: Path) -> list[str]:
+        """Names of the checkpoints newer than this one, which is the newest intact one."""
+        folder = self.checkpoints.folder
+        return sorted(p.name for p in folder.glob("step_*") if p.suffix in (".pt", ".damaged") and p.stem > path.stem)
+
+    def drop_best_after(self, epoch: int) -> None:
+        """Removes best weights of epochs that a resume from an earlier checkpoint has thrown away."""
+        for weights in ("best", "best_ema"):
+            path = self.path / "checkpoints" / f"{weights}.pt"
+            try:
+                if path.exists() and load(path)["epoch"] > epoch:
+                    path.unlink()
+            except CheckpointError as error:
+                warnings.warn(f"{error}; removed", stacklevel=2)
+                path.unlink()
+
+    def newest_digest(self) -> str | None:
+        """SHA-256 of the newest checkpoint, as it is written in it."""
+        newest = self.checkpoints.newest_first()
+        return _digest(newest[0]) if newest else None
+
+    def available_weights(self) -> list[str]:
+        """Those of WEIGHTS that can be loaded, by name only."""
+        found = []
+        if self.checkpoints.newest_first():
+            found += ["last"] if self.settings().run.ema_decay is None else ["last", "ema"]
+        return found + [w for w in ("best", "best_ema") if (self.path / "checkpoints" / f"{w}.pt").exists()]
+
+
+def metrics_of(report: Any, settings: TrainSettings) -> dict[str, Any]:
+    """A line of metrics.jsonl, from an EpochReport of the trainer."""
+    values = report.to_dict()
+    val = {name: values.pop(name) for name in ("val", "val_ema")}
+    return {
+        **values,
+        "hard_fraction": report.hard_fraction,
+        "images_per_s": report.n / report.seconds if report.seconds else None,
+        "lr": settings.optim.lr * lr_factor(settings.optim, report.epoch),
+        **val,
+    }
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """JSON in which what is not finite is null, as JSON knows no NaN."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _digest(path: Path) -> str:
+    """The checksum that a checkpoint, verified just now, ends with."""
+    with path.open("rb") as file:
+        file.seek(-64, 2)
+        return file.read().decode()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,243 @@
+"""All that a training run is told: the flags of `ham train`, the keys of its TOML file, the argument of `ham.train`.
+
+Imports no torch, so that the command line can print its help at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from annotated_types import Ge, Gt, Le, Lt
+
+from ..common import field_types
+from ..common.field_types import Words
+from ..methods.ham import HAM
+from ..methods.settings import Method, warm_up_of
+
+_RUNS = tyro.conf.arg(help_behavior_hint="(default: the run's)")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Images."""
+
+    dataset: str = "digits"
+    """digits, cifar10, cifar100, svhn, fashion_mnist, imagenette, imagenette32; for --path whose preset (cifar10's)."""
+    path: str | None = None
+    """A folder or tar of images to use instead: train/CLASS/NAME and test/CLASS/NAME, or CLASS/NAME (a fifth tests)."""
+    root: str = "data"
+    """Where named data sets lie, or are downloaded to."""
+    download: bool = True
+    """Download a named data set that is missing."""
+    size: Annotated[int | None, Ge(1)] = None
+    """Resize to size x size pixels (None: as they are; files of many sizes: 224)."""
+    train_images: Annotated[int | None, Ge(1), Words("{} training images")] = None
+    """Use only so many training images, class shares kept."""
+    test_images: Annotated[int | None, Ge(1)] = None
+    """Use only so many test images, class shares kept."""
+    val_images: Annotated[int, Ge(0)] = 160
+    """Training images set aside to choose the best checkpoint; 0 for none. The test set never chooses."""
+    batch_size: Annotated[int, Ge(1), Words("batch={}")] = 128
+    workers: Annotated[int, Ge(0)] = 2
+    """Processes that decode images which do not fit the device as one tensor."""
+    augment: Annotated[Literal["none", "crop", "crop+flip"], Words("augment={}")] = "none"
+
+    @property
+    def source(self) -> str:
+        """A short name, for folders."""
+        return Path(self.path).resolve().name.split(".")[0] if self.path else self.dataset
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Classifier."""
+
+    name: Annotated[str, tyro.conf.arg(name="model"), Words("{}")] = "small_cnn"
+    """small_cnn, preact_resnet18, wrn_34_10, wrn_28_10, or any torchvision classifier by its name there."""
+    normalize: bool = False
+    """The data set's mean and std as the model's first layer (where its table has them)."""
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """Attack in training."""
+
+    eps: Annotated[float, Ge(0), Words("ε={}")] = 8 / 255
+    """Budget, in units of images in [0, 1]."""
+    step_size: Annotated[float, Ge(0), Words("step={}")] = 2 / 255
+    """Of one attack step."""
+    steps: Annotated[int, Ge(1), Words("K={}")] = 10
+    """K, attack steps."""
+    norm: Annotated[Literal["linf", "l2"], Words("{}")] = "linf"
+
+
+@dataclass(frozen=True)
+class WarmUpSettings:
+    """Epochs before start_epoch."""
+
+    name: Annotated[
+        str,
+        tyro.conf.arg(name="warm-up"),
+        Words(by_value=(("n_fgsm", "after N-FGSM"), ("fgsm_rs", "after FGSM-RS"))),
+    ] = "pgd_at"
+    """PGD-AT as in HAM's paper, or another method; one-step attacks are watched for catastrophic overfitting."""
+    natural_epochs: Annotated[int, Ge(0), Words("{} natural epochs", off=0, scales=True)] = 0
+    """So many of them, the first, train on clean images."""
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """Optimiser: SGD."""
+
+    epochs: Annotated[int, Ge(1), Words("{} epochs")] = 120
+    """In all, warm-up included. Milestones and start_epoch of presets and --config scale with this flag."""
+    lr: Annotated[float, Ge(0), Words("lr={}")] = 0.1
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    weight_decay: Annotated[float, Ge(0)] = 2e-4
+    schedule: Annotated[Literal["step", "cosine", "one_cycle"], Words("{} schedule")] = "step"
+    """Of the learning rate, epoch by epoch."""
+    milestones: Annotated[tuple[int, ...], Words(scales=True)] = (60, 90, 110)
+    """First epochs (1-based) with a lower rate (schedule step)."""
+    lr_decay: Annotated[tuple[float, ...], Words(scales=True)] = (0.1, 0.1, 0.5)
+    """Factor at each milestone."""
+
+
+def _told(word: str) -> Words:
+    return Words(by_value=(("on", word), ("require", word)))
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How steps run on the hardware. "on" goes on without what cannot be served, with a warning; "require" does not."""
+
+    channels_last: Annotated[Literal["off", "on", "require"], _told("channels_last")] = "off"
+    """Weights and images in NHWC order."""
+    compile: Annotated[Literal["off", "on", "require"], _told("compiled")] = "off"
+    """torch.compile of the model as the attack sees it."""
+    cuda_graphs: Annotated[Literal["off", "on", "require"], _told("CUDA graphs")] = "off"
+    """Replay attack steps and updates as CUDA graphs."""
+    winograd: Annotated[Literal["off", "on", "require"], _told("Winograd")] = "off"
+    """On the CPU, 3x3 convolutions with a quarter of the multiplications."""
+    keep_memory: bool = True
+    """On the CPU, keep the memory that torch frees in the process."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Run."""
+
+    seed: Annotated[int, Ge(0)] = 0
+    device: Annotated[str, Words("{}")] = "auto"
+    """auto: the GPU if there is one, else the CPU."""
+    precision: Annotated[Literal["fp32", "bf16", "fp16", "require-bf16", "require-fp16"], Words("{}")] = "fp32"
+    """Of forward and backward (autocast)."""
+    ema_decay: Annotated[float | None, Ge(0), Lt(1), Words("EMA={}")] = 0.99
+    """Of the weight average, which is judged beside the last weights; None (TOML: false) for none."""
+    val_attack: str = "pgd10"
+    """Judges the validation images after each epoch, beside clean accuracy."""
+    best_by: Literal["robust", "worst_class"] = "robust"
+    """Which validation accuracy under val_attack chooses best.pt."""
+    checkpoint_minutes: Annotated[float, Ge(0)] = 10.0
+    """Within an epoch, a checkpoint at least so often; there is one after each epoch too."""
+    label: str | None = None
+    """What reports call this run; else what distinguishes its settings."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """One training run. Sections are those of config.toml; a field's name is also its flag."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    attack: AttackSettings = field(default_factory=AttackSettings)
+    method: Method = field(default_factory=HAM)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    warm_up: WarmUpSettings = field(default_factory=WarmUpSettings)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    def check(self) -> None:
+        """What can be told wrong without data or model. Raises: TypeError, ValueError naming field and value."""
+        field_types.check(self)
+        for section in dataclasses.fields(self):
+            field_types.check(getattr(self, section.name), f"{section.name}.")
+        optim, method = self.optim, self.method
+        method.attack_steps(self.attack.steps)
+        if len(optim.milestones) != len(optim.lr_decay):
+            raise ValueError(
+                f"lr_decay: got {len(optim.lr_decay)} factors for {len(optim.milestones)} milestones; give one each"
+            )
+        warm_up = self.warm_up
+        warm_up_of(method, warm_up.name)
+        if method.start_epoch > optim.epochs and (warm_up.name != method.name or warm_up.natural_epochs):
+            raise ValueError(
+                f"start_epoch: got {method.start_epoch} with epochs={optim.epochs}, so {method.name} would never start"
+            )
+        if re.fullmatch(r"fgsm|(pgd|cw)[1-9]\d*", self.run.val_attack) is None:
+            raise ValueError(f"val_attack: got {self.run.val_attack!r}; allowed are fgsm, pgdK, cwK such as pgd10")
+        last = min(method.start_epoch - 1, optim.epochs)
+        if warm_up.natural_epochs > last:
+            raise ValueError(
+                f"natural_epochs: got {warm_up.natural_epochs}, but there are {last} epochs before start_epoch"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """How a run is judged."""
+
+    weights: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(help_behavior_hint="(default: ema where the run keeps a weight average, else last)"),
+    ] = ()
+    """Of last, ema (both of the last epoch), best, best_ema (of the epoch that the validation images chose); or all."""
+    attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw20")
+    """clean, fgsm, pgdK, cwK (PGD on the CW loss), autoattack."""
+    restarts: Annotated[int, Ge(1)] = 1
+    """Random starts of pgdK and cwK; an image counts as robust if it resists all."""
+    eps: Annotated[float | None, Ge(0), _RUNS] = None
+    """Budget, in units of images in [0, 1]."""
+    step_size: Annotated[float | None, Ge(0), _RUNS] = None
+    """Of one attack step."""
+    part: Literal["test", "val", "train"] = "test"
+    images: Annotated[int | None, Ge(1)] = None
+    """Judge only so many images of the part, class shares kept."""
+    batch_size: Annotated[int, Ge(1)] = 256
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: Annotated[int, Ge(0)] = 0
+    masking: bool = True
+    """Check for gradient masking."""
+    masking_images: Annotated[int, Ge(2)] = 512
+    transfer_from: Path | None = None
+    """Another run, whose adversarial examples should not be stronger than this run's own."""
+    analyses: bool = True
+    """Over-confident adversarial examples, and which easy ones stay easy (on training images)."""
+    analysis_images: Annotated[int, Ge(1)] = 2048
+    threshold: Annotated[float, Gt(0.5), Le(1)] = 0.9
+    """Confidence from which an adversarial example counts as over-confident."""
+
+    def check(self) -> None:
+        """What can be told wrong without a run. Raises: TypeError, ValueError naming the field and its value."""
+        field_types.check(self)
+        if not self.attacks:
+            raise ValueError("attacks: got none; give at least one, such as clean pgd20")
+
+
+def lr_factor(optim: OptimSettings, epoch: int) -> float:
+    """Learning rate of an epoch (1-based) over the one set.
+
+    step: the decays reached so far. cosine: to 0 after the last epoch. one_cycle: up for 2/5 of them, down to 0.
+    """
+    if optim.schedule == "step":
+        return math.prod(d for m, d in zip(optim.milestones, optim.lr_decay, strict=True) if epoch >= m)
+    done = (epoch - 0.5) / optim.epochs
+    if optim.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return min(done / 0.4, (1 - done) / 0.6)

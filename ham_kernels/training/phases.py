@@ -1,0 +1,97 @@
+"""Which method each epoch trains by: natural, then the warm-up, then the method itself; and where one step overfits."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..attack.pgd import PGD
+from ..common import checks
+from ..methods.objective import Objective
+from ..methods.settings import Method, class_of, warm_up_of
+from .overfitting import OverfittingCheck, OverfittingWarning, Reading
+
+
+class Phases:
+    """The course of a training.
+
+    Args:
+        method: from its start_epoch on.
+        pgd: the attack that the training was told.
+        warm_up: the method before start_epoch, by name; the name of `method` is that without mining. One-step methods
+            are watched for catastrophic overfitting. Where it is found, PGD-AT takes over from them.
+        natural_epochs: so many epochs of the warm-up, the first, train on clean images.
+        seed: of the training.
+    Raises: TypeError, ValueError naming the argument.
+    """
+
+    def __init__(self, method: Method, pgd: PGD, warm_up: str, natural_epochs: int, seed: int):
+        self.method = Objective(method, pgd)
+        self.natural_epochs = checks.integer("natural_epochs", natural_epochs, 0, method.start_epoch - 1)
+        warm = warm_up_of(method, warm_up)
+        self._warm_up = self.method if warm == method else Objective(warm, pgd)
+        self._natural = Objective(class_of("natural")(), pgd)
+        self._pgd_at = self._warm_up if warm.name == "pgd_at" else Objective(class_of("pgd_at")(), pgd)
+        self._checks = {
+            o.method.name: OverfittingCheck(o.pgd, pgd, seed) for o in (self._warm_up, self.method) if o.method.one_step
+        }
+
+    @property
+    def starts_late(self) -> bool:
+        """Whether epochs before start_epoch train by another method."""
+        return self.method.method.start_epoch > 1 and (self._warm_up is not self.method or self.natural_epochs > 0)
+
+    def objective(self, epoch: int) -> Objective:
+        """What an epoch (1-based) trains by."""
+        if epoch >= self.method.method.start_epoch:
+            planned = self.method
+        else:
+            planned = self._natural if epoch <= self.natural_epochs else self._warm_up
+        check = self._checks.get(planned.method.name)
+        return planned if check is None or check.overfitted_at is None else self._pgd_at
+
+    # ------------------------------------------------------------ the watch over one-step methods
+    def watches(self, epoch: int) -> bool:
+        return self.objective(epoch).method.one_step
+
+    def watch(self, model: nn.Module, batch: tuple[Tensor, Tensor], epoch: int, precision: str) -> Reading:
+        """Looks at the model after a watched epoch. Warns, and goes over to PGD-AT, where it has overfitted."""
+        method = self.objective(epoch).method
+        check = self._checks[method.name]
+        reading = check(model, *batch, epoch=epoch, precision=precision)
+        if check.overfitted_at == epoch:
+            warnings.warn(
+                f"{method.name}: epoch {epoch} has overfitted to its attack ({reading}); PGD-AT takes its place",
+                OverfittingWarning,
+                stacklevel=2,
+            )
+        return reading
+
+    # ------------------------------------------------------------ state
+    def state_dict(self) -> dict[str, Any]:
+        """What the methods remember, and the watch."""
+        return {
+            "memory": {o.method.name: dict(o.state_dict()) for o in (self._warm_up, self.method)},
+            "overfitting": {name: check.state_dict() for name, check in self._checks.items()},
+        }
+
+    def state_of(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What of a trainer's state `load_state_dict` takes. Raises: ValueError where that does not fit."""
+        memory, watched = state.get("memory", {}), state.get("overfitting") or {}
+        if "best" in watched:  # of the time when one method alone could be watched
+            watched = dict.fromkeys(self._checks, watched)
+        for o in (self._warm_up, self.method):
+            o.check_state(memory.get(o.method.name, {}))
+        for name, check in self._checks.items():
+            if name in watched:
+                check.check_state(watched[name])
+        return {"memory": memory, "overfitting": watched}
+
+    def load_state_dict(self, state: dict[str, Any], device) -> None:
+        for o in (self._warm_up, self.method):
+            o.load_memory(state["memory"].get(o.method.name, {}), device)
+        for name, check in self._checks.items():
+            if name in state["overfitting"]:
+                check.load_state_dict(state["overfitting"][name])

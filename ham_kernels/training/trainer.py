@@ -1,0 +1,378 @@
+"""Trainer: a warm-up until the method's start_epoch, the method from then on, and all that a training goes on from."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attack.pgd import PGD
+from ..common import checks
+from ..engine import Engine, EngineOptions, NonFiniteError, Stopwatch, model_device
+from ..evaluation import ClassAccuracy, evaluate
+from ..evaluation.named_attacks import plans
+from ..methods.loss import ham_or_pgd_at
+from ..methods.objective import EpochEnd
+from ..methods.settings import Method
+from .batches import check_group, first_of_epoch, in_groups, rest_of_epoch, unpack
+from .ema import WeightAverage
+from .phases import Phases
+from .reports import EpochReport, RunningEpoch, StepReport
+from .update import Updater
+
+VAL_ATTACKS = ("clean", "pgd20")
+
+
+class Trainer:
+    """Adversarial training of a classifier by any method.
+
+    Args:
+        model: classifier, images (n, C, H, W) in [0, 1] -> logits (n, classes), with normalisation inside it.
+        optimizer: over the model's parameters.
+        method: such as ham.methods.TRADES(beta=6.0, early_drop=True, easy="stop"); see ham.methods.names().
+        eps, step_size: >= 0, in units of the images.
+        steps: K >= 1, of the attack.
+        norm: "linf" or "l2".
+        ema_decay: in [0, 1), e.g. 0.99: `ema_model` follows the weights, averaged after every update. None: off.
+        device: moves the model there; None leaves it where it is.
+        precision: "fp32", or "bf16" or "fp16" (autocast; fp16 scales the loss and waits once more per step).
+        seed: of the random starts. Step s of a run draws the same noise whatever the device.
+        warm_up: before the method's start_epoch: "pgd_at" (HAM's paper), or another method by name. "n_fgsm" and
+            "fgsm_rs" take one step, and are watched for catastrophic overfitting: where it is found, PGD-AT takes over
+            after a warning.
+        natural_epochs: so many epochs of the warm-up, the first, train on clean images.
+        channels_last: weights and images in NHWC order.
+        compile: torch.compile of the model as the attack sees it (eval mode, no weight gradients).
+        cuda_graphs: attack steps replayed per number of rows, updates where their number of rows repeats.
+        winograd: on the CPU, 3x3 convolutions of stride 1 with a quarter of the multiplications, in attack and update.
+            These four are False ("off"), True ("on") or "require", precision also "require-bf16": where model or device
+            cannot serve one that is on, the work goes on without it after a warning; a required one raises EngineError.
+        keep_memory: on the CPU, the process keeps the memory that torch frees (see engine/memory.py).
+
+    A batch that leaves one row to train on uses BatchNorm's running statistics, since one row has none of its own.
+    A batch without a row to train on makes no update; it is counted in the reports.
+    Raises: TypeError, ValueError naming the argument; NonFiniteError (a ValueError) when the model or its loss
+        becomes NaN or infinite. Parameters, buffers and optimizer are then as after the last good step.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, method: Method, *, eps: float = 8 / 255,
+        step_size: float = 2 / 255, steps: int = 10, norm: str = "linf", ema_decay: float | None = None,
+        device: torch.device | str | None = None, precision: str = "fp32", seed: int = 0, warm_up: str = "pgd_at",
+        natural_epochs: int = 0, channels_last: bool | str = False, compile: bool | str = False,
+        cuda_graphs: bool | str = False, winograd: bool | str = False, keep_memory: bool = True,
+    ):  # fmt: skip
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: got {type(model).__name__}; it must be a torch.nn.Module")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: got {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
+        own = {id(p) for p in model.parameters()}
+        if own.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("optimizer: holds none of the model's parameters; make it from model.parameters()")
+        checks.integer("steps", steps, 1)
+        self._pgd = PGD(checks.real("eps", eps), checks.real("step_size", step_size), steps, norm)
+        self.seed = checks.integer("seed", seed, 0, 2**63 - 1)
+        self._phases = Phases(method, self._pgd, warm_up, natural_epochs, self.seed)
+        options = EngineOptions(precision, channels_last, compile, cuda_graphs, winograd, keep_memory)
+        if ema_decay is not None and checks.real("ema_decay", ema_decay, 0.0, 1.0) == 1.0:
+            raise ValueError("ema_decay: got 1.0; it must be below 1, or the average would never move")
+        self.model = model if device is None else model.to(device)
+        self.device = torch.device(device) if device is not None else model_device(model) or torch.device("cpu")
+        self.engine = Engine(options, self.device)
+        self._update = Updater(optimizer, self.engine, self.device)
+        self._ema = None if ema_decay is None else WeightAverage(model, ema_decay)
+        self._averages = True  # whether updates enter the weight average; the method's gate may close it
+        self.epoch = 0  # epochs completed by fit
+        self.steps_done = 0  # names the noise of the next step
+        self.history: list[EpochReport] = []
+        self._running: RunningEpoch | None = None  # the epoch under way
+
+    @property
+    def method(self) -> Method:
+        return self._phases.method.method
+
+    @property
+    def ema_model(self) -> nn.Module | None:
+        """The weight average as a model in eval mode; None without ema_decay."""
+        return None if self._ema is None else self._ema.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self._update.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self._update.optimizer = optimizer
+
+    @property
+    def precision(self) -> str:
+        """The precision that is served: the one asked for, or "fp32" where the device has no other."""
+        return self.engine.precision
+
+    # ------------------------------------------------------------ steps
+    def train_step(self, x: Tensor, y: Tensor, epoch: int) -> StepReport:
+        """One update from a batch on the model's device: x (n, C, H, W) in [0, 1], y (n,) int64; epoch is 1-based.
+
+        Only `fit` watches one-step methods for overfitting, and tells a method of the end of an epoch.
+        """
+        return self.train_group([(x, y)], epoch)[0]
+
+    def train_group(self, batches: Sequence[tuple[Tensor, Tensor]], epoch: int) -> list[StepReport]:
+        """Updates from several batches whose examples are made together, all by the weights before the first update.
+
+        Returns one report per update: one for each batch, or one in all where the method's group_updates is "one".
+        Where a later update of a group raises, the earlier ones have been made.
+        """
+        checks.integer("epoch", epoch, 1)
+        check_group(batches, model_device(self.model))
+        objective = self._phases.objective(epoch)
+        method = objective.method
+        stopwatch = Stopwatch(batches[0][0].device)
+        x, y = batches[0] if len(batches) == 1 else (torch.cat(parts) for parts in zip(*batches, strict=True))
+        x = self.engine.place(self.model, x, self.ema_model)
+        sizes = [len(y)] if method.group_updates == "one" else [len(labels) for _, labels in batches]
+        examples = objective.group_examples(
+            self.model, x, y, sizes, seed=self.seed, step=self.steps_done, engine=self.engine
+        )
+        reports = []
+        for part in examples:
+            loss = 0.0
+            if part.n_kept:
+                loss = self._update(self.model, objective, part, method.freeze_bn)
+                if self._ema is not None and self._averages:
+                    self._ema.update(self.model)
+            reports.append(
+                StepReport(loss, part.n, part.n_hard, stopwatch.stop(), part.n_kept, len(batches) // len(examples))
+            )
+            stopwatch = Stopwatch(x.device)
+        self.steps_done += len(batches)
+        return reports
+
+    # ------------------------------------------------------------ epochs
+    def fit(
+        self, train_loader: Iterable, epochs: int, val_loader: Iterable | None = None, *,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        on_epoch_end: Callable[[EpochReport], None] | None = None,
+        on_batch_end: Callable[[StepReport], None] | None = None,
+        val_attacks: Sequence[str] = VAL_ATTACKS,
+    ) -> list[EpochReport]:  # fmt: skip
+        """Trains up to epoch `epochs` (a total: a second call goes on where the first one ended).
+
+        Args:
+            train_loader: any iterable of (x in [0, 1], y) that can be walked once per epoch; an epoch number is given
+                to `set_epoch` of the loader where it has one. After a stop within an epoch the batches done are
+                passed over: by `set_position(batches)` where the loader has it, else by drawing and dropping them.
+                The first batch of an epoch that takes one-step attacks is drawn once more at its end.
+            val_loader: evaluated after each epoch under `val_attacks`, raw weights and weight average.
+            scheduler: stepped once after each epoch.
+            on_epoch_end: called with each EpochReport.
+            on_batch_end: called with each StepReport. What it raises ends fit; a later fit, or one after
+                load_state_dict, goes on with the next batch.
+        Returns: `history`, one EpochReport per epoch so far.
+        """
+        checks.integer("epochs", epochs, 1)
+        if epochs <= self.epoch:
+            raise ValueError(f"epochs: got {epochs}, but {self.epoch} are done; it is the total to train up to")
+        if self._phases.starts_late and self.method.start_epoch > epochs:
+            raise ValueError(
+                f"start_epoch: is {self.method.start_epoch}, beyond epochs={epochs}, so {self.method.name} would never "
+                "start; lower it, or train by the method of the warm-up"
+            )
+        self._check_loaders(train_loader, val_loader, val_attacks, epochs)
+        while self.epoch < epochs:
+            report = self._train_epoch(train_loader, self.epoch + 1, on_batch_end)
+            if val_loader is not None:
+                report.val = self._judged(self.model, val_loader, val_attacks)
+                if self._ema is not None:
+                    report.val_ema = self._judged(self.ema_model, val_loader, val_attacks)
+            self._end_epoch(report, train_loader)
+            if scheduler is not None:
+                _step(scheduler)
+            if on_epoch_end is not None:
+                on_epoch_end(report)
+        return self.history
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """(epoch under way, 1-based; its batches done)."""
+        return self.epoch + 1, 0 if self._running is None else self._running.batches
+
+    def _train_epoch(self, loader: Iterable, epoch: int, on_batch_end) -> EpochReport:
+        """Trains the rest of the epoch. The loss in the report is still a sum."""
+        method = self._phases.objective(epoch).method
+        if self._running is None:
+            self._running = RunningEpoch(EpochReport(epoch, method.name, 0.0, 0, 0, 0, 0.0, mined=method.mines))
+        running = self._running
+        start = time.perf_counter()
+        for batches in in_groups(rest_of_epoch(loader, epoch, running.batches), method.group):
+            try:
+                steps = self.train_group([self._unpacked(batch) for batch in batches], epoch)
+            except (TypeError, ValueError) as error:
+                kind = type(error) if type(error) in (TypeError, NonFiniteError) else ValueError
+                first, last = running.batches + 1, running.batches + len(batches)
+                where = f"batch {first}" if first == last else f"batches {first} to {last}"
+                raise kind(f"epoch {epoch}, {where}: {error}") from error
+            seconds = time.perf_counter() - start
+            for step in steps:  # all of a group before anybody hears of it: a stop falls between groups
+                running.add(step, seconds / len(steps))
+            if on_batch_end is not None:
+                for step in steps:
+                    on_batch_end(step)
+            start = time.perf_counter()
+        if running.batches == 0:
+            self._running = None
+            raise ValueError(
+                f"train_loader: gave no batch in epoch {epoch}; it must give some in every epoch "
+                "(a generator is spent after one: pass a list or a DataLoader)"
+            )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            running.report.seconds += time.perf_counter() - start
+        return running.report
+
+    def _end_epoch(self, report: EpochReport, loader: Iterable) -> None:
+        """The method and the watch look at the epoch; then it is done."""
+        start = time.perf_counter()
+        objective = self._phases.objective(report.epoch)
+        self._averages = objective.end_epoch(EpochEnd(report.epoch, self.model, report.val, report.val_ema))
+        if self._phases.watches(report.epoch):
+            batch = self._unpacked(first_of_epoch(loader, report.epoch))
+            report.watch = asdict(self._phases.watch(self.model, batch, report.epoch, self.precision))
+        report.seconds += time.perf_counter() - start
+        self._running = None
+        self.epoch += 1
+        report.loss = report.loss / max(report.n_kept, 1)
+        self.history.append(report)
+
+    def _unpacked(self, batch) -> tuple[Tensor, Tensor]:
+        x, y = unpack(batch)
+        return x.to(self.device), y.to(self.device)
+
+    # ------------------------------------------------------------ validation
+    def _check_loaders(self, train_loader, val_loader, val_attacks: Sequence[str], epochs: int) -> None:
+        """What would else show after an epoch only."""
+        left = epochs - self.epoch
+        if isinstance(train_loader, Iterator) and any(self._phases.watches(self.epoch + 1 + i) for i in range(left)):
+            raise ValueError(
+                "train_loader: is an iterator, of which no batch can be drawn again; epochs of one-step attacks are "
+                "watched on one: pass a list or a DataLoader"
+            )
+        if val_loader is None:
+            return
+        plans(val_attacks, **self._budget())
+        passes = left * (1 if self._ema is None else 2)
+        if isinstance(val_loader, Iterator) and passes > 1:
+            raise ValueError(
+                f"val_loader: is an iterator, which is spent after one of {passes} passes; give a list or a DataLoader"
+            )
+
+    def _judged(self, model: nn.Module, loader: Iterable, attacks: Sequence[str]) -> dict[str, ClassAccuracy]:
+        return evaluate(
+            model, loader, attacks, **self._budget(), device=self.device, precision=self.precision, seed=self.seed
+        )
+
+    def _budget(self) -> dict[str, Any]:
+        return {"eps": self._pgd.eps, "step_size": self._pgd.step_size, "norm": self._pgd.norm}
+
+    # ------------------------------------------------------------ state
+    def state_dict(self) -> dict[str, Any]:
+        """All that training goes on from, also between two batches of an epoch: tensors and plain values.
+
+        The loader and a scheduler have states of their own; random generators are the caller's as well (the
+        trainer draws its noise from `seed` and the number of steps done).
+        """
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self._ema is None else self.ema_model.state_dict(),
+            "averages": self._averages,
+            "loss_scale": self._update.state_dict(),
+            **self._phases.state_dict(),
+            "epoch": self.epoch,
+            "steps_done": self.steps_done,
+            "running": None if self._running is None else self._running.to_dict(),
+            "history": [report.to_dict() for report in self.history],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes a state over. Raises: ValueError naming what does not fit; then nothing has changed."""
+        missing = {"model", "optimizer", "ema", "epoch", "steps_done", "running", "history"} - set(state)
+        if missing:
+            raise ValueError(f"state: lacks {', '.join(sorted(missing))}; it must come from Trainer.state_dict()")
+        if (state["ema"] is None) != (self._ema is None):
+            ours, theirs = ("without", "with") if self._ema is None else ("with", "without")
+            raise ValueError(f"ema_decay: this trainer is {ours} a weight average, the state {theirs} one")
+        checks.state_fits("model", self.model, state["model"])
+        if self._ema is not None:
+            checks.state_fits("ema", self.ema_model, state["ema"])
+        running = None if state["running"] is None else RunningEpoch.from_dict(state["running"])
+        history = [EpochReport.from_dict(report) for report in state["history"]]
+        course = self._phases.state_of(state)
+        _check_optimizer(self.optimizer, state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._phases.load_state_dict(course, self.device)
+        self.model.load_state_dict(state["model"])
+        if self._ema is not None:
+            self.ema_model.load_state_dict(state["ema"])
+        self._averages = state.get("averages", True)
+        self._update.load_state_dict(state.get("loss_scale"))
+        self.epoch, self.steps_done = state["epoch"], state["steps_done"]
+        self._running, self.history = running, history
+
+
+class HAMTrainer(Trainer):
+    """`Trainer` with methods.HAM(...) from flat arguments (arXiv 2308.01823).
+
+    Args: as of `Trainer`; and
+        screen_steps: M of the paper, 1 <= M < K.
+        start_epoch: first epoch (1-based) with mining; the epochs before are the warm-up.
+        lam: >= 0, weights are sigmoid(lam * maximum step size), mean 1; a higher lam makes them more uniform.
+        reweight, early_drop: the two mechanisms. Both off is PGD-AT throughout.
+        freeze_bn: from start_epoch on, BatchNorm uses (and keeps) its running statistics, so that it does not shift
+            to those of hard examples.
+        further: other fields of methods.HAM (rows, bn_rows, screen, round_to, easy, step_sizes, group, group_updates)
+            and arguments of `Trainer` (warm_up, natural_epochs, channels_last, compile, cuda_graphs, winograd,
+            keep_memory).
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, eps: float = 8 / 255, step_size: float = 2 / 255,
+        steps: int = 10, screen_steps: int = 3, start_epoch: int = 50, lam: float = 1.0, reweight: bool = True,
+        early_drop: bool = True, norm: str = "linf", freeze_bn: bool = False, ema_decay: float | None = None,
+        device: torch.device | str | None = None, precision: str = "fp32", seed: int = 0, **further: Any,
+    ):  # fmt: skip
+        switches = {name: further.pop(name) for name in list(further) if name in _SWITCHES}
+        method = ham_or_pgd_at(
+            early_drop=early_drop, reweight=reweight, start_epoch=start_epoch, screen_steps=screen_steps, lam=lam,
+            freeze_bn=freeze_bn, **switches,
+        )  # fmt: skip
+        super().__init__(
+            model, optimizer, method, eps=eps, step_size=step_size, steps=steps, norm=norm, ema_decay=ema_decay,
+            device=device, precision=precision, seed=seed, **further,
+        )  # fmt: skip
+
+
+_SWITCHES = ("rows", "bn_rows", "screen", "round_to", "easy", "step_sizes", "group", "group_updates")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Raises: ValueError where a state is of another optimiser: other groups, or other settings in them."""
+    ours, theirs = optimizer.param_groups, state.get("param_groups", [])
+    if [len(group["params"]) for group in ours] != [len(group["params"]) for group in theirs]:
+        raise ValueError("state: its optimizer has other groups of parameters than this trainer's")
+    newer = {"foreach", "fused", "differentiable", "maximize", "capturable", "decoupled_weight_decay"}
+    missing = {name for group in theirs for name in optimizer.defaults.keys() - group.keys()} - newer
+    if missing:
+        raise ValueError(f"state: its optimizer knows no {', '.join(sorted(missing))}; it is of another kind")
+
+
+def _step(scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    with warnings.catch_warnings():
+        # An epoch resumed behind its last batch, or of batches without a hard row, has no optimizer.step before this.
+        warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before")
+        scheduler.step()

@@ -1,0 +1,173 @@
+"""One update of a model from its examples: forward, backward, optimiser; undone where the loss is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..common import checks
+from ..engine import Engine, NonFiniteError, attack_mode, start_read, update_mode
+from ..engine.graphs import Captured, CaptureError, ambient
+from ..methods.mining import Examples
+from ..methods.objective import Objective
+
+Read = Callable[[], list[float]]  # waits for the loss
+
+GRAPH_FROM = 2  # a number of rows is captured when it comes for the second time
+
+
+class Updater:
+    """Steps an optimiser. With CUDA graphs, forward and backward of a number of rows that repeats are replayed."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, engine: Engine, device: torch.device):
+        self.optimizer, self._engine = optimizer, engine
+        # gradients in fp16 vanish below 6e-8; the scaler lifts them, and skips an update where they overflow
+        self._scaler = torch.amp.GradScaler(device.type) if engine.precision == "fp16" else None
+
+    def __call__(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool) -> float:
+        """Returns the loss. Raises: NonFiniteError; parameters, buffers and optimiser are then as before."""
+        freeze_bn = freeze_bn or examples.n_forward == 1  # one row has no statistics of its own
+        with objective.around(model, examples):
+            value = self._gradients(model, objective, examples, freeze_bn)
+            if self._scaler is None:
+                self.optimizer.step()
+            else:
+                self._scaler.step(self.optimizer)
+                self._scaler.update()
+        return value
+
+    def _gradients(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool) -> float:
+        """Forward and backward; undone where the loss is not finite."""
+        buffers = [*model.buffers(), *objective.buffers()]
+        before = [torch.empty_like(b) for b in buffers]
+        _copy(before, buffers)  # BatchNorm's statistics move in the forward, before the loss is judged
+        try:
+            read = self._replayed(model, objective, examples, freeze_bn)
+            (value,) = (read or self._eager(model, objective, examples, freeze_bn))()
+            if not math.isfinite(value):
+                _judge_labels(model, examples)
+                raise NonFiniteError(f"model: the training loss is {value}; nothing was updated")
+        except BaseException:
+            self.optimizer.zero_grad(set_to_none=True)
+            _copy(buffers, before)
+            raise
+        return value
+
+    def _eager(
+        self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool
+    ) -> Callable[[], list[float]]:
+        with self._engine.updating(model, freeze_bn):
+            with self._engine.autocast(examples.x_adv.device):
+                loss = objective.loss(model, examples)
+            self.optimizer.zero_grad(set_to_none=True)
+            read = start_read(loss.detach().reshape(1))  # arrives while the device is busy with the backward
+            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+        return read
+
+    def _replayed(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool):
+        """Loss of a replay where there is a graph for so many rows, else None. There is no padding: rows are exact."""
+        graphs = self._engine.graphs
+        if graphs is None or self._scaler is not None or examples.rest is not None:
+            return None
+        graphs.follow(model)
+        x, parameters = examples.x_adv, list(model.parameters())
+        learned = tuple(p.requires_grad for p in parameters)
+        key = (
+            "update", x.shape, x.stride(), x.dtype, examples.n, examples.weights is None, freeze_bn, objective, learned,
+            ambient(x.device),
+        )  # fmt: skip
+        reached = graphs.shared.setdefault("reached", {})
+        if graphs.sighting(key) < GRAPH_FROM or key not in reached or not graphs.has_room_for(key):
+            read = self._eager(model, objective, examples, freeze_bn)
+            # a parameter that the loss does not reach has no gradient, and none is invented for it
+            reached[key] = [p.grad is not None for p in parameters]
+            return read
+
+        def make() -> _Graphed:
+            has_gradient = [p for p, has in zip(parameters, reached[key], strict=True) if has]
+            return _Graphed(model, has_gradient, objective, examples, freeze_bn, self._engine)
+
+        try:
+            return graphs.kept(key, make).update(examples)
+        except CaptureError as error:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._engine.give_up("cuda_graphs", str(error))
+            return None
+
+    # ------------------------------------------------------------ state
+    def state_dict(self) -> dict | None:
+        """The loss scale of fp16; None in other precisions."""
+        return None if self._scaler is None else self._scaler.state_dict()
+
+    def load_state_dict(self, state: dict | None) -> None:
+        if self._scaler is not None and state is not None:
+            self._scaler.load_state_dict(state)
+
+
+class _Graphed(Captured):
+    """Forward and backward over examples, gradients and a loss that stay in place."""
+
+    def __init__(
+        self, model: nn.Module, reached: list[nn.Parameter], objective: Objective, examples: Examples, freeze_bn: bool,
+        engine: Engine,
+    ):  # fmt: skip
+        like = {name: getattr(examples, name) for name in _LOOKED_AT}
+        super().__init__(engine.graphs, like, examples.n_kept, examples.n)
+        stays = replace(examples, **self.places, index=None, hard=None, max_step=None)
+        self.load(like)
+        gradients = engine.graphs.shared.setdefault("gradients", {})
+        for p in reached:
+            if p not in gradients:
+                gradients[p] = torch.zeros_like(p)
+        has_gradient = set(reached)
+        self._gradients = [(p, gradients[p] if p in has_gradient else None) for p in model.parameters()]
+        self._loss = torch.zeros(1, device=examples.x_adv.device)
+        written = [gradients[p] for p in reached]
+
+        def run() -> None:
+            torch._foreach_zero_(written)
+            with update_mode(model, freeze_bn):
+                with engine.autocast(examples.x_adv.device):
+                    loss = objective.loss(model, stays)
+                loss.backward()
+            self._loss.copy_(loss.detach().reshape(1))
+
+        buffers = [*model.buffers(), *objective.buffers()]
+        before = [b.clone() for b in buffers]
+        self._set_gradients()
+        try:
+            self.capture("update", run)
+        finally:
+            _copy(buffers, before)  # the runs before the capture moved them
+
+    def update(self, examples: Examples) -> Read:
+        self.load({name: getattr(examples, name) for name in _LOOKED_AT})
+        self._set_gradients()
+        self.replay("update")
+        return start_read(self._loss)
+
+    def _set_gradients(self) -> None:
+        for p, gradient in self._gradients:
+            p.grad = gradient
+
+
+_LOOKED_AT = ("x_adv", "x", "y", "weights")  # what a loss may read of its examples
+
+
+def _judge_labels(model: nn.Module, examples: Examples) -> None:
+    """Natural training has no forward before the update's that could tell how many classes there are."""
+    with attack_mode(model), torch.no_grad():
+        classes = model(examples.x_adv[:1]).shape[1]
+    checks.data_facts(0.0, 1.0, *map(float, examples.y.aminmax()), classes)
+
+
+@torch.no_grad()
+def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+    """One launch per dtype where there is a device."""
+    for dtype in {t.dtype for t in to}:
+        mine = [i for i, t in enumerate(to) if t.dtype == dtype]
+        torch._foreach_copy_([to[i] for i in mine], [source[i] for i in mine])
