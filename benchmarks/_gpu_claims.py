@@ -19,7 +19,7 @@ ATTACKS = {"clean": "clean", "pgd20": "PGD-20", "cw20": "CW-20", "autoattack": "
 TITLES = {"pgd_at": "PGD-AT", "ham": "HAM", "ham_frozen_bn": "HAM, frozen BN"}
 AVERAGES = {"ema": "weight average", "last": "last weights"}
 HOLDS = {True: "holds", False: "does not hold", None: "not measured"}
-TIME, EASY_M, EASY_STAY = -0.45, 3, 0.75  # the paper's, as in ham_kernels/report/claims.py
+TIME, EASY_M, EASY_STAY = -0.45, 3, 0.75  # the paper's, as in ham_kernels/report/comparing/claims.py
 PAPER = "Claims of the paper"
 
 

@@ -11,7 +11,7 @@ import pytest
 from fake_runs import fake_run
 
 from ham_kernels import report
-from ham_kernels.report.spread import mean_interval
+from ham_kernels.report.comparing.over_seeds import mean_interval
 
 # two classes, so that std over classes is half their difference
 PGD_AT = ([0.6, 0.2], [0.7, 0.3])  # of seeds 0 and 1: averages 0.4 and 0.5, worst 0.2 and 0.3, std 0.2 and 0.2

@@ -10,20 +10,20 @@ import pytest
 from fake_runs import fake_run
 
 from ham_kernels import report
-from ham_kernels.report import by_class, curves, drawn, figures
+from ham_kernels.report.drawing import by_class, curves, figure_list, figures
 
 
 def section_of(runs, out, monkeypatch):
     """(section of data.json, styles), without drawing."""
     with monkeypatch.context() as patch:
-        patch.setattr(drawn, "ENTRIES", ())
+        patch.setattr(figure_list, "ENTRIES", ())
         report.build(runs, out)
     data = json.loads((out / "data.json").read_text())
     return data["sections"][0], data["styles"]
 
 
 def caption_of(name, section):
-    (entry,) = [entry for entry in drawn.ENTRIES if entry.name == name]
+    (entry,) = [entry for entry in figure_list.ENTRIES if entry.name == name]
     return entry.caption(section)
 
 
@@ -60,7 +60,7 @@ def test_differences_of_many_classes_show_losses_and_gains(tmp_path, monkeypatch
 
 
 def test_the_page_names_the_figure_by_what_it_shows(tmp_path, monkeypatch):
-    monkeypatch.setattr(drawn, "ENTRIES", [e for e in drawn.ENTRIES if e.name == "class_differences"])
+    monkeypatch.setattr(figure_list, "ENTRIES", [e for e in figure_list.ENTRIES if e.name == "class_differences"])
     for classes, title in ((20, "What each class gains or loses"), (21, "Classes that gain or lose most")):
         root = tmp_path / str(classes)
         runs = [
@@ -70,7 +70,7 @@ def test_the_page_names_the_figure_by_what_it_shows(tmp_path, monkeypatch):
 
 
 def test_a_title_that_says_robust_names_the_attack(tmp_path, monkeypatch):
-    monkeypatch.setattr(drawn, "ENTRIES", [e for e in drawn.ENTRIES if e.name == "class_accuracy"])
+    monkeypatch.setattr(figure_list, "ENTRIES", [e for e in figure_list.ENTRIES if e.name == "class_accuracy"])
     run = fake_run(tmp_path / "run", accuracy={"pgd20": [0.5, 0.3]})
     bare = fake_run(tmp_path / "bare")
     page = report.build([run], tmp_path / "out").read_text()

@@ -20,9 +20,9 @@ ACCURACY = {"clean": [0.9, 0.8], "pgd20": [0.5, 0.3]}
 @pytest.fixture
 def without_figures(monkeypatch):
     """Most of a report's time is drawing; these tests read its words."""
-    from ham_kernels.report import drawn
+    from ham_kernels.report.drawing import figure_list
 
-    monkeypatch.setattr(drawn, "ENTRIES", ())
+    monkeypatch.setattr(figure_list, "ENTRIES", ())
 
 
 def built(runs, out, **options):

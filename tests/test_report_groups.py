@@ -8,8 +8,8 @@ import pytest
 from fake_runs import fake_run, interval, write_json
 
 from ham_kernels import report
-from ham_kernels.report.folders import read_runs
-from ham_kernels.report.groups import sections
+from ham_kernels.report.comparing.sections import sections
+from ham_kernels.report.reading.find_runs import read_runs
 
 ACCURACY = {"clean": [0.9, 0.8], "pgd20": [0.5, 0.3]}
 

@@ -18,9 +18,9 @@ HAM = {"clean": [1.0, 0.9], "pgd20": [0.5, 0.4], "cw20": [0.5, 0.35]}
 @pytest.fixture(autouse=True)
 def without_figures(monkeypatch):
     """Most of a report's time is drawing; these tests read its words."""
-    from ham_kernels.report import drawn
+    from ham_kernels.report.drawing import figure_list
 
-    monkeypatch.setattr(drawn, "ENTRIES", ())
+    monkeypatch.setattr(figure_list, "ENTRIES", ())
 
 
 def pair(tmp_path, base=BASE, ours=HAM, base_settings=None, settings=None, **options):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..report.wording import attack_title
+from ..report.text_format import attack_title
 
 
 def verdict(result: dict[str, Any], run: Path) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common.provenance import package_version
-from .folders import lost_cells, read_runs
-from .groups import sections
-from .runs import MARKS, Run, read_run
+from .comparing.sections import sections
+from .reading.find_runs import lost_cells, read_runs
+from .reading.runs import MARKS, Run, read_run
 
 __all__ = ["Run", "build", "read_run", "read_runs"]
 
@@ -42,10 +42,12 @@ def build(
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); it must be text")
     found = sections(read_runs(runs), baseline)
-    from . import drawn, page, summary, tables  # matplotlib loads here
+    from .comparing import summary
+    from .drawing import figure_list  # matplotlib loads here
+    from .writing import page, tables
 
     data = _described({**summary.summarise(found), "lost": lost_cells(runs)}, title)
-    plots, absent = drawn.plots(data)
+    plots, absent = figure_list.plots(data)
     data["figures"] = [plot.file for section in plots for plot in section]
     papers = [tables.paper_table(section) for section in data["sections"]]
     files = {plot.file: plot.png for section in plots for plot in section}

@@ -6,13 +6,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .alike import machines_of, training_of
+from ..reading.evaluations import WEIGHTS, Attack, Interval
+from ..reading.runs import VAL_MEASURES, Run
+from ..text_format import base_attack, margin_attack, steps_of
 from .claims import claims, same_seeds
-from .evaluations import WEIGHTS, Attack, Interval
+from .comparable import machines_of, training_of
 from .groups import Group, Section
-from .runs import VAL_MEASURES, Run
-from .spread import Spread, difference, spread
-from .wording import base_attack, margin_attack, steps_of
+from .over_seeds import Spread, difference, spread
 
 
 def summarise(sections: Sequence[Section]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .alike import same_images, unlike
-from .evaluations import WEIGHTS
-from .spread import difference, mean_interval
-from .wording import attack_title
+from ..reading.evaluations import WEIGHTS
+from ..text_format import attack_title
+from .comparable import same_images, unlike
+from .over_seeds import difference, mean_interval
 
 TIME, WORST, STD = -0.45, 0.032, -0.22  # share of the time, accuracy, share of the std over classes
 ROUNDING = 1e-9  # a gain of exactly 3.2 points holds

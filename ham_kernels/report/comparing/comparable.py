@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .evaluations import WEIGHTS
-from .runs import Run
-from .wording import attack_title
-
-if TYPE_CHECKING:
-    from .groups import Section
+from ..reading.evaluations import WEIGHTS
+from ..reading.runs import Run
+from ..text_format import attack_title
+from .groups import Section
 
 Training = dict[str, list[str]]  # see `training_of`
 

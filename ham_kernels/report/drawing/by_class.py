@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..comparing.over_seeds import reach
+from ..text_format import attack_title, shortened
 from .figures import MANY_GROUPS, Section, Styles, legend_below, shown, style_of
-from .spread import reach
-from .wording import attack_title, shortened
 
 MANY_CLASSES = 20  # above: classes sorted, or only those that change most
 BRIGHT = 43  # percent from which viridis needs black letters

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .evaluations import Interval
+from ..reading.evaluations import Interval
 
 Spread = dict[str, Any]  # see `spread`
 

@@ -7,10 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .claims import EASY_M, EASY_STAY
+from ..comparing.claims import EASY_M, EASY_STAY
+from ..comparing.over_seeds import reach
+from ..text_format import attack_title, shortened
 from .figures import LONG, MANY_GROUPS, Section, Styles, columns_for, legend_below, style_of
-from .spread import reach
-from .wording import attack_title, shortened
 
 
 def hard_fraction(section: Section, styles: Styles) -> Figure | None:

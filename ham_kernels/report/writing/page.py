@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from . import _style
-from .evaluations import WEIGHTS
+from ..drawing.plot import Plot
+from ..reading.evaluations import WEIGHTS
+from ..text_format import NONE, attack_title, duration
+from . import style
 from .tables import Table, all_accuracies, html_table, latex, markdown
-from .wording import NONE, attack_title, duration
 
 PAPER = "https://arxiv.org/abs/2308.01823"
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure as it is embedded."""
-
-    file: str
-    title: str
-    caption: str
-    png: bytes
 
 
 def page(
@@ -40,7 +30,7 @@ def page(
         body += _section(section, data["runs"], tables[i], plots[i], absent[i])
         body.append("</section>")
     body += ["<h2>All runs</h2>", _runs(data["runs"]), _provenance(data["runs"])]
-    return _style.PAGE.substitute(title=escape(data["title"]), style=_style.STYLE, body="\n".join(filter(None, body)))
+    return style.PAGE.substitute(title=escape(data["title"]), style=style.STYLE, body="\n".join(filter(None, body)))
 
 
 def _made(data: dict) -> str:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from .alike import same_images, same_work
-from .evaluations import WEIGHTS
-from .wording import NONE, attack_title, margin_attack, mean_std, mean_std_time
+from ..comparing.comparable import same_images, same_work
+from ..reading.evaluations import WEIGHTS
+from ..text_format import NONE, attack_title, margin_attack, mean_std, mean_std_time
 
 
 @dataclass(frozen=True)

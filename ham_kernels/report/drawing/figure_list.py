@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ..text_format import attack_title
 from . import by_class, curves, figures
-from .page import Plot
-from .wording import attack_title
+from .plot import Plot
 
 Section = dict[str, Any]
 UNDER = " under …"  # in a title: the section's attack

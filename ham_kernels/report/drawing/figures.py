@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .spread import reach
-from .wording import attack_title, shortened
+from ..comparing.over_seeds import reach
+from ..text_format import attack_title, shortened
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = ("o", "^", "D", "v", "P", "X", "<")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..common.locks import held
+from ...common.locks import held
 from .evaluations import MALFORMED, WEIGHTS, Evaluation, integer, number, read_evaluation, text
 
 if sys.version_info >= (3, 11):

@@ -1,0 +1,1 @@
+"""The numbers of data.json to figures; loads matplotlib."""
