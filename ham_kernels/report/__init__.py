@@ -43,18 +43,20 @@ def build(
     found = sections(read_runs(runs), baseline)
     from .comparing import summary
     from .drawing import figure_list  # matplotlib loads here
-    from .writing import page, tables
+    from .writing.page import page
+    from .writing.render import render
+    from .writing.tables import paper_table
 
     data = _described({**summary.summarise(found), "lost": lost_cells(runs)}, title)
     plots, absent = figure_list.plots(data)
     data["figures"] = [plot.file for section in plots for plot in section]
-    papers = [tables.paper_table(section) for section in data["sections"]]
+    papers = [paper_table(section) for section in data["sections"]]
     files = {plot.file: plot.png for section in plots for plot in section}
     files |= {
-        "table.md": "\n".join(map(tables.markdown, papers)).encode(),
-        "table.tex": "\n".join(map(tables.latex, papers)).encode(),
+        "table.md": "\n".join(render("table.md.jinja", table=table) for table in papers).encode(),
+        "table.tex": "\n".join(render("table.tex.jinja", table=table) for table in papers).encode(),
         "data.json": json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n",
-        "index.html": page.page(data, papers, plots, absent).encode(),  # last: it belongs to all that is before it
+        "index.html": page(data, papers, plots, absent).encode(),  # last: it belongs to all that is before it
     }
     _replace(out, files)
     return out / "index.html"
