@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..reading.evaluations import WEIGHTS, Attack, Interval
-from ..reading.runs import VAL_MEASURES, Run
+from ..reading.evaluations import WEIGHTS, Attack, Easy, Interval
+from ..reading.runs import Run
 from ..text_format import base_attack, margin_attack, steps_of
 from .claims import claims, same_seeds
 from .comparable import machines_of, training_of
@@ -97,7 +97,7 @@ def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
         "differences": None,
         "curves": _curves(group.counted),
         "confidence": _confidence([e.confidence for e in shown if e.confidence]),
-        "easy": _easy([e.easy for e in shown if e.easy], [e.easy_steps for e in shown if e.easy]),
+        "easy": _easy([e.easy for e in shown if e.easy]),
         "masking": _masking(group),
     }
 
@@ -148,9 +148,9 @@ def _curves(runs: Sequence[Run]) -> dict[str, Any]:
     }
     for val in ("val", "val_ema"):
         for attack in dict.fromkeys(a for log in logs for e in log.values() for a in getattr(e, val) or {}):
-            for measure in VAL_MEASURES:
-                picks[f"{val}.{attack}.{measure}"] = lambda e, keys=(val, attack, measure): (
-                    (getattr(e, keys[0]) or {}).get(keys[1], {}).get(keys[2])
+            for measure in ("accuracy", "worst_class"):
+                picks[f"{val}.{attack}.{measure}"] = lambda e, val=val, attack=attack, measure=measure: getattr(
+                    (getattr(e, val) or {}).get(attack), measure, None
                 )
     out: dict[str, Any] = {"epoch": epochs, "phase": [_phase(logs, number) for number in epochs]}
     for name, pick in picks.items():
@@ -181,14 +181,14 @@ def _confidence(parts: Sequence) -> dict[str, Any] | None:
     }
 
 
-def _easy(parts: Sequence, steps: Sequence[int | None]) -> dict[str, Any] | None:
+def _easy(parts: Sequence[Easy]) -> dict[str, Any] | None:
     by_m: dict[int, list] = {}
-    for entry in (entry for part in parts for entry in part):
+    for entry in (entry for part in parts for entry in part.by_m):
         by_m.setdefault(entry.m, []).append(entry)
     if not by_m:
         return None
     return {
-        "steps": steps[0],
+        "steps": parts[0].steps,
         "by_m": [
             {
                 "m": m,
@@ -205,17 +205,16 @@ def _masking(group: Group) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for run in group.counted:
         evaluation = run.evaluations.get(group.weights) if group.weights else None
-        for check in (evaluation and evaluation.masking) or ():
-            entry = found.setdefault(
-                check.title, {"check": check.title, "runs": 0, "suspicious": [], "why": [], "not_run": []}
-            )
-            if not check.ran:
-                entry["not_run"].append(check.why)
+        for check in evaluation.masking.checks if evaluation and evaluation.masking else ():
+            title = check.title or check.name
+            entry = found.setdefault(title, {"check": title, "runs": 0, "suspicious": [], "why": [], "not_run": []})
+            if not check.values:
+                entry["not_run"].append(check.why or "")
                 continue
             entry["runs"] += 1
             if check.suspicious:
                 entry["suspicious"].append(run.name)
-                entry["why"].append(check.why)
+                entry["why"].append(check.why or "")
     return list(found.values())
 
 
