@@ -139,8 +139,7 @@ def shared_epochs(runs: Iterable[Run]) -> int:
 
 def machines_of(run: Run) -> list[str]:
     """CPU, cores, GPU of each machine that a run was trained on, in order."""
-    sessions = run.environment.get("sessions")
-    told = [s.get("machine") for s in sessions if isinstance(s, dict)] if isinstance(sessions, list) else []
+    told = [session.get("machine") for session in run.sessions]
     known = [machine for machine in told if isinstance(machine, dict)] or [run.environment.get("machine")]
     return list(dict.fromkeys(map(_machine, known)))
 

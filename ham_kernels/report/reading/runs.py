@@ -70,9 +70,6 @@ class Run:
     def seed(self) -> int | None:
         return self._scalar("run", "seed", int)
 
-    def _command(self, template: str) -> str:
-        return template.format(run=shlex.quote(str(self.folder)))
-
     @property
     def label(self) -> str | None:
         return (self._scalar("run", "label", str) or "").strip() or None
@@ -122,6 +119,15 @@ class Run:
         times = [e.seconds for e in self.epochs]
         whole = [e.epoch for e in self.epochs] == list(range(1, len(times) + 1))
         return sum(times) if times and whole and None not in times else None
+
+    @property
+    def sessions(self) -> list[dict[str, Any]]:
+        """Each time that a process trained it: {"started", "ended", "machine", ...} as far as known."""
+        sessions = self.environment.get("sessions")
+        return [s for s in sessions if isinstance(s, dict)] if isinstance(sessions, list) else []
+
+    def _command(self, template: str) -> str:
+        return template.format(run=shlex.quote(str(self.folder)))
 
     @property
     def missing(self) -> list[tuple[str, str | None]]:

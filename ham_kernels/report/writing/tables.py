@@ -21,18 +21,6 @@ class Cell:
     std: float | None = None  # of `value`
 
 
-class Span(NamedTuple):
-    """Words over the columns from first to last, counted from 1."""
-
-    text: str
-    first: int
-    last: int
-
-    @property
-    def width(self) -> int:
-        return self.last - self.first + 1
-
-
 @dataclass
 class Table:
     """`head` is (what spans several columns or "", what is said of each)."""
@@ -42,10 +30,10 @@ class Table:
     caption: str = ""
 
     @property
-    def spans(self) -> list[Span]:
-        columns = enumerate((span for span, _ in self.head), 1)
-        grouped = [(span, [i for i, _ in members]) for span, members in groupby(columns, key=lambda column: column[1])]
-        return [Span(span, members[0], members[-1]) for span, members in grouped]
+    def spans(self) -> list[tuple[str, list[int]]]:
+        """(words, the columns that they are over, counted from 1)."""
+        columns = groupby(enumerate(self.head, 1), key=lambda column: column[1][0])
+        return [(span, [i for i, _ in members]) for span, members in columns]
 
     @property
     def names(self) -> list[str]:
