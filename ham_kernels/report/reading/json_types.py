@@ -28,6 +28,9 @@ def read_as(kind: Any, value: Any) -> Any:
         return value
     if dataclasses.is_dataclass(kind):
         raw = _expect(Mapping, kind.unpacked(value) if hasattr(kind, "unpacked") else value, "an object")
+        for field in dataclasses.fields(kind):
+            if field.default is dataclasses.MISSING and field.name not in raw:
+                raise KeyError(field.name)
         return kind(**{name: _named(name, hint, raw[name]) for name, hint in _hints(kind).items() if name in raw})
     if origin is tuple:
         return tuple(read_as(args[0], entry) for entry in _expect(list, value, "a list"))
