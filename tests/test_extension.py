@@ -136,6 +136,8 @@ def test_a_wheel_holds_both_packages_and_nothing_stale(checkout):
         infos = [json.loads(archive.read(f"ham_kernels/_build{part}_info.json")) for part in ("", "_cpu")]
     assert [info["status"] for info in infos] == ["skipped", "skipped"]
     assert {"ham_kernels/doctor.py", "ham_kernels/ops/compact.py", "ham_reference/__init__.py"} <= names
+    templates = {path.name for path in (ROOT / "ham_kernels/report/writing/templates").iterdir()}
+    assert {f"ham_kernels/report/writing/templates/{name}" for name in templates} <= names
     assert {name.split("/")[0] for name in names} == {
         "ham_kernels",
         "ham_reference",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -67,7 +68,7 @@ def test_unfinished_and_unevaluated_runs(tmp_path):
     page, data = built(runs, tmp_path / "out")
     assert f"ham train --resume {tmp_path}/p1</code>" in page
     assert f"ham evaluate {tmp_path}/p1</code>" in page
-    assert f"ham train --resume &#x27;{tmp_path}/my run&#x27;</code>" in page
+    assert f"ham train --resume '{tmp_path}/my run'</code>" in html.unescape(page)
     assert "interrupted at epoch 2 of 4" in page
     (section,) = data["sections"]
     base, ham = section["groups"]

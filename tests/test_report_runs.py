@@ -9,6 +9,8 @@ import pytest
 from fake_runs import fake_run, write_json
 
 from ham_kernels import report
+from ham_kernels.report.reading.evaluations import Attack, EasyAt, Interval
+from ham_kernels.report.reading.json_types import read_as
 
 ACCURACY = {"clean": [0.9, 0.8], "pgd20": [0.5, 0.3]}
 
@@ -111,3 +113,29 @@ def test_a_killed_run_is_not_running(tmp_path):
     assert data["runs"][0]["state"] == "stopped"
     (run / ".lock").unlink()
     assert report.read_run(run).state == "stopped"
+
+
+# ---------------------------------------------------------------- types
+def test_json_is_read_as_the_types_of_a_dataclass():
+    assert read_as(EasyAt, {"m": 3, "easy_fraction": 1, "stay_share": float("nan"), "more": []}) == EasyAt(
+        m=3, easy_fraction=1.0, stay_share=None
+    )
+    attack = read_as(Attack, {"accuracy": 0.5, "per_class": [None, {"value": 0.5, "low": 0.4}]})
+    assert attack.accuracy == Interval(0.5)
+    assert attack.per_class == (Interval(None), Interval(0.5, 0.4))
+    assert attack.n is None
+
+
+@pytest.mark.parametrize(
+    ("raw", "error", "words"),
+    [
+        ({}, KeyError, "'m'"),
+        ([], TypeError, r"got \[\] where an object belongs"),
+        ({"m": True}, TypeError, "m: got True where a number belongs"),
+        ({"m": None}, TypeError, "m: got None where a number belongs"),
+        ({"m": 3, "stay_share": "0.3"}, TypeError, "stay_share: got '0.3' where a number belongs"),
+    ],
+)
+def test_what_is_of_another_type_is_named(raw, error, words):
+    with pytest.raises(error, match=f"^{words}$"):
+        read_as(EasyAt, raw)

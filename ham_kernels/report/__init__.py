@@ -6,7 +6,6 @@ import datetime
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,34 +41,25 @@ def build(
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); it must be text")
     found = sections(read_runs(runs), baseline)
-    from .comparing import summary
+    from .comparing.summary import summarise
     from .drawing import figure_list  # matplotlib loads here
-    from .writing import page, tables
+    from .writing.page import page
+    from .writing.render import render
+    from .writing.tables import paper_table
 
-    data = _described({**summary.summarise(found), "lost": lost_cells(runs)}, title)
+    head = {"format": 1, "title": title or "Fair adversarial training: comparison of runs"}
+    head["made"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    data = _plain({**head, "version": package_version(), **summarise(found), "lost": lost_cells(runs)})
     plots, absent = figure_list.plots(data)
-    data["figures"] = [plot.file for section in plots for plot in section]
-    papers = [tables.paper_table(section) for section in data["sections"]]
+    papers = [paper_table(section) for section in data["sections"]]
     files = {plot.file: plot.png for section in plots for plot in section}
-    files |= {
-        "table.md": "\n".join(map(tables.markdown, papers)).encode(),
-        "table.tex": "\n".join(map(tables.latex, papers)).encode(),
-        "data.json": json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n",
-        "index.html": page.page(data, papers, plots, absent).encode(),  # last: it belongs to all that is before it
-    }
+    data["figures"] = list(files)
+    for name in ("table.md", "table.tex"):
+        files[name] = "\n".join(render(f"{name}.jinja", table=table) for table in papers).encode()
+    files["data.json"] = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    files["index.html"] = page(data, papers, plots, absent).encode()  # last: it belongs to all that is before it
     _replace(out, files)
     return out / "index.html"
-
-
-def _described(summary: dict[str, Any], title: str | None) -> dict[str, Any]:
-    data = {
-        "format": 1,
-        "title": title or "Fair adversarial training: comparison of runs",
-        "made": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "version": package_version(),
-        **summary,
-    }
-    return _plain(data)
 
 
 def _plain(value: Any) -> Any:
@@ -89,16 +79,15 @@ def _replace(out: Path, files: dict[str, bytes]) -> None:
     """All files into a folder beside `out` first, then one by one into place: none is ever half written."""
     out.parent.mkdir(parents=True, exist_ok=True)
     old = _figures_of(out / "data.json")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    beside = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True)
+    with beside as temporary:
         for name, content in files.items():
-            (temporary / name).parent.mkdir(exist_ok=True)
-            (temporary / name).write_bytes(content)
+            path = Path(temporary, name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
         (out / "figures").mkdir(parents=True, exist_ok=True)
         for name in files:
-            os.replace(temporary / name, out / name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            os.replace(Path(temporary, name), out / name)
     for name in old - set(files):
         (out / name).unlink(missing_ok=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from ..reading.evaluations import WEIGHTS
+from ..reading.evaluations import WEIGHTS, Evaluation
 from ..reading.runs import Run
 from ..text_format import attack_title
 from .groups import Section
@@ -79,34 +79,45 @@ def _as_number(text: str) -> tuple[float, str]:
 # ---------------------------------------------------------------- in words
 def limits(section: Section) -> list[str]:
     """What a reader must know before comparing the groups of a section."""
-    notes = []
-    shown = [run.evaluations[g.weights] for g in section.groups for run in g.counted if g.weights in run.evaluations]
-    for what, values in (
-        ("test images", {(e.part, e.images) for e in shown}),
-        ("the attack's step size", {e.step_size for e in shown}),
-        ("the precision of the evaluation", {e.precision for e in shown}),
-        ("weights", {e.weights for e in shown}),
-    ):
-        if len(values) > 1:
-            notes.append(f"Not alike in {what}: {'; '.join(sorted(_plain(v) for v in values))}. Compare with care.")
-    for attack in sorted({name for e in shown for name in e.attacks}):
-        images = {e.attacks[attack].n for e in shown if attack in e.attacks}
-        if len(images) > 1:
-            counts = ", ".join(str(n) for n in sorted(images, key=str))
-            notes.append(f"Not alike in images under {attack_title(attack)}: {counts}. Compare with care.")
-    told = [training_of(g.settings, g.counted) for g in section.groups if g.settings]
-    for what, values in unlike(told, [name for name in ALL if name != "machine"]).items():
-        notes.append(f"Trained unlike in {what}: {'; '.join(values)}. Claims on time are judged between equals only.")
     counted = [run for g in section.groups for run in g.counted]
-    commits = sorted({str(run.environment["commit"]) for run in counted if run.environment.get("commit")})
+    shown = [evaluation for g in section.groups for evaluation in g.evaluated(g.weights)]
+    trainings = [training_of(g.settings, g.counted) for g in section.groups if g.settings]
+    return [*_limits_of_evaluations(shown), *_limits_of_trainings(trainings), *_limits_of_runs(counted)]
+
+
+def _limits_of_evaluations(shown: Sequence[Evaluation]) -> list[str]:
+    told = {
+        "test images": {" ".join(str(v) for v in (e.part, e.images) if v is not None) for e in shown},
+        "the attack's step size": {str(e.step_size) for e in shown},
+        "the precision of the evaluation": {str(e.precision) for e in shown},
+        "weights": {WEIGHTS[e.weights] for e in shown},
+    }
+    apart = {what: "; ".join(sorted(values)) for what, values in told.items() if len(values) > 1}
+    for attack in sorted({name for e in shown for name in e.attacks}):
+        images = {str(e.attacks[attack].n) for e in shown if attack in e.attacks}
+        if len(images) > 1:
+            apart[f"images under {attack_title(attack)}"] = ", ".join(sorted(images))
+    return [f"Not alike in {what}: {values}. Compare with care." for what, values in apart.items()]
+
+
+def _limits_of_trainings(trainings: Sequence[Training]) -> list[str]:
+    return [
+        f"Trained unlike in {what}: {'; '.join(values)}. Claims on time are judged between equals only."
+        for what, values in unlike(trainings, [name for name in ALL if name != "machine"]).items()
+    ]
+
+
+def _limits_of_runs(runs: Sequence[Run]) -> list[str]:
+    notes = []
+    commits = sorted({str(run.environment["commit"]) for run in runs if run.environment.get("commit")})
     if len(commits) > 1:
         notes.append(f"Not of one commit: {', '.join(commits)} (-dirty: with changes that no commit holds).")
-    if shared := shared_epochs(counted):
+    if shared := shared_epochs(runs):
         notes.append(
             f"Epochs 1 to {shared} were trained once per seed, for all methods; their time counts in each. So times "
             "differ by the later epochs alone."
         )
-    machines = {machine for run in counted for machine in machines_of(run)}
+    machines = {machine for run in runs for machine in machines_of(run)}
     if len(machines) > 1:
         notes.append(f"Trained on different machines, so times do not compare: {'; '.join(sorted(machines))}.")
     return notes
@@ -128,8 +139,7 @@ def shared_epochs(runs: Iterable[Run]) -> int:
 
 def machines_of(run: Run) -> list[str]:
     """CPU, cores, GPU of each machine that a run was trained on, in order."""
-    sessions = run.environment.get("sessions")
-    told = [s.get("machine") for s in sessions if isinstance(s, dict)] if isinstance(sessions, list) else []
+    told = [session.get("machine") for session in run.sessions]
     known = [machine for machine in told if isinstance(machine, dict)] or [run.environment.get("machine")]
     return list(dict.fromkeys(map(_machine, known)))
 
@@ -140,9 +150,3 @@ def _machine(machine: Any) -> str:
     cores = f", cores: {machine['cores']}" if machine.get("cores") else ""
     gpu = machine.get("gpu")
     return f"{machine.get('cpu') or 'unknown CPU'}{cores}, GPU: {gpu or 'none'}"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(str(v) for v in value if v is not None)
-    return WEIGHTS.get(value, str(value))

@@ -89,19 +89,3 @@ def settings_of(run: Run) -> dict[str, Any]:
     elif flat.get("method.reweight") is False:
         flat.pop("method.lam", None)
     return flat
-
-
-def choose_baseline(section: Section, title: str | None) -> None:
-    if title is not None:
-        found = [g for g in section.groups if g.title == title]
-        if not found:
-            section.notes.append(f"No group here is called “{title}”: nothing is shown relative to a baseline.")
-    else:
-        found = [g for g in section.groups if g.method == "pgd_at"]
-        if len(found) > 1:
-            section.notes.append(f"Several groups are PGD-AT; the baseline is the first, “{found[0].title}”.")
-        elif not found:
-            section.notes.append("No PGD-AT run among these: nothing is shown relative to a baseline.")
-    if found:
-        section.baseline = found[0]
-        section.groups = [found[0], *(g for g in section.groups if g is not found[0])]

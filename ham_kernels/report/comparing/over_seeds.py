@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from scipy.stats import t as student_t
+
 from ..reading.evaluations import Interval
 
 Spread = dict[str, Any]  # see `spread`
@@ -22,13 +24,11 @@ def spread(values: Sequence[Interval | float | None]) -> Spread:
     known = [v for v in intervals if v.value is not None]
     out: Spread = {"mean": None, "std": None, "low": None, "high": None, "n": len(known)}
     out["values"] = [v.value for v in intervals]
-    if known:
-        out["mean"] = mean = statistics.fmean(v.value for v in known)
-        if len(known) > 1:
-            out["std"] = std = statistics.stdev(v.value for v in known)
-            out |= {"low": mean - std, "high": mean + std}
-        else:
-            out |= {"low": known[0].low, "high": known[0].high}
+    if len(known) > 1:
+        mean, std = statistics.fmean(v.value for v in known), statistics.stdev(v.value for v in known)
+        out |= {"mean": mean, "std": std, "low": mean - std, "high": mean + std}
+    elif known:
+        out |= {"mean": known[0].value, "low": known[0].low, "high": known[0].high}
     return out
 
 
@@ -52,18 +52,12 @@ def difference(ours: Spread, base: Spread, paired: bool) -> Spread:
     return out
 
 
-_T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, 1 to 9 degrees of freedom
-_Z975 = 1.959964
-
-
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95 % confidence interval of the mean of independent values, by Student's t; None of fewer than two."""
     if len(values) < 2:
         return None
-    free, z = len(values) - 1, _Z975
-    t = _T975[free - 1] if free <= len(_T975) else z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3) / (96 * free**2)
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
-    mean = statistics.fmean(values)
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    half = float(student_t.ppf(0.975, len(values) - 1)) * error
     return mean - half, mean + half
 
 

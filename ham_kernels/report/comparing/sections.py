@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..reading.runs import Run
 from .comparable import limits
-from .groups import Group, Section, choose_baseline, choose_weights, settings_of
+from .groups import Group, Section, choose_weights, settings_of
 from .titles import canonical, number_repeats, set_titles
 
 
@@ -18,33 +18,33 @@ def sections(runs: Sequence[Run], baseline: str | None = None) -> list[Section]:
     if baseline is not None and baseline not in titles:
         raise ValueError(f"baseline: got {baseline!r}; it must be the title of a group: {', '.join(titles)}")
     for section in out:
-        choose_baseline(section, baseline)
+        _choose_baseline(section, baseline)
         section.notes += limits(section)
     return out
 
 
 def _by_data(runs: Sequence[Run]) -> dict[tuple, list[Run]]:
-    keyed: dict[tuple, list[Run]] = {}
-    waiting = []
-    for run in runs:
-        weights = choose_weights([run])
-        if weights is None:
-            waiting.append(run)
-            continue
-        shown = run.evaluations[weights]
-        key = (run.dataset, shown.norm, shown.eps, shown.classes)
-        for other in [w for w, e in run.evaluations.items() if (e.norm, e.eps, e.classes) != key[1:]]:
-            run.notes.append(
-                f"evaluation/{other}.json: left out, its budget or classes are not those of {weights}.json"
-            )
-            del run.evaluations[other]
-        keyed.setdefault(key, []).append(run)
-    for run in waiting:  # their classes are not known
-        known = (run.dataset, run.norm, run.eps)
-        key = next((k for k in keyed if k[:3] == known), (*known, ()))
-        keyed.setdefault(key, []).append(run)
-    order = {id(run): i for i, run in enumerate(runs)}
-    return {key: sorted(members, key=lambda run: order[id(run)]) for key, members in keyed.items()}
+    """Runs of the same data, budget and classes. One not evaluated, of unknown classes, joins the first that fits."""
+    keys = [_data_of(run) for run in runs]
+    keyed: dict[tuple, list[Run]] = {key: [] for key in keys if key[3] is not None}
+    for run, (*known, classes) in zip(runs, keys, strict=True):
+        if classes is None:
+            classes = next((key[3] for key in keyed if [*key[:3]] == known), ())
+        keyed.setdefault((*known, classes), []).append(run)
+    return keyed
+
+
+def _data_of(run: Run) -> tuple:
+    """(data set, norm, eps, classes) of the evaluation shown. Evaluations of other budgets or classes are left out."""
+    weights = choose_weights([run])
+    if weights is None:
+        return run.dataset, run.norm, run.eps, None
+    shown = run.evaluations[weights]
+    judged = (run.dataset, shown.norm, shown.eps, shown.classes)
+    for other in [w for w, e in run.evaluations.items() if (e.norm, e.eps, e.classes) != judged[1:]]:
+        run.notes.append(f"evaluation/{other}.json: left out, its budget or classes are not those of {weights}.json")
+        del run.evaluations[other]
+    return judged
 
 
 def _section(key: tuple, runs: list[Run]) -> Section:
@@ -62,3 +62,18 @@ def _section(key: tuple, runs: list[Run]) -> Section:
             section.notes.append(f"Not in the means, since not finished: {', '.join(unfinished)}.")
     set_titles(section.groups)
     return section
+
+
+def _choose_baseline(section: Section, title: str | None) -> None:
+    """The group of this title, or the first that is PGD-AT; it becomes the first of its section."""
+    if title is not None:
+        found, none = [g for g in section.groups if g.title == title], f"No group here is called “{title}”"
+    else:
+        found, none = [g for g in section.groups if g.method == "pgd_at"], "No PGD-AT run among these"
+    if not found:
+        section.notes.append(f"{none}: nothing is shown relative to a baseline.")
+        return
+    if len(found) > 1:
+        section.notes.append(f"Several groups are PGD-AT; the baseline is the first, “{found[0].title}”.")
+    section.baseline = found[0]
+    section.groups = [found[0], *(g for g in section.groups if g is not found[0])]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from ..reading.evaluations import WEIGHTS, Attack, Interval
-from ..reading.runs import VAL_MEASURES, Run
+from ..reading.evaluations import WEIGHTS, Attack, Easy
+from ..reading.runs import Epoch, Run
 from ..text_format import base_attack, margin_attack, steps_of
 from .claims import claims, same_seeds
 from .comparable import machines_of, training_of
 from .groups import Group, Section
-from .over_seeds import Spread, difference, spread
+from .over_seeds import difference, spread
 
 
 def summarise(sections: Sequence[Section]) -> dict[str, Any]:
@@ -51,14 +53,19 @@ def _section(section: Section) -> dict[str, Any]:
 
 def headline_attack(groups: Sequence[Group]) -> str | None:
     """The attack behind "robust accuracy": what most groups were judged with, PGD-20 before others."""
-    names = [name for g in groups for name in {n for e in g.evaluated(g.weights) for n in e.attacks} - {"clean"}]
-    return max(sorted(set(names)), key=lambda name: (names.count(name), _preference(name)), default=None)
+    run = [name for name in _attacks_run(groups) if name != "clean"]
+    return max(sorted(set(run)), key=lambda name: (run.count(name), _preference(name)), default=None)
 
 
 def _judging(groups: Sequence[Group], headline: str | None) -> list[str]:
     """The attacks that claims are held against: the headline's, the CW loss and AutoAttack, as far as they were run."""
-    run = [name for g in groups for name in {n for e in g.evaluated(g.weights) for n in e.attacks}]
+    run = _attacks_run(groups)
     return [a for a in dict.fromkeys((headline, margin_attack(run), "autoattack")) if a in run]
+
+
+def _attacks_run(groups: Sequence[Group]) -> list[str]:
+    """Each attack as many times as there are groups that were judged with it."""
+    return [name for g in groups for name in {name for e in g.evaluated(g.weights) for name in e.attacks}]
 
 
 def _preference(attack: str) -> tuple[int, int, int]:
@@ -70,11 +77,9 @@ def _preference(attack: str) -> tuple[int, int, int]:
 
 def _val_attack(groups: Sequence[Group]) -> str | None:
     """The attack of most validation logs."""
-    names = [
-        name for g in groups for run in g.counted for e in run.epochs for name in (e.val or e.val_ema or {})
-    ]  # fmt: skip
-    names = [name for name in names if name != "clean"]
-    return max(sorted(set(names)), key=names.count, default=None)
+    epochs = [e for g in groups for run in g.counted for e in run.epochs]
+    logged = Counter(name for e in epochs for name in e.val or e.val_ema or () if name != "clean")
+    return max(sorted(logged), key=logged.__getitem__, default=None)
 
 
 # ---------------------------------------------------------------- groups
@@ -97,30 +102,29 @@ def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
         "differences": None,
         "curves": _curves(group.counted),
         "confidence": _confidence([e.confidence for e in shown if e.confidence]),
-        "easy": _easy([e.easy for e in shown if e.easy], [e.easy_steps for e in shown if e.easy]),
+        "easy": _easy([e.easy for e in shown if e.easy]),
         "masking": _masking(group),
     }
 
 
 def _accuracies(group: Group, weights: str) -> dict[str, Any]:
-    """{attack: spreads}. A seed without that attack counts as None, so that values stay in the order of seeds."""
+    """{attack: spreads}."""
     found = [run.evaluations.get(weights) for run in group.counted]
     names = dict.fromkeys(name for e in found if e for name in e.attacks)
-    classes = len(next(e.classes for e in found if e))
+    return {name: _accuracy([e and e.attacks.get(name) for e in found]) for name in names}
 
-    def over_seeds(name: str, pick: Callable[[Attack], Interval]) -> Spread:
-        return spread([pick(e.attacks[name]) if e and name in e.attacks else None for e in found])
 
+def _accuracy(judged: Sequence[Attack | None]) -> dict[str, Any]:
+    """Spreads under one attack. A seed without it counts as None, so that values stay in the order of seeds."""
+    known = [a for a in judged if a]
+    classes = zip(*(a.per_class if a else [None] * len(known[0].per_class) for a in judged), strict=True)
     return {
-        name: {
-            "average": over_seeds(name, lambda a: a.accuracy),
-            "worst": over_seeds(name, lambda a: a.worst_class),
-            "std": over_seeds(name, lambda a: a.std),
-            "nstd": over_seeds(name, lambda a: a.nstd),
-            "per_class": [over_seeds(name, lambda a, c=c: a.per_class[c]) for c in range(classes)],
-            "images": sorted({e.attacks[name].n for e in found if e and name in e.attacks}, key=str),
-        }
-        for name in names
+        "average": spread([a and a.accuracy for a in judged]),
+        "worst": spread([a and a.worst_class for a in judged]),
+        "std": spread([a and a.std for a in judged]),
+        "nstd": spread([a and a.nstd for a in judged]),
+        "per_class": [spread(values) for values in classes],
+        "images": sorted({a.n for a in known}, key=str),
     }
 
 
@@ -141,27 +145,23 @@ def _curves(runs: Sequence[Run]) -> dict[str, Any]:
     """{"epoch": [...], name: {"mean", "low", "high"}}; names: loss, hard_fraction, seconds, val.ATTACK.MEASURE..."""
     logs = [{e.epoch: e for e in run.epochs} for run in runs]
     epochs = sorted({number for log in logs for number in log})
-    picks: dict[str, Callable] = {
-        "loss": lambda e: e.loss,
-        "hard_fraction": lambda e: e.hard_fraction,
-        "seconds": lambda e: e.seconds,
-    }
-    for val in ("val", "val_ema"):
-        for attack in dict.fromkeys(a for log in logs for e in log.values() for a in getattr(e, val) or {}):
-            for measure in VAL_MEASURES:
-                picks[f"{val}.{attack}.{measure}"] = lambda e, keys=(val, attack, measure): (
-                    (getattr(e, keys[0]) or {}).get(keys[1], {}).get(keys[2])
-                )
-    out: dict[str, Any] = {"epoch": epochs, "phase": [_phase(logs, number) for number in epochs]}
-    for name, pick in picks.items():
-        points = [spread([pick(log[number]) if number in log else None for log in logs]) for number in epochs]
+    values = [{number: _logged(e) for number, e in log.items()} for log in logs]
+    phases = [next(log[number].phase for log in logs if number in log) for number in epochs]
+    out: dict[str, Any] = {"epoch": epochs, "phase": phases}
+    for name in dict.fromkeys(name for log in values for logged in log.values() for name in logged):
+        points = [spread([log.get(number, {}).get(name) for log in values]) for number in epochs]
         if any(point["mean"] is not None for point in points):
             out[name] = {key: [point[key] for point in points] for key in ("mean", "low", "high")}
     return out
 
 
-def _phase(logs: Sequence[dict], number: int) -> str | None:
-    return next((log[number].phase for log in logs if number in log), None)
+def _logged(epoch: Epoch) -> dict[str, float | None]:
+    """By the names of the curves."""
+    out = {"loss": epoch.loss, "hard_fraction": epoch.hard_fraction, "seconds": epoch.seconds}
+    for val in ("val", "val_ema"):
+        for attack, found in (getattr(epoch, val) or {}).items():
+            out |= {f"{val}.{attack}.{measure}": value for measure, value in asdict(found).items()}
+    return out
 
 
 def _confidence(parts: Sequence) -> dict[str, Any] | None:
@@ -181,14 +181,14 @@ def _confidence(parts: Sequence) -> dict[str, Any] | None:
     }
 
 
-def _easy(parts: Sequence, steps: Sequence[int | None]) -> dict[str, Any] | None:
+def _easy(parts: Sequence[Easy]) -> dict[str, Any] | None:
     by_m: dict[int, list] = {}
-    for entry in (entry for part in parts for entry in part):
+    for entry in (entry for part in parts for entry in part.by_m):
         by_m.setdefault(entry.m, []).append(entry)
     if not by_m:
         return None
     return {
-        "steps": steps[0],
+        "steps": parts[0].steps,
         "by_m": [
             {
                 "m": m,
@@ -204,26 +204,23 @@ def _masking(group: Group) -> list[dict[str, Any]]:
     """One entry per check: for how many runs it was run, in which it was suspicious, and why; or why it was not run."""
     found: dict[str, dict[str, Any]] = {}
     for run in group.counted:
-        evaluation = run.evaluations.get(group.weights) if group.weights else None
-        for check in (evaluation and evaluation.masking) or ():
-            entry = found.setdefault(
-                check.title, {"check": check.title, "runs": 0, "suspicious": [], "why": [], "not_run": []}
-            )
-            if not check.ran:
-                entry["not_run"].append(check.why)
+        evaluation = run.evaluations.get(group.weights)
+        for check in evaluation.masking.checks if evaluation and evaluation.masking else ():
+            title = check.title or check.name
+            entry = found.setdefault(title, {"check": title, "runs": 0, "suspicious": [], "why": [], "not_run": []})
+            if not check.values:
+                entry["not_run"].append(check.why or "")
                 continue
             entry["runs"] += 1
             if check.suspicious:
                 entry["suspicious"].append(run.name)
-                entry["why"].append(check.why)
+                entry["why"].append(check.why or "")
     return list(found.values())
 
 
 # ---------------------------------------------------------------- runs
 def _run(run: Run, section: Section, group: Group) -> dict[str, Any]:
-    versions, sessions = run.environment.get("versions"), run.environment.get("sessions")
-    sessions = [s for s in sessions if isinstance(s, dict)] if isinstance(sessions, list) else []
-    shown = run.evaluations.get(group.weights) if group.weights else None
+    versions, shown = run.environment.get("versions"), run.evaluations.get(group.weights)
     return {
         "name": run.name,
         "folder": str(run.folder),
@@ -244,9 +241,9 @@ def _run(run: Run, section: Section, group: Group) -> dict[str, Any]:
         "machine": "; then ".join(machines_of(run)),
         "versions": {str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},
         "commit": run.environment.get("commit"),
-        "started": sessions[0].get("started") if sessions else None,
-        "ended": sessions[-1].get("ended") if sessions else None,
-        "sessions": len(sessions),
+        "started": run.sessions[0].get("started") if run.sessions else None,
+        "ended": run.sessions[-1].get("ended") if run.sessions else None,
+        "sessions": len(run.sessions),
         "missing": [{"what": what, "command": command} for what, command in run.missing],
         "notes": run.notes,
     }  # fmt: skip

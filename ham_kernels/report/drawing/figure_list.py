@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from matplotlib.figure import Figure
+
 from ..text_format import attack_title
 from . import by_class, curves, figures
 from .plot import Plot
@@ -26,31 +28,25 @@ class _Entry(NamedTuple):
 def plots(data: dict[str, Any]) -> tuple[list[list[Plot]], list[list[str]]]:
     """(figures, titles of those without data), one entry of each per section of data.json."""
     drawn, absent = [], []
-    many = len(data["sections"]) > 1
     with figures.drawing():
         for i, section in enumerate(data["sections"], 1):
-            prefix = f"{i}_{_slug(section['title'])}_" if many else ""
-            drawn.append([])
-            absent.append([])
-            for entry in ENTRIES:
-                figure = entry.draw(section, data["styles"])
-                if figure is None:
-                    absent[-1].append(_titled(entry.title, section))
-                    continue
-                title = entry.of_many if entry.of_many and _many(section) else entry.title
-                file = f"figures/{prefix}{entry.name}.png"
-                drawn[-1].append(Plot(file, _titled(title, section), entry.caption(section), _png(figure)))
+            prefix = f"{i}_{_slug(section['title'])}_" if len(data["sections"]) > 1 else ""
+            found = [(entry, entry.draw(section, data["styles"])) for entry in ENTRIES]
+            drawn.append([_plot(entry, figure, section, prefix) for entry, figure in found if figure])
+            absent.append([_titled(entry.title, section) for entry, figure in found if not figure])
     return drawn, absent
+
+
+def _plot(entry: _Entry, figure: Figure, section: Section, prefix: str) -> Plot:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=figures.DPI)
+    title = entry.of_many if entry.of_many and _many(section) else entry.title
+    file = f"figures/{prefix}{entry.name}.png"
+    return Plot(file, _titled(title, section), entry.caption(section), png.getvalue())
 
 
 def _titled(title: str, section: Section) -> str:
     return title.replace(UNDER, f" under {attack_title(section['attack'])}" if section["attack"] else "")
-
-
-def _png(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=figures.DPI)
-    return buffer.getvalue()
 
 
 def _slug(text: str) -> str:
@@ -80,12 +76,12 @@ def _many(section: Section) -> bool:
 
 
 def _bars(section: Section) -> str:
+    what = f"Accuracy of each class under {attack_title(section['attack'])}."
     if _mapped(section, "accuracy"):
-        return f"Accuracy of each class under {attack_title(section['attack'])}. {MAPPED}"
+        return f"{what} {MAPPED}"
     return (
-        f"Accuracy of each class under {attack_title(section['attack'])}. "
-        f"{_errors(section, _of_classes(section))} Level dashed lines: the worst class, as in the table (mean over "
-        "seeds of each run's worst; below the class that is lowest on average where seeds differ in it)."
+        f"{what} {_errors(section, _of_classes(section))} Level dashed lines: the worst class, as in the table (mean "
+        "over seeds of each run's worst; below the class that is lowest on average where seeds differ in it)."
     )
 
 
@@ -125,13 +121,10 @@ def _confidence(section: Section) -> str:
 
 def _examples(section: Section) -> str:
     """ "PGD-10, 2048 training images"."""
+    names = {"train": "training", None: "unknown"}
     parts = [g["confidence"] for g in section["groups"] if g["confidence"]]
-    return "; ".join(sorted({f"PGD-{p['steps'] or '?'}, {_images(p)}" for p in parts}))
-
-
-def _images(part: dict[str, Any]) -> str:
-    name = {"train": "training", None: "unknown"}.get(part["part"], part["part"])
-    return f"{part['images']} {name} images"
+    told = {f"PGD-{p['steps'] or '?'}, {p['images']} {names.get(p['part'], p['part'])} images" for p in parts}
+    return "; ".join(sorted(told))
 
 
 def _overconfident(section: Section) -> str:

@@ -90,23 +90,21 @@ def worst_against_time(section: Section, styles: Styles) -> Figure | None:
     axes = figure.subplots()
     for group, time, worst in found:
         look = swept.get(group["title"]) or {"markersize": 8, **style_of(group, styles)}
+        look = look | {"linestyle": "none", "zorder": 4 - look["markersize"] / 20}  # small over large
+        x, y = time["mean"] / scale, 100 * worst["mean"]
         x_error, y_error = np.array([reach(time)]).T / scale, 100 * np.array([reach(worst)]).T
-        axes.errorbar(
-            time["mean"] / scale, 100 * worst["mean"], y_error, x_error, fmt="none", ecolor=look["color"],
-            elinewidth=1, capsize=2, alpha=0.7,
-        )  # fmt: skip
-        axes.plot(
-            time["mean"] / scale, 100 * worst["mean"], markeredgecolor="white", markeredgewidth=0.7,
-            **look | {"linestyle": "none", "zorder": 4 - look["markersize"] / 20},  # small over large
-        )  # fmt: skip
+        bars = {"fmt": "none", "ecolor": look["color"], "elinewidth": 1, "capsize": 2, "alpha": 0.7}
+        axes.errorbar(x, y, y_error, x_error, **bars)
+        axes.plot(x, y, markeredgecolor="white", markeredgewidth=0.7, **look)
         runs = [
             (t / scale, 100 * w) for t, w in zip(time["values"], worst["values"], strict=True) if None not in (t, w)
         ]
         if len(runs) > 1:
             axes.plot(*zip(*runs, strict=True), ".", color=look["color"], markersize=4, alpha=0.6)
         if group["baseline"]:
-            axes.axvline(time["mean"] / scale, color=BASELINE["color"], linewidth=0.8, linestyle="dotted")
-            axes.axhline(100 * worst["mean"], color=BASELINE["color"], linewidth=0.8, linestyle="dotted")
+            cross = {"color": BASELINE["color"], "linewidth": 0.8, "linestyle": "dotted"}
+            axes.axvline(x, **cross)
+            axes.axhline(y, **cross)
     axes.set(xlabel=f"training time, {unit}", ylabel=f"worst class under {attack_title(section['attack'])}, %")
     ends = [t / scale for _, time, _ in found for t in _reached(time)]
     axes.set_xlim(0 if min(ends) < max(ends) / 2 else 0.8 * min(ends), 1.04 * max(ends))

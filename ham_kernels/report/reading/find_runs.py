@@ -57,13 +57,10 @@ def _lost(folder: Path) -> list[dict[str, Any]]:
         return []
     notes: list[str] = []
     outcome = read_mapping(folder / SWEEP, notes)
-    problems: dict[str, str] = {}
-    runs, failed = outcome.get("runs"), outcome.get("failed")
-    if isinstance(runs, dict):
-        problems |= {name: "failed" for name, state in runs.items() if state == "failed"}
-    for entry in failed if isinstance(failed, list) else []:
-        if isinstance(entry, dict) and isinstance(entry.get("run"), str):
-            problems[entry["run"]] = str(entry.get("problem") or "failed")
+    states, failed = _of(dict, outcome.get("runs")), _of(list, outcome.get("failed"))
+    problems = {name: "failed" for name, state in states.items() if state == "failed"}
+    told = [entry for entry in failed if isinstance(entry, dict) and isinstance(entry.get("run"), str)]
+    problems |= {entry["run"]: str(entry.get("problem") or "failed") for entry in told}
     if notes:
         problems[SWEEP] = notes[0].removeprefix(f"{SWEEP}: ")
     return [
@@ -71,3 +68,7 @@ def _lost(folder: Path) -> list[dict[str, Any]]:
         for name, problem in problems.items()
         if not (folder / name / "config.toml").is_file()
     ]
+
+
+def _of(kind: type, value: Any) -> Any:
+    return value if isinstance(value, kind) else kind()

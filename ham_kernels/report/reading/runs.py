@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ...common.locks import held
-from .evaluations import MALFORMED, WEIGHTS, Evaluation, integer, number, read_evaluation, text
+from .evaluations import WEIGHTS, Evaluation, read_evaluation
+from .json_types import MALFORMED, read_as
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,22 +22,27 @@ else:
 EVALUATE = "ham evaluate {run}"
 RESUME = "ham train --resume {run}"
 OTHERS = "reports show no other evaluations, of which it has"
-VAL_MEASURES = ("accuracy", "worst_class")
 MARKS = ("config.toml", "status.json", "metrics.jsonl", "evaluation")
 
 
 @dataclass(frozen=True)
+class Validation:
+    accuracy: float | None = None
+    worst_class: float | None = None
+
+
+@dataclass(frozen=True)
 class Epoch:
-    """A line of metrics.jsonl. `val` and `val_ema`: {attack: {"accuracy", "worst_class"}} or None."""
+    """A line of metrics.jsonl. `val` and `val_ema` are by attack."""
 
     epoch: int
-    phase: str | None
-    loss: float | None
-    hard_fraction: float | None
-    skipped: int | None
-    seconds: float | None  # training only
-    val: Mapping[str, Mapping[str, float | None]] | None
-    val_ema: Mapping[str, Mapping[str, float | None]] | None
+    phase: str | None = None
+    loss: float | None = None
+    hard_fraction: float | None = None
+    skipped: int | None = None
+    seconds: float | None = None  # training only
+    val: Mapping[str, Validation] | None = None
+    val_ema: Mapping[str, Validation] | None = None
 
 
 @dataclass
@@ -64,9 +70,6 @@ class Run:
     def seed(self) -> int | None:
         return self._scalar("run", "seed", int)
 
-    def _command(self, template: str) -> str:
-        return template.format(run=shlex.quote(str(self.folder)))
-
     @property
     def label(self) -> str | None:
         return (self._scalar("run", "label", str) or "").strip() or None
@@ -77,7 +80,7 @@ class Run:
 
     @property
     def eps(self) -> float | None:
-        return number(self._scalar("attack", "eps", (int, float)))
+        return read_as(float | None, self._scalar("attack", "eps", (int, float)))
 
     @property
     def norm(self) -> str | None:
@@ -118,6 +121,15 @@ class Run:
         return sum(times) if times and whole and None not in times else None
 
     @property
+    def sessions(self) -> list[dict[str, Any]]:
+        """Each time that a process trained it: {"started", "ended", "machine", ...} as far as known."""
+        sessions = self.environment.get("sessions")
+        return [s for s in sessions if isinstance(s, dict)] if isinstance(sessions, list) else []
+
+    def _command(self, template: str) -> str:
+        return template.format(run=shlex.quote(str(self.folder)))
+
+    @property
     def missing(self) -> list[tuple[str, str | None]]:
         """(what is not there, the command that makes it)."""
         out: list[tuple[str, str | None]] = []
@@ -156,19 +168,25 @@ def read_run(folder: str | Path) -> Run:
     names = (path.name for path in (folder / "evaluation").glob("[!.]*.json"))
     run.others = sorted(name for name in names if name.removesuffix(".json") not in WEIGHTS)
     for weights in WEIGHTS:
-        path = folder / "evaluation" / f"{weights}.json"
-        raw = read_mapping(path, run.notes)
-        if raw:
-            try:
-                judged = run.evaluations[weights] = read_evaluation(weights, raw, run.notes)
-                if weights in ("last", "ema") and run.epochs and judged.epoch not in (None, run.epochs[-1].epoch):
-                    run.notes.append(
-                        f"{_shown(path)} is of epoch {judged.epoch}, the run is at epoch {run.epochs[-1].epoch}: "
-                        f"`{run._command(EVALUATE)}`"
-                    )
-            except MALFORMED as error:
-                run.notes.append(f"{_shown(path)}: not an evaluation ({type(error).__name__}: {error})")
+        _read_evaluation(run, weights)
     return run
+
+
+def _read_evaluation(run: Run, weights: str) -> None:
+    path = run.folder / "evaluation" / f"{weights}.json"
+    raw = read_mapping(path, run.notes)
+    if not raw:
+        return
+    try:
+        judged = run.evaluations[weights] = read_evaluation(weights, raw, run.notes)
+    except MALFORMED as error:
+        run.notes.append(f"{_shown(path)}: not an evaluation ({type(error).__name__}: {error})")
+        return
+    if weights in ("last", "ema") and run.epochs and judged.epoch not in (None, run.epochs[-1].epoch):
+        run.notes.append(
+            f"{_shown(path)} is of epoch {judged.epoch}, the run is at epoch {run.epochs[-1].epoch}: "
+            f"`{run._command(EVALUATE)}`"
+        )
 
 
 # ---------------------------------------------------------------- files
@@ -176,14 +194,24 @@ def _shown(path: Path) -> str:
     return f"evaluation/{path.name}" if path.parent.name == "evaluation" else path.name
 
 
+def _bytes_of(path: Path, notes: list[str]) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        notes.append(f"{_shown(path)}: cannot be read ({error})")
+        return None
+
+
 def read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
     """A TOML or JSON file; {} where there is none. What keeps it from being read goes to `notes`."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-        value = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except FileNotFoundError:
+    content = _bytes_of(path, notes)
+    if content is None:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    try:
+        value = (tomllib if path.suffix == ".toml" else json).loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         notes.append(f"{_shown(path)}: cannot be read ({error})")
         return {}
     if not isinstance(value, dict):
@@ -193,41 +221,17 @@ def read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _read_metrics(path: Path, notes: list[str]) -> list[Epoch]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        notes.append(f"{path.name}: cannot be read ({error})")
-        return []
+    lines = (_bytes_of(path, notes) or b"").rstrip().split(b"\n")
     epochs: list[Epoch] = []
     for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            epoch = _epoch(json.loads(line.decode("utf-8")))
+            epoch = read_as(Epoch, json.loads(line.decode("utf-8")))
         except MALFORMED as error:
-            torn = not any(rest.strip() for rest in lines[i:])
-            what = "torn last line skipped (the run was killed while writing it)" if torn else f"skipped ({error})"
-            notes.append(f"{path.name}, line {i}: {what}")
+            torn = "torn last line skipped (the run was killed while writing it)"
+            notes.append(f"{path.name}, line {i}: {torn if i == len(lines) else f'skipped ({error})'}")
             continue
         # A run resumed from an earlier checkpoint logs epochs again: the later line is of the weights that remain.
-        epochs = [e for e in epochs if e.epoch < epoch.epoch]
-        epochs.append(epoch)
+        epochs = [*(e for e in epochs if e.epoch < epoch.epoch), epoch]
     return epochs
-
-
-def _epoch(raw: Mapping[str, Any]) -> Epoch:
-    def accuracies(key: str):
-        val = raw.get(key)
-        if val is None:
-            return None
-        return {
-            attack: {measure: number(entry.get(measure)) for measure in VAL_MEASURES} for attack, entry in val.items()
-        }
-
-    return Epoch(
-        epoch=int(raw["epoch"]), phase=text(raw.get("phase")), loss=number(raw.get("loss")),
-        hard_fraction=number(raw.get("hard_fraction")), skipped=integer(raw.get("skipped")),
-        seconds=number(raw.get("seconds")), val=accuracies("val"), val_ema=accuracies("val_ema"),
-    )  # fmt: skip
