@@ -13,6 +13,8 @@ import pytest
 
 from ham_kernels import _build, _build_cpu, doctor
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 needs_nvcc = pytest.mark.skipif(_build.find_nvcc() is None, reason="no nvcc to build the extension with")

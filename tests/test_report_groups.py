@@ -124,6 +124,7 @@ def test_labels(tmp_path):
     assert [(g.title, len(g.runs)) for g in section.groups] == [("ours (2)", 1), ("ours", 2), ("HAM, λ=2", 2)]
 
 
+@pytest.mark.slow
 def test_one_section_for_each_data_set_and_budget(tmp_path):
     runs = [
         fake_run(tmp_path / "a", "pgd_at", accuracy=ACCURACY),

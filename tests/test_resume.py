@@ -20,7 +20,7 @@ from ham_kernels.commands.flags import parse_train
 from ham_kernels.runs import RunFolder
 from ham_kernels.validation import Validation
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("no_gpu")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("no_gpu")]
 
 
 def settings(*more: str):
