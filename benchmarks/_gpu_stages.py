@@ -242,7 +242,7 @@ def goals_of(result: dict) -> Iterator[dict]:
 
 # ---------------------------------------------------------------- all but the CIFAR runs
 def stages(o: Options) -> list[Stage]:
-    gpu = ["-m", "gpu and not thorough"]
+    gpu = ["-p", "no:xdist", "-m", "gpu and not thorough"]  # one process, which sees when its CUDA is lost
     few = ["tests/test_ops_library.py", "-k", "sampled or (opcheck and cuda)"] if o.smoke else ["tests"]
     rest = [*few, "-m", "not gpu and not thorough", *(["-n", "8"] if importlib.util.find_spec("xdist") else [])]
     hidden = {"CUDA_VISIBLE_DEVICES": ""}  # what needs no GPU runs as on a machine without one

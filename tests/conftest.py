@@ -7,6 +7,11 @@ import os
 import secrets
 
 import pytest
+
+# One core for each of pytest's processes and for those that tests start. Torch and MKL read this when they are loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -24,9 +29,55 @@ settings.register_profile(
 settings.load_profile("ham")
 
 
+# ---------------------------------------------------------------- two processes
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads these options
+def pytest_cmdline_main(config):
+    """Two processes unless the command line says otherwise, and a file's tests in one of them, for their fixtures."""
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ:
+        return  # the processes of pytest-xdist, which call this too, start no others
+    if option.numprocesses is None and not (option.usepdb or option.trace or option.capture == "no"):
+        option.numprocesses = 2
+    if option.numprocesses and option.dist == "no":
+        option.dist = "loadfile"
+        option.loadscopereorder = False  # in the order below, not by the number of tests
+
+
+def _long_files_first(items) -> None:
+    """So that two processes end at about the same time."""
+    items.sort(key=lambda item: not any(mark.name == "slow" for mark in item.parent.iter_markers()))
+
+
+# ---------------------------------------------------------------- slow tests
+# A test of one CPU second or more is slow, and from three on it must say so. The factor between the two is for what
+# differs between runs: a busy machine takes up to twice the CPU time, and the first test of a process imports more.
+MOST_CPU_SECONDS = 3.0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    before = _cpu_seconds()
+    result = yield
+    used = _cpu_seconds() - before
+    # On a GPU the first test of a kernel compiles it.
+    if used > MOST_CPU_SECONDS and not HAS_GPU and not any(map(item.get_closest_marker, ("slow", "thorough"))):
+        pytest.fail(
+            f"took {used:.1f} CPU seconds, {MOST_CPU_SECONDS:g} are allowed: mark it slow or make it faster",
+            pytrace=False,
+        )
+    return result
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those it has waited for. Time on the clock would depend on who else is at work."""
+    return sum(os.times()[:4])
+
+
 # ---------------------------------------------------------------- GPU tests
 @pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        _long_files_first(items)
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if HAS_GPU and "device" in item.fixturenames and _is_fixture(item):
@@ -75,6 +126,14 @@ def seed() -> int:
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # as the processes that are compared with it
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # for what must be right, or be noticed, with more than one
     yield
     torch.set_num_threads(before)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +12,21 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "channels_last", "every other row", "every other channel", "transposed")
+
+
+def every_pair(*values: Sequence) -> list[tuple]:
+    """Combinations of one value of each, for parametrize, in which any two values of two of them meet.
+
+    A small part of the full product. The first of those that hold the most new pairs is taken, so they are the same
+    in each process.
+    """
+    product = list(itertools.product(*map(range, map(len, values))))
+    pairs = {chosen: set(itertools.combinations(enumerate(chosen), 2)) for chosen in product}
+    missing, taken = set().union(*pairs.values()), []
+    while missing:
+        taken.append(max(product, key=lambda chosen: len(pairs[chosen] & missing)))
+        missing -= pairs[taken[-1]]
+    return [tuple(v[i] for v, i in zip(values, chosen, strict=True)) for chosen in sorted(taken)]
 
 
 def environment(*folders: Path, **more: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import _results  # noqa: E402
 import bench_pgd  # noqa: E402
 
+pytestmark = pytest.mark.slow
 TINY = ["--seeds", "2", "--warmup", "1", "--epochs", "3", "--train-images", "160", "--test-images", "100"]
 
 
@@ -25,7 +26,6 @@ def run(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=env)
 
 
-@pytest.mark.slow
 def test_bench_end_to_end(tmp_path):
     done = run(*TINY, "--methods", "pgd_at,ham,ham_frozen_bn,random,torchattacks", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import bench_run
 
+pytestmark = pytest.mark.slow
 TINY = ["--model", "small_cnn", "--batch-size", "4", "--repetitions", "2", "--device", "cpu", "--check"]
 
 

@@ -21,6 +21,8 @@ import _steps  # noqa: E402
 import _training_report  # noqa: E402
 import bench_training  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 MACHINE = {
     "cpu": "a CPU", "cores": "2", "gpu": "none", "system": "Linux", "python": "3.12", "torch": "2.11", "date": "today",
     "ham_kernels": "0.1.0, commit abc", "torchattacks": "3.5.1",

@@ -14,6 +14,8 @@ import bench_winograd
 
 from ham_kernels.ops.winograd import status
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.skipif(status()[0] is None, reason=status()[1])
 def test_a_short_run(tmp_path, monkeypatch, capsys):

@@ -159,6 +159,7 @@ assert not {{"torch", "ham_kernels"}} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", ["g++", "clang++"])
 def test_real_compilers_have_nothing_to_warn_of(name, tmp_path):

@@ -153,6 +153,7 @@ def test_weights_can_be_read_by_torch_alone(run):
     assert all(torch.equal(v, files.load(path)["model"][k]) for k, v in state["model"].items())
 
 
+@pytest.mark.slow
 def test_output_is_plain_where_nobody_watches(tmp_path):
     process = ham("train", *TINY, "--out", "run", cwd=tmp_path)
     process.stdout.reconfigure(newline="")  # or "\r" would come out as a line's end

@@ -31,6 +31,7 @@ def run(tmp_path_factory, one_thread):
 
 
 # ---------------------------------------------------------------- what it writes
+@pytest.mark.slow
 def test_evaluation_is_written_and_added_to(run, capsys):
     (path,) = evaluate_run(run, QUICK)
     assert path == run / "evaluation/ema.json"
@@ -130,6 +131,7 @@ def test_bad_evaluations_are_refused_before_any_work(settings, message, run):
     assert before == after
 
 
+@pytest.mark.slow
 def test_transfer_from_another_run(run, tmp_path):
     train_command.train(flags.parse_train([*TINY, "--seed", "1"]).settings, tmp_path / "other", quiet=True)
     quick = EvaluateSettings(("last",), ("clean",), masking_images=32, transfer_from=tmp_path / "other", analyses=False)
@@ -224,6 +226,7 @@ def test_numbers_say_what_they_are_of(run):
     )
 
 
+@pytest.mark.slow
 def test_a_bar_ends_before_the_next_line(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
     monkeypatch.setattr(evaluate_command, "on_terminal", lambda: True)

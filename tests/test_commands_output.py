@@ -14,7 +14,7 @@ from runs_helper import ROOT, TINY
 
 from ham_kernels.commands import progress
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
 
 
 def ham(*arguments: str, cwd, **more: str) -> subprocess.Popen:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ from ham_kernels.commands.experiments import cells
 from ham_kernels.runs.folder import RunFolder
 from ham_kernels.runs.presets import preset
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +83,36 @@ def test_sweep_goes_on_and_survives_a_failed_run(tmp_path, run):
     assert own[:2] == warm
 
 
-def test_a_sweep_does_not_mix_settings(tmp_path, run):
-    """Neither in its runs nor in the warm-up that they share, also when the run itself is gone."""
-    command = flags.parse_sweep(["ham", *TINY, "--attacks", "clean", "--out", str(tmp_path / "sweep")])
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, one_thread):
+    """A finished sweep of one run, and what its first call said and noted, whose warm-up could not go on."""
+    out = tmp_path_factory.mktemp("swept") / "sweep"
+    command = flags.parse_sweep(["ham", *TINY, "--attacks", "clean", "--out", str(out)])
+    warm_up = out / "warm-ups/seed0"
+    RunFolder.create(warm_up, sweep_command._warm_up_settings(command.settings))
+    (warm_up / "checkpoints").mkdir()
+    (warm_up / "checkpoints/step_0000000001.pt").write_bytes(b"not a checkpoint")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = sweep_command.sweep(command)
+    first = code, said.getvalue(), json.loads((out / "sweep.json").read_text())
+    shutil.rmtree(warm_up)
     assert sweep_command.sweep(command) == 0
+    return out, first
+
+
+def test_a_run_whose_warm_up_failed_is_tried_again(swept):
+    out, (code, said, outcome) = swept
+    assert code == 1
+    assert "none of step_0000000001.pt" in said
+    assert outcome["runs"] == {"ham-M1-lam1-seed0": "failed"}  # the only trace of a run without a folder
+    assert [f["run"] for f in outcome["failed"]] == ["ham-M1-lam1-seed0"]
+    outcome = json.loads((out / "sweep.json").read_text())
+    assert outcome == {"experiment": "ham", "runs": {"ham-M1-lam1-seed0": "finished"}, "failed": []}
+
+
+def test_a_sweep_does_not_mix_settings(tmp_path, swept):
+    """Neither in its runs nor in the warm-up that they share, also when the run itself is gone."""
+    shutil.copytree(swept[0], tmp_path / "sweep")
     other = flags.parse_sweep(["ham", *TINY, "--lr", "0.01", "--attacks", "clean", "--out", str(tmp_path / "sweep")])
     with pytest.raises(ValueError, match=r"out: .*ham-M1-lam1-seed0 was begun with other settings"):
         sweep_command.sweep(other)
@@ -98,23 +126,6 @@ def test_a_sweep_does_not_mix_settings(tmp_path, run):
     assert sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()) == [
         "ham-M1-lam2-seed0", "report", "warm-ups",
     ]  # fmt: skip
-
-
-def test_a_run_whose_warm_up_failed_is_tried_again(tmp_path, capsys):
-    command = flags.parse_sweep(["ham", *TINY, "--attacks", "clean", "--out", str(tmp_path / "sweep")])
-    warm_up = tmp_path / "sweep/warm-ups/seed0"
-    RunFolder.create(warm_up, sweep_command._warm_up_settings(command.settings))
-    (warm_up / "checkpoints").mkdir()
-    (warm_up / "checkpoints/step_0000000001.pt").write_bytes(b"not a checkpoint")
-    assert sweep_command.sweep(command) == 1
-    assert "none of step_0000000001.pt" in capsys.readouterr().out
-    outcome = json.loads((tmp_path / "sweep/sweep.json").read_text())
-    assert outcome["runs"] == {"ham-M1-lam1-seed0": "failed"}  # the only trace of a run without a folder
-    assert [f["run"] for f in outcome["failed"]] == ["ham-M1-lam1-seed0"]
-    shutil.rmtree(warm_up)
-    assert sweep_command.sweep(command) == 0
-    outcome = json.loads((tmp_path / "sweep/sweep.json").read_text())
-    assert outcome == {"experiment": "ham", "runs": {"ham-M1-lam1-seed0": "finished"}, "failed": []}
 
 
 # ---------------------------------------------------------------- before anything is trained

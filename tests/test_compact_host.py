@@ -18,7 +18,10 @@ POISON = -0x55555555
 # 0 and 1; one warp; one CTA of one flag per thread; one tile of 16 flags per thread; several tiles.
 SIZES = [0, 1, 31, 32, 33, 1023, 1024, 1025, 16383, 16384, 16385, 40000, 65536]
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernel for the host")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernel for the host"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,8 @@ import ham_kernels.ops
 
 pytest.importorskip("triton")
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 ARCHS = (80, 90, 100)
 WIDE = re.compile(r"\.(v4\.[bfu]32|v2\.[bfu]64|v8\.[bfu]32|v4\.[bfu]64)$")  # 16 bytes or more

@@ -217,6 +217,7 @@ def test_a_bad_file_is_named(photos, tmp_path, workers):
         data.part_loader(missing, "test")
 
 
+@pytest.mark.slow
 def test_workers_do_not_hold_the_interpreter(photos):
     """An iteration that is given up in the middle, also one that is still referred to when the program ends."""
     folder = Path(photos.files_train[0]).parents[2]

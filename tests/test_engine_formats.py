@@ -138,6 +138,7 @@ def test_images_that_are_not_four_dimensional():
         trainer_of(twin, channels_last="require").train_step(*batches[0], epoch=1)
 
 
+@pytest.mark.slow
 def test_another_model_is_placed_and_compiled_anew(batches, any_half, monkeypatch):
     """trainer.model = other, with an optimizer of its own: nothing of the first model is used any more."""
     Compiler().install(monkeypatch)

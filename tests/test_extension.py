@@ -14,6 +14,8 @@ import pytest
 from ham_kernels.commands import doctor
 from ham_kernels.ops.native import cpu, cuda
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 needs_nvcc = pytest.mark.skipif(cuda.find_nvcc() is None, reason="no nvcc to build the extension with")

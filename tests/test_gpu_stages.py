@@ -20,6 +20,8 @@ import gpu_suite  # noqa: E402
 from _gpu_process import Failed, Shell, Slot  # noqa: E402
 from _gpu_stages import Options, Stage  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def fails(shell: Shell) -> dict:
     raise Failed("as it must")

@@ -25,6 +25,8 @@ import gpu_suite  # noqa: E402
 from _gpu_process import Failed, Shell, Slot  # noqa: E402
 from _gpu_stages import Options, Stage  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SH = ["sh", "-c"]
 
 
@@ -71,7 +73,6 @@ def state(out: Path, stage: str) -> dict | None:
 
 
 # ---------------------------------------------------------------- the whole of it
-@pytest.mark.slow
 def test_smoke_runs_every_stage_and_a_second_call_none(tmp_path):
     out, back = tmp_path / "out", tmp_path / "back"
     command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--smoke", "--out", str(out), "--collect", str(back)]

@@ -52,6 +52,7 @@ def test_certainty_belongs_to_the_last_bin():
     assert result["histogram"][1][0] == 2
 
 
+@pytest.mark.slow
 def test_confidence_is_that_of_the_examples_of_one_attack():
     model, data = robust_cnn(), digit_batches()
     result = confidence(model, data, steps=10, **HOW, threshold=0.8)

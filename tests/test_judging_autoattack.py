@@ -16,6 +16,8 @@ from ham_kernels.evaluation import autoattack, judge
 
 torchattacks = pytest.importorskip("torchattacks")
 
+pytestmark = pytest.mark.slow
+
 BALLS = {"linf": PGD(EPS, STEP_SIZE, 0), "l2": PGD(1.0, 0.25, 0, "l2")}
 
 
@@ -183,7 +185,6 @@ def test_missing_library_says_how_to_get_it(monkeypatch):
     assert model.forward_rows == 0
 
 
-@pytest.mark.slow
 def test_at_full_strength_it_is_at_least_as_strong_as_pgd():
     attacks = ["clean", "pgd20", "cw20", "autoattack"]
     result = ham.evaluate(robust_cnn(), [batch(12)], attacks, eps=EPS, step_size=STEP_SIZE)

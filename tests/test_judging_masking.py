@@ -12,6 +12,8 @@ from torch import nn
 
 from ham_kernels.evaluation import masking
 
+pytestmark = pytest.mark.slow
+
 HOW = {"eps": EPS, "step_size": STEP_SIZE}
 
 

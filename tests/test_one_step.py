@@ -184,6 +184,7 @@ def test_loss_is_the_mean_cross_entropy(name, batch):
         torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_step_training_resists_pgd_and_natural_training_does_not():
     images = data.digits()
     x, y = images.x_train.float() / 255, images.y_train

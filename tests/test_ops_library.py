@@ -126,6 +126,7 @@ def test_the_compiled_loss_has_its_gradient(device):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # of inductor itself
 def test_inductor(device):
@@ -161,6 +162,7 @@ print(ops.backends()["margin_stats"]["cuda"][1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prelude", "choice", "backend", "why"),
     [
@@ -180,6 +182,7 @@ def test_backend_choice(prelude, choice, backend, why):
     assert why in reason
 
 
+@pytest.mark.slow
 def test_unknown_backend():
     run = in_new_process("import ham_kernels.ops", HAM_BACKEND="cudnn")
     assert "ValueError: HAM_BACKEND='cudnn': allowed are auto, triton and torch" in run.stderr

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import DTYPES
+from helpers import DTYPES, every_pair
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -63,12 +63,11 @@ def check(by_kernel, by_reference):
 
 
 # ---------------------------------------------------------------- kernel and reference
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("probs", [False, True], ids=["logits", "probs"])
-@pytest.mark.parametrize(("prev", "max_step"), COMBINATIONS)
-@pytest.mark.parametrize(("n", "classes"), SIZES)
-def test_kernel_is_reference(n, classes, prev, max_step, probs, dtype, device):
-    check(*both(*sample(n, classes, device, prev, max_step, dtype), probs))
+@pytest.mark.parametrize(
+    ("size", "given", "probs", "dtype"), every_pair(SIZES, COMBINATIONS, (False, True), DTYPES), ids=str
+)
+def test_kernel_is_reference(size, given, probs, dtype, device):
+    check(*both(*sample(*size, device, *given, dtype), probs))
 
 
 @pytest.mark.parametrize("probs", [False, True], ids=["logits", "probs"])

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same_bits, in_layout, per_row
+from helpers import DTYPES, LAYOUTS, assert_same_bits, every_pair, in_layout, per_row
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,10 +67,9 @@ def check(by_kernel, by_reference, norm):
         )
 
 
-@pytest.mark.parametrize("rows", [False, True], ids=["numbers", "per row"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "norm", "dtype", "rows"), every_pair(SHAPES, ("linf", "l2"), DTYPES, (False, True)), ids=str
+)
 def test_kernel_is_reference(shape, norm, dtype, rows, device):
     unit = math.prod(shape[1:]) ** 0.5 if norm == "l2" else 1.0  # so that some rows are inside their ball, some not
     eps = torch.rand(shape[0]) * 0.2 * unit if rows else 0.1 * unit

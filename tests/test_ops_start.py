@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, assert_same_bits, in_layout, per_row
+from helpers import DTYPES, LAYOUTS, assert_same_bits, every_pair, in_layout, per_row
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -116,9 +116,7 @@ def test_any_block_size_gives_the_same_numbers(norm, block, device):
 
 
 # ---------------------------------------------------------------- kernel and reference
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "norm", "dtype"), every_pair(SHAPES, ("linf", "l2"), DTYPES), ids=str)
 def test_kernel_is_reference(shape, norm, dtype, device, seed):
     eps = 0.1 if norm == "linf" else 1.0
     for radius in (eps, torch.rand(shape[0]) * eps):

@@ -120,8 +120,8 @@ def test_any_layout_of_images_and_weights(lay, shape):
 @needs_library
 @pytest.mark.parametrize("threads", [1, 3, 16, 64])
 @pytest.mark.parametrize("shape", [(4, 16, 80, 8, 8), (1, 32, 48, 4, 4), (40, 16, 16, 8, 8)], ids=str)
-def test_any_number_of_threads_gives_the_same_bits(threads, shape, monkeypatch):
-    """More threads than blocks of tiles share the output panels of a block."""
+def test_any_number_of_threads_gives_the_same_bits(threads, shape, monkeypatch, two_threads):
+    """More threads than blocks of tiles share the output panels of a block. Two threads take what is cut for many."""
     x, weight = case(shape)
     u = winograd_weights(weight)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)

@@ -183,6 +183,7 @@ def watched(eps: float, epochs: int, digits, width: int = 16) -> tuple[Overfitti
     return check, readings
 
 
+@pytest.mark.slow
 def test_training_that_overfits_is_found(digits):
     """FGSM-RS at eps 0.5 learns to resist itself, and PGD not at all."""
     check, readings = watched(0.5, 14, digits, width=32)
@@ -191,6 +192,7 @@ def test_training_that_overfits_is_found(digits):
     assert readings[-1].multi_step < 8
 
 
+@pytest.mark.slow
 def test_training_that_goes_well_is_not(digits):
     check, readings = watched(0.2, 6, digits)
     assert check.overfitted_at is None
@@ -243,6 +245,7 @@ def learner(digits):
     return model, x, y
 
 
+@pytest.mark.slow
 def test_readings_repeat_and_differ_by_seed_and_epoch(learner):
     def reading(seed, epoch):
         return OverfittingCheck(fgsm_rs(PGD(EPS)).pgd, PGD(EPS, 0.0, 10), seed)(*learner, epoch=epoch)

@@ -59,6 +59,7 @@ def test_bad_arguments(tmp_path):
 
 
 # ---------------------------------------------------------------- missing parts
+@pytest.mark.slow
 def test_unfinished_and_unevaluated_runs(tmp_path):
     runs = [
         fake_run(tmp_path / "p0", "pgd_at", 0, accuracy=ACCURACY),
@@ -235,6 +236,7 @@ def test_a_class_without_images(tmp_path):
     assert "NaN" not in (tmp_path / "out" / "data.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("classes", "groups"), [(2, 2), (21, 2), (100, 8)])
 def test_many_classes_and_methods(tmp_path, classes, groups):
     spread = [0.2 + 0.6 * c / classes for c in range(classes)]
@@ -259,6 +261,7 @@ def test_a_run_given_twice_counts_once_and_equal_names_are_told_apart(tmp_path, 
     assert [run["name"] for run in data["runs"]] == [str(run) for run in runs]
 
 
+@pytest.mark.slow
 def test_a_new_report_replaces_the_old_one(tmp_path):
     run = fake_run(tmp_path / "run", "ham", accuracy=ACCURACY, parts={"easy": fake_runs.easy([0.5])})
     out = tmp_path / "deep" / "out"

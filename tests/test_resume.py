@@ -22,7 +22,7 @@ from ham_kernels.runs import checkpoints
 from ham_kernels.runs.folder import RunFolder
 from ham_kernels.training.validation import Validation
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.usefixtures("no_gpu")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("no_gpu")]
 
 
 def settings(*more: str):

@@ -71,6 +71,7 @@ def test_report_and_phases(digits):
     assert warm_up.seconds > 0
 
 
+@pytest.mark.slow
 def test_cost_of_a_step_is_the_cost_model(digits):
     """2K+3 for PGD-AT, 2M+1+2h(K-M)+3h for HAM, in full-batch forwards."""
     x, y = digits[0][:128], digits[1][:128]

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from helpers import environment
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_every_command_of_the_tutorial_runs(tmp_path):
     pytest.importorskip("torchattacks")

@@ -237,6 +237,7 @@ def test_it_costs_no_forward(batches):
     assert counting.full_batch_forwards(64) == 2 * 5 + 3
 
 
+@pytest.mark.slow
 @needs_library
 def test_it_is_compiled_once(batches, monkeypatch):
     """Its forwards are put in and taken out for every batch; what was compiled with them serves for good."""

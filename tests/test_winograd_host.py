@@ -15,9 +15,10 @@ from ham_kernels.ops.native import cpu
 TESTS = Path(__file__).resolve().parent
 LANES = [w for w in (8, 16) if winograd.status()[0] is not None and w <= winograd.lanes()]
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or platform.machine() != cpu.MACHINE, reason="no g++, or no x86-64"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != cpu.MACHINE, reason="no g++, or no x86-64"),
+]
 
 
 @pytest.fixture(scope="module")

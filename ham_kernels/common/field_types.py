@@ -23,9 +23,10 @@ _BOUNDS = {Ge: (">=", "ge"), Gt: ("above", "gt"), Le: ("<=", "le"), Lt: ("below"
 class Words:
     """How the title of a run names a setting in which it differs from others.
 
-    text: such as "λ={}". by_value: words of single values instead, told wherever a run has them. off: a value that is
-    not worth words. needs: a field of the same class without which (False, or its `off`) this one has no effect.
-    scales: the value follows the number of epochs.
+    text: such as "λ={}", told where runs differ in the setting. by_value: words of single values instead, told wherever
+    a run has one that is not the default; with `apart`, where runs differ in it.
+    off: a value that is not worth words. needs: a field of the same class without which (False, or its `off`) this one
+    has no effect. scales: the value follows the number of epochs.
     """
 
     text: str | None = None
@@ -33,6 +34,7 @@ class Words:
     off: Any = None
     needs: str | None = None
     scales: bool = False
+    apart: bool = False
 
 
 @cache

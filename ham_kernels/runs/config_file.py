@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common import field_types
-from ..methods.settings import Method, with_name
+from ..methods.settings import Method, class_of, with_name
 from .settings import TrainSettings
 
 if sys.version_info >= (3, 11):
@@ -88,7 +88,15 @@ def _method(old: Method, values: dict[str, Any]) -> tuple[Method, dict[str, Any]
     name = values.pop("name", old.name)
     if not isinstance(name, str):
         raise TypeError(f"method.name: got {name!r} ({type(name).__name__}); it must be str")
-    if name == "pgd_at" and "round_to" in values and "easy" not in values:
+    if name == "pgd_at" and values.keys() >= _HAMS and "easy" not in values:
         # config.toml of a time when HAM's switches were written for PGD-AT too, which did not use them
         values = {k: v for k, v in values.items() if k == "start_epoch"}
     return with_name(old, name), values
+
+
+_HAMS = {"screen_steps", "lam", "reweight", "early_drop", "rows"}
+
+
+def method_of(section: dict[str, Any]) -> Method:
+    """The method that a section of config.toml tells. Raises: TypeError, ValueError."""
+    return merge(TrainSettings(method=class_of("pgd_at")()), {"method": section}).method

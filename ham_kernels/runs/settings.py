@@ -84,7 +84,7 @@ class WarmUpSettings:
     name: Annotated[
         str,
         tyro.conf.arg(name="warm-up"),
-        Words(by_value=(("n_fgsm", "after N-FGSM"), ("fgsm_rs", "after FGSM-RS"))),
+        Words("after {}", by_value=(("n_fgsm", "after N-FGSM"), ("fgsm_rs", "after FGSM-RS")), off="pgd_at"),
     ] = "pgd_at"
     """PGD-AT as in HAM's paper, or another method; one-step attacks are watched for catastrophic overfitting."""
     natural_epochs: Annotated[int, Ge(0), Words("{} natural epochs", off=0, scales=True)] = 0
@@ -109,7 +109,7 @@ class OptimSettings:
 
 
 def _told(word: str) -> Words:
-    return Words(by_value=(("on", word), ("require", word)))
+    return Words(by_value=(("on", word), ("require", word)), apart=True)
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ EpochSeconds = Mapping[str, Sequence[Sequence[tuple[int, float | None]]]]  # {ti
 
 
 def claims(groups: Sequence[dict[str, Any]], attacks: Sequence[str], seconds: EpochSeconds) -> list[dict[str, Any]]:
-    """For each HAM group: {"group", "claim", "measured", "value", "seeds", "holds"}.
+    """For each group that mines hard rows: {"group", "claim", "measured", "value", "seeds", "holds"}.
 
     holds is None where it was not judged, or where the seeds leave open on which side of the claim the mean lies.
     """
     base = next((g for g in groups if g["baseline"]), None)
-    if base is None or base["method"] != "pgd_at":
+    if base is None or not base["is_pgd_at"]:
         return []
     out = []
     for group in (g for g in groups if g["mines_hard_rows"]):
@@ -48,7 +48,7 @@ def _times(group: dict, base: dict, seconds: EpochSeconds) -> list[dict]:
     apart = unlike((group["training"], base["training"]))
     out = []
     curves = group["curves"]
-    mining = {e for e, phase in zip(curves["epoch"], curves["phase"], strict=True) if phase == "ham"}
+    mining = {e for e, mines in zip(curves["epoch"], curves["mines"], strict=True) if mines}
     for where, epochs in (("whole run", None), ("mining epochs alone", mining)):
         claim = f"training time {100 * TIME:+.0f} %, {where}".replace("-", "−")
         ours, theirs = ([_total(run, epochs) for run in seconds[g["title"]]] for g in (group, base))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...methods.settings import Method, warm_up_of
 from ..reading.evaluations import WEIGHTS, Evaluation
 from ..reading.runs import Run
 
@@ -13,10 +14,6 @@ from ..reading.runs import Run
 NOT_SETTINGS = {
     "run.seed", "run.label", "run.checkpoint_minutes", "data.path", "data.dataset", "data.root", "data.download",
 }  # fmt: skip
-_MINING = (
-    "screen_steps", "start_epoch", "lam", "reweight", "early_drop", "rows", "freeze_bn", "bn_rows", "screen", "group",
-    "group_updates", "round_to",
-)  # fmt: skip
 
 
 @dataclass
@@ -37,8 +34,20 @@ class Group:
         return [run for run in self.runs if run.finished] or self.runs
 
     @property
-    def method(self) -> str | None:
+    def method(self) -> Method | None:
+        """None where this version knows no such method, or not its settings."""
+        return self.runs[0].method
+
+    @property
+    def method_name(self) -> str | None:
         return self.settings.get("method.name")
+
+    @property
+    def is_pgd_at(self) -> bool:
+        """Plain PGD-AT, which others are compared with."""
+        method = self.method
+        plain = method is None or not (method.mines or method.step_sizes)
+        return self.method_name == "pgd_at" and plain
 
     def evaluated(self, weights: str | None) -> list[Evaluation]:
         return [run.evaluations[weights] for run in self.counted if weights in run.evaluations]
@@ -77,15 +86,27 @@ def settings_of(run: Run) -> dict[str, Any]:
         for key, value in (values.items() if isinstance(values, dict) else [("", values)])
     }
     flat = {key: value for key, value in flat.items() if key not in NOT_SETTINGS}
-    if flat.get("method.group") == 1:
-        flat.pop("method.group_updates", None)
-    if run.method == "pgd_at":
-        cheap = flat.get("warm_up.name", "pgd_at") != "pgd_at" or flat.get("warm_up.natural_epochs")
-        flat = {
-            key: value
-            for key, value in flat.items()
-            if key.removeprefix("method.") not in _MINING or (cheap and key == "method.start_epoch")
-        }
-    elif flat.get("method.reweight") is False:
-        flat.pop("method.lam", None)
-    return flat
+    method = run.method
+    if method is None:
+        return flat
+    flat = {key: value for key, value in flat.items() if not key.startswith("method.")}
+    told = {"name": method.name, **method.in_effect()}
+    if _is_its_own_warm_up(method, flat):
+        del told["start_epoch"]
+    return flat | {f"method.{key}": list(v) if isinstance(v, tuple) else v for key, v in told.items()}
+
+
+def _is_its_own_warm_up(method: Method, settings: dict[str, Any]) -> bool:
+    """Then where it starts has no effect."""
+    try:
+        warm_up = warm_up_of(method, settings.get("warm_up.name", "pgd_at"))
+    except (TypeError, ValueError):
+        return False
+    return warm_up == method and not settings.get("warm_up.natural_epochs")
+
+
+def canonical(value: Any) -> str:
+    """The same text for 1 and 1.0, as TOML written by hand has either; and for a tuple and a list."""
+    if isinstance(value, (list, tuple)):
+        return repr([canonical(v) for v in value])
+    return repr(float(value)) if isinstance(value, int) and not isinstance(value, bool) else repr(value)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from ..reading.runs import Run
 from .comparable import limits
-from .groups import Group, Section, choose_weights, settings_of
-from .titles import canonical, number_repeats, set_titles
+from .groups import Group, Section, canonical, choose_weights, settings_of
+from .titles import number_repeats, set_titles
 
 
 def sections(runs: Sequence[Run], baseline: str | None = None) -> list[Section]:
@@ -69,7 +69,7 @@ def _choose_baseline(section: Section, title: str | None) -> None:
     if title is not None:
         found, none = [g for g in section.groups if g.title == title], f"No group here is called “{title}”"
     else:
-        found, none = [g for g in section.groups if g.method == "pgd_at"], "No PGD-AT run among these"
+        found, none = [g for g in section.groups if g.is_pgd_at], "No PGD-AT run among these"
     if not found:
         section.notes.append(f"{none}: nothing is shown relative to a baseline.")
         return

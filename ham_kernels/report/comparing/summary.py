@@ -87,8 +87,9 @@ def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
     shown = group.evaluated(group.weights)
     return {
         "title": group.title,
-        "method": group.method,
-        "mines_hard_rows": group.method == "ham" and group.settings.get("method.rows", "hard") == "hard",
+        "method": group.settings.get("method.name"),
+        "is_pgd_at": group.is_pgd_at,
+        "mines_hard_rows": group.method is not None and group.method.mines and group.method.rows == "hard",
         "baseline": is_baseline,
         "finished": group.finished,
         "runs": [run.name for run in group.counted],
@@ -146,8 +147,8 @@ def _curves(runs: Sequence[Run]) -> dict[str, Any]:
     logs = [{e.epoch: e for e in run.epochs} for run in runs]
     epochs = sorted({number for log in logs for number in log})
     values = [{number: _logged(e) for number, e in log.items()} for log in logs]
-    phases = [next(log[number].phase for log in logs if number in log) for number in epochs]
-    out: dict[str, Any] = {"epoch": epochs, "phase": phases}
+    logged = [next(log[number] for log in logs if number in log) for number in epochs]
+    out: dict[str, Any] = {"epoch": epochs, "phase": [e.phase for e in logged], "mines": [e.mines for e in logged]}
     for name in dict.fromkeys(name for log in values for logged in log.values() for name in logged):
         points = [spread([log.get(number, {}).get(name) for log in values]) for number in epochs]
         if any(point["mean"] is not None for point in points):

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from .groups import Group, Section
+from ...common import field_types
+from ...common.field_types import Words
+from ...methods.settings import Method
+from ...runs.settings import TrainSettings
+from .groups import Group, Section, canonical
 
-_SWITCHES = {
-    "method.reweight": {False: "no reweighting"},
-    "method.early_drop": {False: "no early drop"},
-    "method.freeze_bn": {True: "frozen BN"},
-    "method.bn_rows": {"all": "BN of all rows"},
-    "method.rows": {},  # random rows are the group's first word
-    "method.screen": {"one_step": "screened by one step"},
-    "method.group_updates": {"one": "one update a group"},
-    "warm_up.name": {"n_fgsm": "after N-FGSM", "fgsm_rs": "after FGSM-RS"},
-    "engine.channels_last": {"on": "channels_last", "require": "channels_last"},
-    "engine.compile": {"on": "compiled", "require": "compiled"},
-    "engine.cuda_graphs": {"on": "CUDA graphs", "require": "CUDA graphs"},
-    "engine.winograd": {"on": "Winograd", "require": "Winograd"},
-}
-_NUMBERS = {
-    "warm_up.natural_epochs": "{} natural epochs", "method.group": "groups of {}", "method.round_to": "rounded to {}",
-    "method.screen_steps": "M={}", "method.lam": "λ={}", "method.start_epoch": "from epoch {}", "attack.eps": "ε={}",
-    "attack.step_size": "step={}", "attack.steps": "K={}", "attack.norm": "{}", "model.name": "{}",
-    "optim.epochs": "{} epochs", "optim.lr": "lr={}", "optim.schedule": "{} schedule", "data.batch_size": "batch={}",
-    "data.train_images": "{} training images", "data.augment": "augment={}", "run.precision": "{}",
-    "run.ema_decay": "EMA={}", "run.device": "{}",
-}  # fmt: skip
-_OFF = {"warm_up.natural_epochs": 0, "method.group": 1, "method.round_to": 1}  # no words for what is not used
-# A preset's and a --config's scale with the epochs: not worth words beside another number of epochs.
-_SCALED = ("method.start_epoch", "optim.milestones", "optim.lr_decay", "warm_up.natural_epochs")
+_ORDER = ("method", "warm_up", "attack", "model", "optim", "data", "run", "engine")
 
 
 def set_titles(groups: list[Group]) -> None:
@@ -55,55 +36,57 @@ def number_repeats(titled: Sequence[Group | Section]) -> None:
 def _title(group: Group, groups: list[Group]) -> str:
     if not group.settings:
         return group.runs[0].name
-    words = [_first_word(group)]
-    for key, names in _SWITCHES.items():
-        word = _switch(group, key, names)
-        told = not key.startswith("engine.") or len({_switch(g, key, names) for g in groups}) > 1
-        if word is not None and told:  # what an option does to all alike sets nobody apart
-            words.append(word)
-    family = [g for g in groups if g.method == group.method]
-    for key in sorted({k for g in groups for k in g.settings} - {"method.name", *_SWITCHES}, key=_rank):
-        peers = [g for g in (family if key.startswith("method.") else groups) if g.settings]
-        if key == "method.lam":  # without reweighting there is no λ to differ in
-            peers = [g for g in peers if g.settings.get("method.reweight") is not False]
-        if key in _SCALED:
-            epochs = canonical(group.settings.get("optim.epochs"))
-            peers = [g for g in peers if canonical(g.settings.get("optim.epochs")) == epochs]
-        if group not in peers or len({canonical(g.settings.get(key)) for g in peers}) < 2:
-            continue
-        if key in _OFF and group.settings.get(key, _OFF[key]) == _OFF[key]:
-            continue
-        words.append(_setting_text(key, group.settings.get(key)))
-    return ", ".join(words)
+    method = group.method
+    title = [method.title if method else str(group.method_name or "unknown method")]
+    groups = [g for g in groups if g.settings]
+    family = [g for g in groups if g.method_name == group.method_name]
+    known = _known(method)
+    unknown = sorted({key for g in groups for key in g.settings} - {"method.name", *known})
+    for key in (*known, *unknown):
+        default, words = known.get(key, (None, Words()))
+        peers = family if key.startswith("method.") else groups
+        if key.startswith("method.") and method is not None:
+            peers = [g for g in peers if key in g.settings]  # in others it has no effect
+        if group in peers:
+            title.append(_word(group, peers, key, default, words))
+    return ", ".join(word for word in title if word)
 
 
-def _switch(group: Group, key: str, names: dict) -> str | None:
+def _known(method: Method | None) -> dict[str, tuple[Any, Words]]:
+    """{"section.key": (default, words)}, in the order in which titles tell them."""
+    sections = {f.name: getattr(TrainSettings(), f.name) for f in dataclasses.fields(TrainSettings)}
+    sections["method"] = Method() if method is None else type(method)()
+    return {
+        f"{name}.{key}": (getattr(sections[name], key), words)
+        for name in _ORDER
+        for key, words in field_types.words(type(sections[name])).items()
+    }
+
+
+def _word(group: Group, peers: Sequence[Group], key: str, default: Any, words: Words) -> str | None:
+    """By value: where it is not the default. Others: where peers differ in it."""
     value = group.settings.get(key)
-    return names.get(value) if isinstance(value, (bool, str)) else None
+    if words.scales:
+        epochs = canonical(group.settings.get("optim.epochs"))
+        peers = [g for g in peers if canonical(g.settings.get("optim.epochs")) == epochs]
+    by_value = {canonical(of): text for of, text in words.by_value}
+    texts = {by_value.get(canonical(g.settings.get(key))) for g in peers}
+    if canonical(value) in by_value:
+        told = len(texts) > 1 if words.apart else canonical(value) != canonical(default)
+        return by_value[canonical(value)] if told else None
+    differ = len({canonical(g.settings.get(key)) for g in peers}) > 1
+    if not differ or canonical(value) == canonical(words.off) or (words.by_value and words.text is None):
+        return None
+    return _setting_text(key, value, words)
 
 
-def canonical(value: Any) -> str:
-    """The same text for 1 and 1.0, as TOML written by hand has either."""
-    return repr(float(value)) if isinstance(value, int) and not isinstance(value, bool) else repr(value)
-
-
-def _first_word(group: Group) -> str:
-    if group.method == "pgd_at":
-        return "PGD-AT"
-    if group.method == "ham":
-        return "random rows" if group.settings.get("method.rows") == "random" else "HAM"
-    return str(group.method or "unknown method")
-
-
-def _rank(key: str) -> tuple[int, str]:
-    order = list(_NUMBERS)
-    return (order.index(key) if key in order else len(order), key)
-
-
-def _setting_text(key: str, value: Any) -> str:
-    shown = f"{value:g}" if isinstance(value, float) else str(value)
+def _setting_text(key: str, value: Any, words: Words) -> str:
     if key == "run.ema_decay" and not value:
         return "no EMA"
-    if value is None or key not in _NUMBERS:
-        return f"{key.split('.', 1)[-1] or key}={'unset' if value is None else shown}"
-    return _NUMBERS[key].format(shown)
+    if value is None or words.text is None:
+        return f"{key.split('.', 1)[-1] or key}={'unset' if value is None else _shown(value)}"
+    return words.text.format(" ".join(map(_shown, value)) if isinstance(value, list) else _shown(value))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

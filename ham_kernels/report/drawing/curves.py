@@ -135,9 +135,8 @@ def start_of_mining(section: Section) -> int | None:
     """The first epoch that mines, if it is the same for all groups that do."""
     starts = set()
     for group in section["groups"]:
-        mining = [
-            e for e, phase in zip(group["curves"]["epoch"], group["curves"]["phase"], strict=True) if phase == "ham"
-        ]
+        curves = group["curves"]
+        mining = [e for e, mines in zip(curves["epoch"], curves["mines"], strict=True) if mines]
         starts |= set(mining[:1])
     return starts.pop() if len(starts) == 1 else None
 

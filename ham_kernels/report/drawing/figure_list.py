@@ -148,7 +148,7 @@ def _hard(section: Section) -> str:
 
 def _training(section: Section) -> str:
     mines = any(g["mines_hard_rows"] and "loss" in g["curves"] for g in section["groups"])
-    loss = " Where HAM mines, its loss is over hard rows only and not comparable with PGD-AT's." if mines else ""
+    loss = " Where a method mines, its loss is of the rows that stay: not comparable with others." if mines else ""
     return f"{_hard(section)}{loss}"
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ...common.locks import held
+from ...methods.settings import Method
+from ...runs.config_file import method_of
 from .evaluations import WEIGHTS, Evaluation, read_evaluation
 from .json_types import MALFORMED, read_as
 
@@ -43,6 +45,12 @@ class Epoch:
     seconds: float | None = None  # training only
     val: Mapping[str, Validation] | None = None
     val_ema: Mapping[str, Validation] | None = None
+    mined: bool | None = None  # rows were screened or weighed
+
+    @property
+    def mines(self) -> bool:
+        """Logs of before do not tell; only HAM did."""
+        return self.phase == "ham" if self.mined is None else self.mined
 
 
 @dataclass
@@ -67,6 +75,14 @@ class Run:
         return value if isinstance(value, kind) and not isinstance(value, bool) else None
 
     @property
+    def method(self) -> Method | None:
+        """The method, where this version knows it and its settings."""
+        try:
+            return method_of(self.config["method"])
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    @property
     def seed(self) -> int | None:
         return self._scalar("run", "seed", int)
 
@@ -75,7 +91,7 @@ class Run:
         return (self._scalar("run", "label", str) or "").strip() or None
 
     @property
-    def method(self) -> str | None:
+    def method_name(self) -> str | None:
         return self._scalar("method", "name", str)
 
     @property
