@@ -21,7 +21,7 @@ from ham_kernels.data.files import open_image
 # ---------------------------------------------------------------- the table
 def test_table_of_facts_is_light_and_complete():
     code = (
-        "import sys; from ham_kernels.data.facts import SETS; import ham_kernels.data; print(*SETS); "
+        "import sys; from ham_kernels.data.table import SETS; import ham_kernels.data; print(*SETS); "
         "print(*{'torch', 'torchvision', 'sklearn', 'numpy'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

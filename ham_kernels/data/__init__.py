@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .batches import Batches
     from .files import FileBatches
     from .folders import class_folders
-    from .loaders import Loaders, loaders, part_loader
+    from .loading import Loaders, loaders, part_loader
     from .named import digits
     from .sets import FileSet, ImageSet
     from .sources import load
@@ -27,14 +27,14 @@ _HOMES = {
     "FileBatches": "files",
     "FileSet": "sets",
     "ImageSet": "sets",
-    "Loaders": "loaders",
+    "Loaders": "loading",
     "SETS": "table",
     "SetFacts": "table",
     "class_folders": "folders",
     "digits": "named",
     "load": "sources",
-    "loaders": "loaders",
-    "part_loader": "loaders",
+    "loaders": "loading",
+    "part_loader": "loading",
 }
 
 __all__ = [

@@ -12,7 +12,7 @@ import pkgutil
 from ..common.lazy import names_of
 from .settings import Method, class_of, names
 
-_MACHINERY = {"settings", "objective", "mining", "loss"}
+_MACHINERY = {"settings", "objective", "mining", "batch_loss"}
 _FIRST = ("pgd_at", "ham", "trades")  # in help and tables; the others follow by name
 
 _found = {module.name for module in pkgutil.iter_modules(__path__)} - _MACHINERY
@@ -25,8 +25,8 @@ _HOMES = {
     "EpochEnd": "objective",
     "Objective": "objective",
     "weighted_ce": "objective",
-    "ham_loss": "loss",
-    "loss": "loss",
+    "ham_loss": "batch_loss",
+    "loss": "batch_loss",
 }
 __all__ = [*_CLASSES, *_HOMES, "Method", "names"]
 

@@ -16,7 +16,7 @@ from ..common import checks
 from ..engine import Engine, EngineOptions, NonFiniteError, Stopwatch, model_device
 from ..evaluation import ClassAccuracy, evaluate
 from ..evaluation.named_attacks import plans
-from ..methods.loss import ham_or_pgd_at
+from ..methods.batch_loss import ham_or_pgd_at
 from ..methods.objective import EpochEnd
 from ..methods.settings import Method
 from .batches import check_group, first_of_epoch, in_groups, rest_of_epoch, unpack
