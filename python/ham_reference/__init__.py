@@ -5,6 +5,7 @@ against it; the public names, signatures and random numbers are the same.
 """
 
 from .method import ham_loss, hard_examples, pgd_attack, step_size_weights
+from .trades import trades_loss
 from .trainer import HAMTrainer
 
-__all__ = ["HAMTrainer", "ham_loss", "hard_examples", "pgd_attack", "step_size_weights"]
+__all__ = ["HAMTrainer", "ham_loss", "hard_examples", "pgd_attack", "step_size_weights", "trades_loss"]
