@@ -65,6 +65,17 @@ def test_names():
     assert len({class_of(name).title for name in methods.names()}) == len(methods.names())
 
 
+def test_the_old_name_of_the_room(batches):
+    with pytest.warns(DeprecationWarning, match=r"ham_kernels\.recipes is ham_kernels\.methods now"):
+        from ham_kernels import recipes
+    x, y = batches[0]
+    recipe = recipes.ham(PGD(**ATTACK), 2, lam=0.5)
+    assert recipe.method == methods.HAM(screen_steps=2, lam=0.5)
+    assert recipes.n_fgsm(PGD(**ATTACK), 1.0).method == methods.NFGSM(noise=1.0)
+    assert recipes.pgd_at(PGD(**ATTACK)).examples(small_cnn(), x, y, seed=1, step=1).n_kept == len(y)
+    assert recipes.ham_loss is ham.ham_loss
+
+
 # ---------------------------------------------------------------- each by itself
 @every_method
 def test_trains_and_goes_on_bit_by_bit(name, batches):
