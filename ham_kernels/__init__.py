@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from .methods import ham_loss, loss
     from .runs.presets import preset
     from .runs.settings import TrainSettings
+    from .training.ham_trainer import HAMTrainer
     from .training.overfitting import OverfittingWarning
     from .training.reports import EpochReport, StepReport
-    from .training.trainer import HAMTrainer, Trainer
+    from .training.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -38,7 +39,7 @@ _HOMES = {
     "loss": "methods",
     "EpochReport": "training.reports",
     "OverfittingWarning": "training.overfitting",
-    "HAMTrainer": "training.trainer",
+    "HAMTrainer": "training.ham_trainer",
     "StepReport": "training.reports",
     "TrainSettings": "runs.settings",
     "Trainer": "training.trainer",

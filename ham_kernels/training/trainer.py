@@ -16,7 +16,6 @@ from ..common import checks
 from ..engine import Engine, EngineOptions, NonFiniteError, Stopwatch, model_device
 from ..evaluation import ClassAccuracy, evaluate
 from ..evaluation.named_attacks import plans
-from ..methods.batch_loss import ham_or_pgd_at
 from ..methods.objective import EpochEnd
 from ..methods.settings import Method
 from .batches import check_group, first_of_epoch, in_groups, rest_of_epoch, unpack
@@ -323,41 +322,6 @@ class Trainer:
         self._update.load_state_dict(state.get("loss_scale"))
         self.epoch, self.steps_done = state["epoch"], state["steps_done"]
         self._running, self.history = running, history
-
-
-class HAMTrainer(Trainer):
-    """`Trainer` with methods.HAM(...) from flat arguments (arXiv 2308.01823).
-
-    Args: as of `Trainer`; and
-        screen_steps: M of the paper, 1 <= M < K.
-        start_epoch: first epoch (1-based) with mining; the epochs before are the warm-up.
-        lam: >= 0, weights are sigmoid(lam * maximum step size), mean 1; a higher lam makes them more uniform.
-        reweight, early_drop: the two mechanisms. Both off is PGD-AT throughout.
-        freeze_bn: from start_epoch on, BatchNorm uses (and keeps) its running statistics, so that it does not shift
-            to those of hard examples.
-        further: other fields of methods.HAM (rows, bn_rows, screen, round_to, easy, step_sizes, group, group_updates)
-            and arguments of `Trainer` (warm_up, natural_epochs, channels_last, compile, cuda_graphs, winograd,
-            keep_memory).
-    """
-
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, eps: float = 8 / 255, step_size: float = 2 / 255,
-        steps: int = 10, screen_steps: int = 3, start_epoch: int = 50, lam: float = 1.0, reweight: bool = True,
-        early_drop: bool = True, norm: str = "linf", freeze_bn: bool = False, ema_decay: float | None = None,
-        device: torch.device | str | None = None, precision: str = "fp32", seed: int = 0, **further: Any,
-    ):  # fmt: skip
-        switches = {name: further.pop(name) for name in list(further) if name in _SWITCHES}
-        method = ham_or_pgd_at(
-            early_drop=early_drop, reweight=reweight, start_epoch=start_epoch, screen_steps=screen_steps, lam=lam,
-            freeze_bn=freeze_bn, **switches,
-        )  # fmt: skip
-        super().__init__(
-            model, optimizer, method, eps=eps, step_size=step_size, steps=steps, norm=norm, ema_decay=ema_decay,
-            device=device, precision=precision, seed=seed, **further,
-        )  # fmt: skip
-
-
-_SWITCHES = ("rows", "bn_rows", "screen", "round_to", "easy", "step_sizes", "group", "group_updates")
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
