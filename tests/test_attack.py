@@ -12,7 +12,7 @@ from torch import nn
 import ham_kernels as ham
 import ham_reference as reference
 from ham_kernels import engine
-from ham_kernels.attack.pgd import PGD, advance, begin, cw_gradient
+from ham_kernels.attack.pgd import PGD, Attack, cw_gradient
 
 EPS = {"linf": (0.2, 0.05), "l2": (1.0, 0.25)}
 
@@ -183,9 +183,9 @@ def test_cw_raises_the_margin_where_softmax_saturates(batch):
     for loss in ("ce", "cw"):
         pgd = PGD(0.1, 0.02, 5, random_start=False, loss=loss)
         with engine.attack_mode(model):
-            active = begin(x, y, pgd, 0, 0)
-            advance(model, active, pgd.steps, pgd, engine.BatchGuard(x, y))
-        ends[loss] = active.x_adv
+            attack = Attack(model, x, y, pgd, seed=0, step=0)
+            attack.steps(pgd.steps)
+        ends[loss] = attack.rows.x_adv
     lead = {loss: torch.topk(inner(x_adv), 2).values @ torch.tensor([1.0, -1.0]) for loss, x_adv in ends.items()}
     before = torch.topk(inner(x), 2).values @ torch.tensor([1.0, -1.0])
     still = (ends["ce"] == x).flatten(1).all(1)
@@ -198,9 +198,9 @@ def test_observer_sees_the_logits_at_each_point(batch):
     model, (x, y) = Counting(small_cnn().eval()), batch
     pgd, seen = PGD(0.2, 0.05, 3), {}
     with engine.attack_mode(model):
-        active = begin(x, y, pgd, 1, 0)
-        start = active.x_adv.clone()
-        advance(model, active, 3, pgd, engine.BatchGuard(x, y), on_logits=lambda k, z: seen.setdefault(k, z))
+        attack = Attack(model, x, y, pgd, seed=1, step=0)
+        start = attack.rows.x_adv.clone()
+        attack.steps(3, lambda k, z: seen.setdefault(k, z))
         assert model.forward_rows == 3 * len(x)  # looking costs no forward
         torch.testing.assert_close(seen[0], model(start))
     assert list(seen) == [0, 1, 2]

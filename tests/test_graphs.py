@@ -18,6 +18,7 @@ from graph_helpers import (
     twins,
 )
 from nets import Broken, sgd, small_cnn
+from objectives import keep, mine
 from torch import Tensor, nn
 
 import ham_kernels as ham
@@ -25,7 +26,6 @@ import ham_reference as reference
 from ham_kernels.attack.replay import Bucket
 from ham_kernels.engine import PLAIN, Engine, EngineOptions, EngineWarning
 from ham_kernels.engine.graphs import BUCKETS, bucket_of
-from ham_kernels.methods.mining import Keep, StepSizeWeights, mine
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_budgets_per_row_follow_into_the_graphs(norm, loss):
     for low, high in ((0.05, 0.4), (0.3, 0.01)):
         eps = torch.linspace(low, high, 48) * (5 if norm == "l2" else 1)
         pgd = ham.PGD(eps, eps / 4, 5, norm, loss=loss)
-        a, b = (mine(model, x, y, pgd, Keep("hard", 2), StepSizeWeights(), seed=1, step=0, engine=e)
+        a, b = (mine(model, x, y, pgd, keep("hard", 2), 1.0, seed=1, step=0, engine=e)
                 for e in (engine, PLAIN))  # fmt: skip
         assert 0 < a.n_hard == b.n_hard
         assert torch.equal(a.index, b.index)

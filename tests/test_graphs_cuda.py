@@ -11,6 +11,7 @@ import torch
 from engine_helpers import SETTINGS, ragged_batches
 from graph_helpers import RAGGED, examples_of
 from nets import sgd, small_cnn
+from objectives import WithLoss
 from torch import nn
 
 import ham_kernels as ham
@@ -264,6 +265,7 @@ def test_many_numbers_of_rows_take_little_memory(exact_convolutions, width, size
     layers = [nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64, width), nn.Linear(width, width)]
     model = nn.Sequential(*layers, nn.Linear(width, 10)).cuda()
     device = torch.device("cuda", torch.cuda.current_device())
+    pgd_at = WithLoss(weighted_ce)
     update = Updater(sgd(model), Engine(EngineOptions(cuda_graphs="require"), device), device)
 
     def visit(n):
@@ -271,7 +273,7 @@ def test_many_numbers_of_rows_take_little_memory(exact_convolutions, width, size
         x_adv, x = (t.cuda().repeat(1, 1, size // 8, size // 8) for t in (e.x_adv, e.x))
         on_device = Examples(x_adv, x, e.y.cuda(), e.weights.cuda(), n, n, None)
         for _ in range(3):
-            update(model, weighted_ce, on_device, False)
+            update(model, pgd_at, on_device, False)
 
     visit(64)
     torch.cuda.synchronize()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from graph_helpers import (
     twins,
 )
 from nets import Broken, sgd, small_cnn
+from objectives import WithLoss
 from torch import Tensor, nn
 
 import ham_kernels as ham
@@ -28,6 +30,12 @@ from ham_kernels.training.update import Updater
 @pytest.fixture(scope="module")
 def batches():
     return ragged_batches(RAGGED)
+
+
+@functools.cache
+def objective(loss) -> WithLoss:
+    """One for each loss: graphs are kept by it."""
+    return WithLoss(loss)
 
 
 def updater_of(model: nn.Module, capture=None) -> Updater:
@@ -50,7 +58,7 @@ def test_an_update_reads_its_own_examples(loss, weighted):
     ours, theirs = updater_of(model, Recorder()), updater_of(twin)
     for seed in range(6):
         examples = examples_of(24, seed, weighted)
-        losses = ours(model, loss, examples, False), theirs(twin, loss, examples, False)
+        losses = ours(model, objective(loss), examples, False), theirs(twin, objective(loss), examples, False)
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert_same_model(model, twin)
 
@@ -61,7 +69,7 @@ def test_frozen_statistics_are_a_graph_of_their_own():
     ours, theirs = updater_of(model, Recorder()), updater_of(twin)
     for seed, frozen in enumerate((False, False, False, True, True, True, False, True)):
         for update, m in ((ours, model), (theirs, twin)):
-            update(m, weighted_ce, examples_of(24, seed), frozen)
+            update(m, objective(weighted_ce), examples_of(24, seed), frozen)
     assert model[2].num_batches_tracked == 4
     assert_same_model(model, twin)
 
@@ -86,8 +94,8 @@ def test_gradients_of_another_loss_do_not_stay():
     ours, theirs = updater_of(model, Recorder()), updater_of(twin)
     for seed in range(5):
         for loss in (both, weighted_ce):
-            ours(model, loss, examples_of(24, seed), False)
-            theirs(twin, loss, examples_of(24, seed), False)
+            ours(model, objective(loss), examples_of(24, seed), False)
+            theirs(twin, objective(loss), examples_of(24, seed), False)
     assert_same_model(model, twin)
 
 
@@ -96,11 +104,11 @@ def test_graphs_of_an_update_share_their_gradients():
     model = small_cnn()
     update = updater_of(model, Recorder())
     for n in (20, 20, 24, 24, 28, 28):  # the first of each is eager, and makes gradients anew
-        update(model, weighted_ce, examples_of(n, n), False)
+        update(model, objective(weighted_ce), examples_of(n, n), False)
     assert len(update._engine.graphs) == 3
     where = set()
     for n in (20, 24, 28):
-        update(model, weighted_ce, examples_of(n, n), False)
+        update(model, objective(weighted_ce), examples_of(n, n), False)
         where.add(model[1].weight.grad.data_ptr())
     assert len(where) == 1
 
@@ -110,10 +118,10 @@ def test_graphs_of_an_update_share_their_images():
     model = small_cnn()
     update = updater_of(model, Recorder())
     for n in (28, 28, 24, 24, 20, 20):
-        update(model, weighted_ce, examples_of(n, n), False)
+        update(model, objective(weighted_ce), examples_of(n, n), False)
     graphed = list(update._engine.graphs._kept.values())
     assert len(graphed) == 3
-    assert len({g._examples.x_adv.untyped_storage().data_ptr() for g in graphed}) == 1
+    assert len({g.places["x_adv"].untyped_storage().data_ptr() for g in graphed}) == 1
 
 
 def test_an_update_that_failed_once_is_captured_later():
@@ -129,10 +137,10 @@ def test_an_update_that_failed_once_is_captured_later():
     twin = copy.deepcopy(model.inner)
     ours, theirs = updater_of(model, Recorder()), updater_of(twin)
     with pytest.raises(RuntimeError, match="once"):
-        ours(model, weighted_ce, examples_of(24, 0), False)
+        ours(model, objective(weighted_ce), examples_of(24, 0), False)
     for seed in range(4):
-        ours(model, weighted_ce, examples_of(24, seed), False)
-        theirs(twin, weighted_ce, examples_of(24, seed), False)
+        ours(model, objective(weighted_ce), examples_of(24, seed), False)
+        theirs(twin, objective(weighted_ce), examples_of(24, seed), False)
     assert len(ours._engine.graphs) == 1
     assert_same_model(model.inner, twin)
 
@@ -145,7 +153,7 @@ def test_more_numbers_of_rows_than_graphs_are_not_captured_over_and_over(monkeyp
     update = updater_of(model, recorder)
     for _ in range(5):
         for n in range(20, 26):
-            update(model, weighted_ce, examples_of(n, n), False)
+            update(model, objective(weighted_ce), examples_of(n, n), False)
     assert 0 < len(update._engine.graphs) <= 3
     assert recorder.captures <= 6
 
@@ -154,14 +162,14 @@ def test_nan_in_a_replay_changes_nothing():
     model = small_cnn()
     update = updater_of(model, Recorder())
     for seed in range(3):
-        update(model, weighted_ce, examples_of(24, seed), False)
+        update(model, objective(weighted_ce), examples_of(24, seed), False)
     before = copy.deepcopy((model.state_dict(), update.optimizer.state_dict()))
     bad = examples_of(24, 9)
     bad.weights[3] = torch.nan
     with pytest.raises(ham.NonFiniteError, match="nothing was updated"):
-        update(model, weighted_ce, bad, False)
+        update(model, objective(weighted_ce), bad, False)
     assert str(before) == str((model.state_dict(), update.optimizer.state_dict()))
-    assert torch.isfinite(torch.tensor(update(model, weighted_ce, examples_of(24, 5), False)))
+    assert torch.isfinite(torch.tensor(update(model, objective(weighted_ce), examples_of(24, 5), False)))
 
 
 def test_gradients_cleared_by_the_caller(batches):

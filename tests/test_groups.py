@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 from nets import Broken, Constant, Counting, sgd, small_cnn
+from objectives import keep, mine, mine_group
 from torch.nn import functional as F
 
 import ham_kernels as ham
 import ham_reference as reference
 from ham_kernels import data
-from ham_kernels.methods.mining import Examples, Keep, StepSizeWeights, mine, mine_group
+from ham_kernels.methods.mining import Examples
 from ham_reference.method import evaluating, input_gradient, is_hard, pgd_step, start_point
 
 K, M = 5, 2
@@ -50,11 +51,11 @@ def joined(group) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.cat(part) for part in zip(*group, strict=True))
 
 
-def mined(model, group, keep=None, weigh=StepSizeWeights(), one=False, **how) -> list[Examples]:  # noqa: B008
+def mined(model, group, kept=None, weigh=1.0, one=False, **how) -> list[Examples]:
     x, y = joined(group)
     sizes = [len(y)] if one else [len(labels) for _, labels in group]
-    keep = Keep("hard", M) if keep is None else keep
-    return mine_group(model, x, y, ham.PGD(**HOW | how), keep, weigh, sizes=sizes, seed=4, step=9)
+    kept = keep("hard", M) if kept is None else kept
+    return mine_group(model, x, y, ham.PGD(**HOW | how), kept, weigh, sizes=sizes, seed=4, step=9)
 
 
 def trainer_of(model, **choices) -> ham.HAMTrainer:
@@ -76,7 +77,7 @@ def test_a_group_is_mined_as_one_batch(trained, group, rows, norm):
     """The reference's rows and examples of the batches together; each batch has its own, and weights of mean 1."""
     how = {"norm": "linf"} if norm == "linf" else {"norm": "l2", "eps": 1.0, "step_size": 0.25}
     x, y = joined(group)
-    parts = mined(trained, group, Keep("hard", M) if rows == "hard" else Keep(), **how)
+    parts = mined(trained, group, keep("hard", M) if rows == "hard" else keep(), **how)
     x_adv, _, weights, kept = reference.hard_examples(
         trained, x, y, **HOW | how, screen_steps=M, lam=1.0, reweight=True, early_drop=rows == "hard", seed=4, step=9
     )
@@ -103,33 +104,34 @@ def test_a_group_is_mined_as_one_batch(trained, group, rows, norm):
 def test_a_group_for_one_update_is_one_batch(trained, group):
     x, y = joined(group)
     (one,) = mined(trained, group, one=True)
-    alone = mine(trained, x, y, ham.PGD(**HOW), Keep("hard", M), StepSizeWeights(), seed=4, step=9)
+    alone = mine(trained, x, y, ham.PGD(**HOW), keep("hard", M), 1.0, seed=4, step=9)
     for name in ("x_adv", "x", "y", "weights", "index"):
         assert torch.equal(getattr(one, name), getattr(alone, name))
     assert (one.n, one.n_hard) == (alone.n, alone.n_hard)
 
 
-def test_random_rows_are_as_many_in_each_batch(trained, group):
-    hard, random = mined(trained, group), mined(trained, group, Keep("random", M, rest=True))
+def test_random_rows_are_as_many_in_the_group(trained, group):
+    hard, random = mined(trained, group), mined(trained, group, keep("random", M, rest=True))
     starts = [sum(RAGGED[:i]) for i in range(len(RAGGED))]
     x, y = joined(group)
     for a, b, start in zip(hard, random, starts, strict=True):
-        assert (a.n, a.n_hard) == (b.n, b.n_hard) == (b.n, b.n_kept)
+        assert (a.n, a.n_hard) == (b.n, b.n_hard)
         rows = b.index.long()
         assert torch.equal(rows, rows.sort().values)
         assert ((rows >= start) & (rows < start + b.n)).all()
         assert torch.equal(b.y, y[rows])
         assert torch.equal(b.x, x[rows])
         assert len(b.rest) == b.n - b.n_kept
+    assert sum(a.n_kept for a in hard) == sum(b.n_kept for b in random)
     assert not torch.equal(torch.cat([p.index for p in hard]), torch.cat([p.index for p in random]))
 
 
 def test_each_batch_draws_its_own_random_rows():
-    """Of two equal batches, half of each hard, not the same places."""
+    """Of two equal batches, half of the group hard, not the same places."""
     y = torch.arange(64) % 2
     batch = torch.rand(64, 1, 8, 8), y
-    a, b = mined(Constant([5.0, 0.0]), [batch, batch], Keep("random", M))
-    assert a.n_kept == b.n_kept == 32
+    a, b = mined(Constant([5.0, 0.0]), [batch, batch], keep("random", M))
+    assert a.n_kept + b.n_kept == 64
     assert not torch.equal(a.index, b.index - 64)
 
 
@@ -138,7 +140,7 @@ def test_the_rest_of_each_batch_is_its_own(trained, group, rows):
     """BatchNorm over all rows: those that leave are images of the same batch, one screening away."""
     starts = [sum(RAGGED[:i]) for i in range(len(RAGGED))]
     x, _ = joined(group)
-    for part, start in zip(mined(trained, group, Keep(rows, M, rest=True)), starts, strict=True):
+    for part, start in zip(mined(trained, group, keep(rows, M, rest=True)), starts, strict=True):
         gone = sorted(set(range(start, start + part.n)) - set(part.index.tolist()))
         assert len(part.rest) == len(gone)
         assert part.n_forward == part.n
@@ -171,7 +173,7 @@ def test_cost_of_a_group(trained, group):
 def test_rounding_fills_up_with_the_rows_of_least_margin(trained, group, multiple, rest):
     x, y = joined(group)
     plain = mined(trained, group, one=True)[0]
-    (part,) = mined(trained, group, Keep("hard", M, rest=rest, round_to=multiple), one=True)
+    (part,) = mined(trained, group, keep("hard", M, rest=rest, round_to=multiple), one=True)
     assert part.n_hard == plain.n_hard
     assert part.n_kept == min(-(-plain.n_hard // multiple) * multiple, len(y))
     screened = reference_screening(trained, x, y, [HOW["step_size"]] * M)
@@ -209,13 +211,13 @@ def reference_screening(model, x, y, step_sizes, norm="linf", eps=HOW["eps"]):
 def test_rounding_where_none_or_all_are_hard(label, hard):
     """Nothing is added to nothing; and there is nothing to add to a whole batch."""
     x, y = torch.rand(12, 1, 8, 8), torch.full((12,), label)
-    keep = Keep("hard", M, round_to=5)
-    part = mine(Constant([9.0, 0.0]), x, y, ham.PGD(**HOW), keep, StepSizeWeights(), seed=0, step=0)
+    kept = keep("hard", M, round_to=5)
+    part = mine(Constant([9.0, 0.0]), x, y, ham.PGD(**HOW), kept, 1.0, seed=0, step=0)
     assert (part.n_hard, part.n_kept) == (hard, hard)
 
 
 def test_rounded_random_rows(trained, group):
-    (part,) = mined(trained, group, Keep("random", M, rest=True, round_to=16), one=True)
+    (part,) = mined(trained, group, keep("random", M, rest=True, round_to=16), one=True)
     rows = part.index.long()
     assert part.n_kept % 16 == 0
     assert part.n_kept > part.n_hard > 0
@@ -224,9 +226,9 @@ def test_rounded_random_rows(trained, group):
     assert len(part.rest) == part.n - part.n_kept
 
 
-def test_rounding_is_for_one_update(trained, group):
-    with pytest.raises(ValueError, match="round_to: got 4 for 4 updates"):
-        mined(trained, group, Keep("hard", M, round_to=4))
+def test_rounding_is_for_one_update():
+    with pytest.raises(ValueError, match="round_to: got 4 with group=2; rows are rounded for one update of a group"):
+        ham.methods.HAM(round_to=4, group=2)
 
 
 def test_rounding_in_a_trainer(trained, group):
@@ -269,7 +271,7 @@ def test_one_step_screening_is_one_step_of_their_length(trained, digits, norm, p
     if per_row:
         eps, step_size = torch.full((64,), eps), torch.full((64,), step_size)
     pgd = ham.PGD(eps, step_size, K, norm)
-    ours = mine(trained, x, y, pgd, Keep("hard", M, screen="one_step"), StepSizeWeights(0.3), seed=4, step=9)
+    ours = mine(trained, x, y, pgd, keep("hard", M, screen="one_step"), 0.3, seed=4, step=9)
     assert torch.equal(ours.index.long(), kept)
     assert ((ours.x_adv - point).abs() > 1e-5).float().mean() < 0.01
     expected = reference.step_size_weights(torch.stack(steps).amax(0), 0.3)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from nets import Constant, Counting, small_cnn
+from objectives import keep, mine
 
 import ham_reference as reference
 from ham_kernels.attack.pgd import PGD
-from ham_kernels.methods.mining import Keep, StepSizeWeights, mine
 
 K, M = 10, 3
 PGD_SETTINGS = {"eps": 0.2, "step_size": 0.05, "steps": K}
@@ -22,9 +22,8 @@ def batch():
 
 
 def run(model, batch, rows="hard", lam=1.0, seed=4, step=9):
-    keep = Keep(rows, M) if rows != "all" else Keep()
-    weigh = None if lam is None else StepSizeWeights(lam)
-    return mine(model, *batch, PGD(**PGD_SETTINGS), keep, weigh, seed=seed, step=step)
+    kept = keep(rows, M) if rows != "all" else keep()
+    return mine(model, *batch, PGD(**PGD_SETTINGS), kept, lam, seed=seed, step=step)
 
 
 def favours_class_0():
@@ -109,7 +108,7 @@ def test_weights_have_mean_one_and_saturate(batch):
 def test_eps_per_row_follows_the_rows(batch):
     model = favours_class_0()
     eps = torch.linspace(0.05, 0.4, 32)
-    examples = mine(model, *batch, PGD(eps, eps / 4, K), Keep("hard", M), None, seed=1, step=0)
+    examples = mine(model, *batch, PGD(eps, eps / 4, K), keep("hard", M), None, seed=1, step=0)
     delta = (examples.x_adv - examples.x).flatten(1).abs().amax(1)
     assert examples.n_hard > 0
     assert (delta <= eps[examples.index.long()] + 1e-5).all()

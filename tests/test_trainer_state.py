@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 from nets import Counting, sgd, small_cnn
+from objectives import ham as ham_recipe
 from torch.nn import functional as F
 
 import ham_kernels as ham
-from ham_kernels.methods import ham as ham_recipe
 
 HOW = {"eps": 0.2, "step_size": 0.1, "steps": 3, "screen_steps": 1}
 
