@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ham_kernels.ops.compact import compact_launch
+from ham_kernels.ops.jump import jump_launch
 from ham_kernels.ops.margin import margin_stats_launch
 from ham_kernels.ops.pgd import pgd_step_launch
 from ham_kernels.ops.random_start import random_start_launch
@@ -45,6 +46,12 @@ def pgd(dtype=torch.float32, shape=(8, 3, 32, 32), *, active=False, rows=False, 
     count = torch.tensor([4], dtype=torch.int32) if active else None
     per_row = torch.rand(shape[0]) if rows else None
     pgd_step_launch(x, x, x, index, count, 0.1, 0.02, per_row, per_row, 0.0, 1.0, l2)
+
+
+def jump(dtype=torch.float32, shape=(8, 3, 32, 32), *, rows=False, l2=False):
+    x = torch.empty(shape, dtype=dtype)
+    per_row = torch.rand(shape[0]) if rows else None
+    jump_launch(x, x, x, torch.zeros(shape[0], dtype=torch.bool), 7.0, 0.1, per_row, 0.0, 1.0, l2)
 
 
 def start(dtype=torch.float32, shape=(8, 3, 32, 32), *, channels_last=False, rows=False, seed=1, l2=False):
@@ -83,6 +90,11 @@ CASES = {
     "l2 index count rows fp16 large": lambda: pgd(F16, (8, 3, 224, 224), active=True, rows=True, l2=True),
     "l2 index count rows fp16": lambda: pgd(F16, active=True, rows=True, l2=True),
     "l2 one pixel": lambda: pgd(BF16, (8, 1, 1, 1), l2=True),
+    "jump linf fp32": lambda: jump(F32),
+    "jump linf rows bf16": lambda: jump(BF16, rows=True),
+    "jump l2 fp32": lambda: jump(F32, l2=True),
+    "jump l2 rows fp16 large": lambda: jump(F16, (8, 3, 224, 224), rows=True, l2=True),
+    "jump linf one pixel": lambda: jump(F32, (8, 1, 1, 1)),
     "start linf fp32": lambda: start(F32),
     "start linf channels_last rows fp16": lambda: start(F16, channels_last=True, rows=True),
     "start linf one pixel": lambda: start(F32, (8, 1, 1, 1)),

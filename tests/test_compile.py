@@ -56,7 +56,19 @@ def test_no_kernel_is_forgotten(report):
         assert {row["kernel"] for row in report if row["arch"] == arch} == kernels
 
 
-@pytest.mark.parametrize("case", ["linf flat", "linf index count", "l2 fp32", "l2 index count", "start linf fp32"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "linf flat",
+        "linf index count",
+        "l2 fp32",
+        "l2 index count",
+        "start linf fp32",
+        "jump linf fp32",
+        "jump linf rows",
+        "jump l2",
+    ],
+)
 def test_images_move_in_16_byte_pieces(report, case):
     """All image traffic is wide; what is narrow is index, count, eps and step_size: one number each."""
     for row in rows_of(report, case):
@@ -71,7 +83,7 @@ def test_images_move_in_16_byte_pieces(report, case):
 def test_offsets_inside_a_row_fit_32_bits(report):
     """The kernels count elements of a row in int32; only the start of a row is computed in int64."""
     for row in report:
-        if "_pgd_" in row["kernel"] or "_start_" in row["kernel"]:
+        if any(part in row["kernel"] for part in ("_pgd_", "_start_", "_jump_")):
             assert row["types"]["numel"] in ("i32", "constexpr"), row
 
 

@@ -33,6 +33,11 @@ SAMPLES = {  # name of the op: arguments
         lambda: (LAST.clone(), LAST, GRAD[:3], INDEX, COUNT, 0.0, 0.0, ROWS, ROWS, 0.0, 1.0, False),
         lambda: (X.half(), X.half(), GRAD[:3], INDEX, None, 0.1, 0.0, None, ROWS, 0.0, 1.0, True),
     ],
+    "jump_": [
+        lambda: (X.clone(), X, X * 0.9, ROWS > 0.05, 3.0, 0.1, None, 0.0, 1.0, False),
+        lambda: (LAST.clone(), LAST, LAST * 0.9, ROWS > 0.05, 3.0, 0.0, ROWS, 0.0, 1.0, True),
+        lambda: (X[:0].clone(), X[:0], X[:0], ROWS[:0] > 0.05, 3.0, 0.1, None, 0.0, 1.0, False),
+    ],
     "random_start": [
         lambda: (X, 0.1, None, 7, 3, 0.0, 1.0, False),
         lambda: (LAST, 0.0, ROWS, 7, 3, 0.0, 1.0, True),

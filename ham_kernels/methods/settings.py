@@ -151,7 +151,7 @@ class Method:
         """(n_kept,) weight of each row in the loss; None for ones. Here: HAM's, where `reweight` is on."""
         from ..ops import step_size_weights
 
-        if not self.reweight or examples.n_kept == 0:
+        if not self.reweight:
             return None
         return step_size_weights(examples.max_step.contiguous(), self.lam)
 
