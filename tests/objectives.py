@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ham_kernels.attack.pgd import PGD
-from ham_kernels.methods import PGDAT, Objective
+from ham_kernels.methods import FGSMRS, NFGSM, PGDAT, Natural, Objective
 from ham_kernels.methods.batch_loss import ham_or_pgd_at
 from ham_kernels.methods.mining import Examples
 
@@ -12,6 +12,18 @@ def ham(pgd: PGD, screen_steps: int = 3, lam: float = 1.0, **switches) -> Object
     """HAM; with early_drop and reweight off, PGD-AT."""
     switches = {"early_drop": True, "reweight": True, **switches}
     return Objective(ham_or_pgd_at(screen_steps=screen_steps, lam=lam, **switches), pgd)
+
+
+def fgsm_rs(pgd: PGD) -> Objective:
+    return Objective(FGSMRS(), pgd)
+
+
+def n_fgsm(pgd: PGD, noise: float = 2.0) -> Objective:
+    return Objective(NFGSM(noise=noise), pgd)
+
+
+def natural() -> Objective:
+    return Objective(Natural(), PGD())
 
 
 class WithLoss(Objective):

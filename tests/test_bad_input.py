@@ -203,7 +203,7 @@ def test_eps_in_units_of_255_is_asked_about():
 
 
 def test_start_epoch_beyond_epochs():
-    message = r"start_epoch: is 9, beyond epochs=3, so mining would never start"
+    message = r"start_epoch: is 9, beyond epochs=3, so ham would never start"
     with pytest.raises(ValueError, match=message):
         trainer(start_epoch=9).fit([(X, Y)], 3)
     plain = trainer(start_epoch=9, early_drop=False, reweight=False)  # PGD-AT has no start

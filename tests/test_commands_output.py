@@ -50,7 +50,7 @@ def test_a_terminal_without_lambda_shows_the_rest(tmp_path):
     process = ham("train", *TINY, "--out", "run", cwd=tmp_path, PYTHONIOENCODING="ascii")
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
-    assert b"HAM (M 1, ? 1, from epoch 3)" in out
+    assert b"HAM (from epoch 3, M=1, ?=1)" in out
 
 
 def test_only_a_missing_reader_is_passed_over(monkeypatch, capsys):

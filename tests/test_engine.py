@@ -150,7 +150,11 @@ def test_a_pickled_engine_is_a_new_one(any_half):
         ({"precision": "require-fp32"}, ValueError, "precision: got 'require-fp32'"),
         ({"precision": "fp64"}, ValueError, "precision: got 'fp64'"),
         ({"precision": True}, ValueError, "precision: got True"),
-        ({"channels_last": "yes"}, ValueError, "channels_last: got 'yes'; allowed are False, True, 'require'"),
+        (
+            {"channels_last": "yes"},
+            ValueError,
+            "channels_last: got 'yes'; allowed are False, True, 'off', 'on', 'require'",
+        ),
         ({"compile": "max-autotune"}, ValueError, "compile: got 'max-autotune'"),
         ({"cuda_graphs": None}, ValueError, "cuda_graphs: got None"),
         ({"keep_memory": "no"}, TypeError, "keep_memory: got 'no'"),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from nets import Counting, sgd, small_cnn
+from objectives import fgsm_rs, n_fgsm, natural
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,8 +17,6 @@ import ham_kernels as ham
 from ham_kernels import data
 from ham_kernels.attack.step import PGD
 from ham_kernels.common import checks
-from ham_kernels.methods.natural import natural
-from ham_kernels.methods.one_step import fgsm_rs, n_fgsm
 from ham_reference import method
 from ham_reference import one_step as reference
 
@@ -127,7 +126,7 @@ def test_fgsm_rs_takes_eps_per_row(batch):
 def test_steps_and_start_of_the_given_attack_do_not_matter(make, batch):
     plain = make(PGD(EPS))
     other = make(PGD(EPS, step_size=0.3, steps=7, random_start=False, start_eps=0.4))
-    assert other == plain
+    assert other.pgd == plain.pgd
     assert make(PGD(EPS, loss="cw")).pgd.loss == "cw"
 
 

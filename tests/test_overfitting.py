@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from nets import Broken, Counting, sgd, small_cnn
+from objectives import fgsm_rs, n_fgsm
 from torch import nn
 
 import ham_kernels as ham
 from ham_kernels import data
-from ham_kernels.attack.step import PGD, begin
-from ham_kernels.methods.one_step import fgsm_rs, n_fgsm
+from ham_kernels.attack import pgd as pgd_module
+from ham_kernels.attack.pgd import PGD
 from ham_kernels.training.overfitting import OverfittingCheck, Past, Reading, judge
 from ham_reference import method
 from ham_reference import one_step as reference
@@ -223,11 +224,12 @@ def test_noise_is_no_training_noise(seed, batch, monkeypatch):
     """Its seeds are negative; those of trainings, evaluations and losses are not."""
     seen = []
 
-    def spy(x, y, pgd, seed, step):
+    def spy(x, y, pgd, seed, step, track):
         seen.append((seed, step))
-        return begin(x, y, pgd, seed, step)
+        return begin(x, y, pgd, seed, step, track)
 
-    monkeypatch.setattr("ham_kernels.evaluation.named_attacks.begin", spy)
+    begin = pgd_module.begin
+    monkeypatch.setattr(pgd_module, "begin", spy)
     OverfittingCheck(**CHECK, seed=seed)(small_cnn(), *batch, epoch=7)
     assert seen == [(-1 - seed, 7)] * 2
 

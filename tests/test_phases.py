@@ -56,7 +56,9 @@ class Stop(Exception):
 def test_a_collapse_is_found_and_a_stop_changes_nothing(digits, one_thread):
     loader = batches_of(digits)
     whole = collapsing()
-    with pytest.warns(OverfittingWarning, match="warm_up: epoch .* of fgsm_rs has overfitted") as caught:
+    with pytest.warns(
+        OverfittingWarning, match="fgsm_rs: epoch .* has overfitted to its attack .*; PGD-AT takes its place"
+    ) as caught:
         whole.fit(loader, epochs=13)
     assert len([w for w in caught if w.category is OverfittingWarning]) == 1
     phases = [r.phase for r in whole.history]
@@ -113,8 +115,36 @@ def test_bad_choices(choice, message):
 def test_a_state_that_lacks_something_changes_nothing():
     trainer = collapsing()
     state = trainer.state_dict()
-    del state["overfitting"]["best"]
+    del state["overfitting"]["fgsm_rs"]["best"]
     state["model"] = {k: torch.zeros_like(v) for k, v in state["model"].items()}
     with pytest.raises(ValueError, match="state: lacks best"):
         trainer.load_state_dict(state)
     assert any(p.abs().sum() > 0 for p in trainer.model.parameters())
+
+
+def test_a_one_step_method_is_watched_wherever_it_trains(digits):
+    """As the method itself, too: its first batch of each epoch is drawn once more, whole."""
+    model = small_cnn()
+    trainer = ham.Trainer(model, sgd(model), ham.methods.NFGSM(), eps=0.1, step_size=0.03, steps=4)
+    loader = batches_of((digits[0][:160], digits[1][:160]), 64)
+    first, second = trainer.fit(loader, epochs=2)
+    assert (first.phase, first.watch["rows"]) == ("n_fgsm", 64)
+    assert second.watch is not None
+    with pytest.raises(ValueError, match="train_loader: is an iterator"):
+        trainer.fit(iter(loader), epochs=3)
+
+
+def test_a_warm_up_is_the_method_without_mining(digits):
+    model = small_cnn()
+    method = ham.methods.TRADES(beta=2.0, start_epoch=2, early_drop=True, screen_steps=2)
+    budget = {"eps": 0.1, "step_size": 0.03, "steps": 4}
+    trainer = ham.Trainer(model, sgd(model), method, **budget, warm_up="trades")
+    history = trainer.fit(batches_of((digits[0][:128], digits[1][:128]), 64), epochs=2)
+    assert [(r.phase, r.mined, r.hard_fraction == 1) for r in history] == [
+        ("trades", False, True),
+        ("trades", True, history[1].hard_fraction == 1),
+    ]
+    with pytest.raises(ValueError, match="start_epoch: is 3, beyond epochs=2, so trades would never start"):
+        ham.Trainer(model, sgd(model), ham.methods.TRADES(start_epoch=3), **budget).fit([], epochs=2)
+    with pytest.raises(ValueError, match="warm_up: got 'ham'; it would mine"):
+        ham.Trainer(model, sgd(model), method, **budget, warm_up="ham")

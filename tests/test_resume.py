@@ -20,7 +20,7 @@ from ham_kernels.commands.flags import parse_train
 from ham_kernels.common import files
 from ham_kernels.runs import checkpoints
 from ham_kernels.runs.folder import RunFolder
-from ham_kernels.training.validation import Validation
+from ham_kernels.training.trainer import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("no_gpu")]
 
@@ -89,16 +89,16 @@ def test_random_generators_go_on_too(tmp_path, monkeypatch, one_thread):
 
 def test_stop_in_validation(reference, tmp_path, monkeypatch, one_thread):
     judged = 0
-    original = Validation.__call__
+    original = Trainer._judged
 
-    def stopping(self, model):
+    def stopping(self, model, loader, attacks):
         nonlocal judged
         judged += 1
         if judged == 4:  # the average, in the second epoch
-            self._loader._stop.number = signal.SIGINT
-        return original(self, model)
+            loader._stop.number = signal.SIGINT
+        return original(self, model, loader, attacks)
 
-    monkeypatch.setattr(Validation, "__call__", stopping)
+    monkeypatch.setattr(Trainer, "_judged", stopping)
     with pytest.raises(train_command.Stopped):
         train_command.train(settings(), tmp_path / "run", quiet=True)
     monkeypatch.undo()

@@ -12,9 +12,9 @@ import pytest
 
 import ham_kernels as ham
 from ham_kernels.data.table import SETS
-from ham_kernels.engine.options import SWITCHES
+from ham_kernels.engine.options import SWITCHES, EngineOptions
 from ham_kernels.runs import settings as settings_
-from ham_kernels.runs.config_file import from_toml, merge, to_toml
+from ham_kernels.runs.config_file import from_toml, merge, method_of, to_toml
 from ham_kernels.runs.presets import PRESETS, preset, rescaled
 from ham_kernels.runs.settings import EvaluateSettings, TrainSettings, lr_factor
 
@@ -63,19 +63,66 @@ def test_smooth_schedules(schedule):
     assert factors[peak:] == sorted(factors[peak:], reverse=True)
 
 
-def test_trainer_options_are_what_the_trainer_takes():
-    taken = set(inspect.signature(ham.HAMTrainer.__init__).parameters) - {"self", "model", "optimizer", "device"}
-    assert set(TrainSettings().trainer_options()) == taken
-    plain = merge(TrainSettings(), {"method": {"name": "pgd_at"}}).trainer_options()
-    assert (plain["early_drop"], plain["reweight"]) == (False, False)
+def test_settings_are_what_the_trainer_takes():
+    """Attack, engine and what a run tells: each is an argument of the trainer, by the same name."""
+    taken = inspect.signature(ham.Trainer.__init__).parameters
+    told = {f.name for section in (TrainSettings().attack, TrainSettings().engine) for f in dataclasses.fields(section)}
+    told |= {"ema_decay", "precision", "seed", "warm_up", "natural_epochs"}
+    assert told == set(taken) - {"self", "model", "optimizer", "method", "device"}
 
 
-@pytest.mark.parametrize("name", ["channels_last", "compile", "cuda_graphs", "winograd"])
+@pytest.mark.parametrize("name", SWITCHES)
 def test_engine_options_reach_the_trainer(name):
     for choice, wanted in (("off", False), ("on", True), ("require", "require")):
-        options = merge(TrainSettings(), {"engine": {name: choice}}).trainer_options()
-        assert {o for o in SWITCHES if options[o] == wanted} >= {name}
-        assert all(options[o] is False for o in SWITCHES if o != name)
+        told = merge(TrainSettings(), {"engine": {name: choice}}).engine
+        options = EngineOptions(**dataclasses.asdict(told))
+        assert getattr(options, name) == wanted
+        assert all(getattr(options, o) is False for o in SWITCHES if o != name)
+
+
+def test_a_method_is_named_in_toml(tmp_path):
+    (tmp_path / "c.toml").write_text('[method]\nname = "trades"\nbeta = 3\nearly_drop = true')
+    read = from_toml(tmp_path / "c.toml", preset("svhn")).method
+    assert read == ham.methods.TRADES(beta=3.0, early_drop=True, screen_steps=5)  # M is the preset's
+    with pytest.raises(ValueError, match=r"method\.beta: is no setting of ham; allowed are start_epoch"):
+        merge(preset("digits"), {"method": {"beta": 3.0}})
+    with pytest.raises(ValueError, match="method: got 'HAM'; allowed are 'pgd_at', 'ham', 'trades'"):
+        merge(preset("digits"), {"method": {"name": "HAM"}})
+    with pytest.raises(TypeError, match=r"method\.name: got 3"):
+        merge(preset("digits"), {"method": {"name": 3}})
+
+
+def test_pgd_at_of_a_time_when_hams_switches_stood_beside_it():
+    hams = {"screen_steps": 3, "start_epoch": 9, "lam": 1.0, "reweight": True, "early_drop": True, "rows": "hard"}
+    assert method_of({"name": "pgd_at", **hams}) == ham.methods.PGDAT(start_epoch=9)
+    assert method_of({"name": "pgd_at", "early_drop": True}).early_drop
+    assert method_of({"name": "pgd_at", **hams, "easy": "stop"}).mines
+    assert method_of({"name": "ham", **hams}) == ham.methods.HAM(start_epoch=9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "shown", "hidden"),
+    [
+        ([], "--lam", "--beta"),
+        (["--method", "trades"], "--beta", "--noise"),
+        (["--method", "n_fgsm"], "--noise", "--beta"),
+    ],
+)
+def test_help_shows_the_flags_of_one_method_without_torch(argv, shown, hidden):
+    code = f"""
+import sys
+from ham_kernels.commands.cli import main
+try:
+    main(["train", *{argv!r}, "--help"])
+except SystemExit:
+    pass
+print("torch" in sys.modules)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown in out
+    assert hidden not in out
+    assert "One of pgd_at, ham, trades" in " ".join(out.replace("│", " ").split())
+    assert out.split()[-1] == "False"
 
 
 @pytest.mark.parametrize("dataset", PRESETS)
@@ -116,6 +163,12 @@ def test_missing_toml():
     [
         ({"optim": {"epochs": 0}}, "epochs: got 0; it must be >= 1"),
         ({"data": {"batch_size": 0}}, "batch_size: got 0"),
+        ({"optim": {"momentum": 1.0}}, "momentum: got 1.0; it must be >= 0 and below 1"),
+        ({"optim": {"lr": float("inf")}}, "lr: got inf; it must be finite"),
+        ({"run": {"ema_decay": 1.0}}, "ema_decay: got 1.0; it must be >= 0 and below 1"),
+        ({"method": {"screen_steps": 10}}, "screen_steps: got 10 with steps=10; it must be less than steps"),
+        ({"method": {"step_sizes": [1.0, 0.0]}}, "step_sizes: got 0.0; it must be above 0"),
+        ({"warm_up": {"name": "ham"}, "method": {"name": "trades"}}, "warm_up: got 'ham'; it would mine"),
         ({"optim": {"lr_decay": [0.1]}}, "lr_decay: got 1 factors for 3 milestones"),
         ({"method": {"start_epoch": 121}}, "start_epoch: got 121 with epochs=120"),
         ({"method": {"reweight": False, "early_drop": False}}, "method: ham without early_drop and reweight"),
@@ -135,7 +188,6 @@ def test_unsound_settings(changes, message):
         ("run", {"best_by": "foo"}, "run.best_by: got 'foo'"),
         ("optim", {"epochs": "3"}, r"optim.epochs: got '3' \(str\); it must be int"),
         ("attack", {"eps": "0.1"}, "attack.eps: got '0.1'"),
-        ("method", {"name": "HAM"}, "method.name: got 'HAM'"),
         ("data", {"workers": True}, "data.workers: got True"),
     ],
 )

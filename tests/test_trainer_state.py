@@ -88,6 +88,29 @@ def test_a_state_that_does_not_fit_changes_nothing(change, message):
     assert after["steps_done"] == 0
 
 
+@pytest.mark.parametrize("kind", ["groups", "kind"])
+def test_a_state_of_another_optimizer_changes_nothing(kind):
+    """The watch over the warm-up, above all: it has been the first to move once."""
+    model, other = small_cnn(seed=1), small_cnn()
+    source = ham.HAMTrainer(model, sgd(model), **SMALL, start_epoch=3, warm_up="n_fgsm")
+    source.fit(batches(2), epochs=3)
+    source._phases._checks["n_fgsm"].overfitted_at = 1
+    wrong = (
+        torch.optim.Adam(other.parameters())
+        if kind == "kind"
+        else torch.optim.SGD([{"params": [p]} for p in other.parameters()], 0.1)
+    )
+    target = ham.HAMTrainer(other, wrong, **SMALL, start_epoch=3, warm_up="n_fgsm")
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(ValueError, match="state: its optimizer"):
+        target.load_state_dict(source.state_dict())
+    after = target.state_dict()
+    assert target._phases.objective(1).method.name == "n_fgsm"
+    assert after["overfitting"] == before["overfitting"]
+    assert after["optimizer"] == before["optimizer"]
+    assert all(torch.equal(before["model"][k], after["model"][k]) for k in before["model"])
+
+
 # ---------------------------------------------------------------- bn_rows
 SMALL = {"eps": 0.01, "step_size": 0.005, "steps": 3, "screen_steps": 1}
 

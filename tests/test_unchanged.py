@@ -108,8 +108,8 @@ def test_mining_cannot_begin_in_the_past(tmp_path, one_thread):
 def test_pgd_at_is_a_warm_up_at_any_epoch(tmp_path, one_thread):
     run = RunFolder.create(tmp_path / "run", parse_train([*TINY, "--method", "pgd_at", "--start-epoch", "1"]).settings)
     train_command.resume(run.path, until_epoch=2, quiet=True)
-    change(run.path, 'name = "pgd_at"\nscreen', 'name = "ham"\nscreen')
-    change(run.path, "start_epoch = 1", "start_epoch = 3")
+    was = 'name = "pgd_at"\nstart_epoch = 1\nearly_drop = false'
+    change(run.path, was, 'name = "ham"\nstart_epoch = 3\nearly_drop = true')
     assert [r.phase for r in train_command.resume(run.path, quiet=True).history] == ["pgd_at", "pgd_at", "ham", "ham"]
 
 

@@ -37,6 +37,13 @@ class Words:
     apart: bool = False
 
 
+def shown(value: Any) -> str:
+    """A value within a title."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 @cache
 def hints(kind: type) -> dict[str, Any]:
     """{field: its type}, without annotations."""

@@ -101,6 +101,8 @@ class Method:
     def attack_steps(self, steps: int) -> int:
         """K, where the attack has so many steps. Raises: ValueError where none are left behind the screening."""
         steps = len(self.step_sizes) or steps
+        if self.mines and steps < 1:
+            raise ValueError(f"steps: got {steps}; it must be >= 1")
         if self.early_drop and self.screen_steps >= steps:
             raise ValueError(
                 f"screen_steps: got {self.screen_steps} with steps={steps}; it must be less than steps, or no attack "
@@ -125,16 +127,19 @@ class Method:
         return {name: value for name, value in fields.items() if used(name)}
 
     def describe(self) -> str:
-        """The method and what is told of it in one line."""
-        words, default = field_types.words(type(self)), type(self)()
-        told = []
-        for name, value in self.in_effect().items():
-            if name not in words or value == words[name].off:
-                continue
-            if words[name].by_value:
-                told += [text for of, text in words[name].by_value if of == value and value != getattr(default, name)]
-            elif name != "start_epoch" or value > 1:
-                told.append(words[name].text.format(f"{value:g}" if isinstance(value, float) else value))
+        """The method in one line, with what is not the default, M, λ, and where it starts behind a warm-up."""
+        default, told = type(self)(), []
+        effective = self.in_effect()
+        for name, words in field_types.words(type(self)).items():
+            value = effective.get(name, words.off)
+            new = value != getattr(default, name)
+            always = name in ("screen_steps", "lam") or (name == "start_epoch" and value > 1)
+            if words.by_value:
+                told += [text for of, text in words.by_value if of == value and new]
+            elif value != words.off and (
+                new or name in ("screen_steps", "lam") or (name == "start_epoch" and value > 1)
+            ):
+                told.append(words.text.format(field_types.shown(value)))
         return f"{self.title} ({', '.join(told)})" if told else self.title
 
     # ------------------------------------------------------------ what it does

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from ..methods.settings import Method, warm_up_of
@@ -70,4 +70,4 @@ def _decides(method: Method, epoch: int, settings: TrainSettings) -> Any:
 
 
 def _told(method: Method) -> dict[str, Any]:
-    return {"name": method.name, **asdict(method)}
+    return {"name": method.name, **method.in_effect()}

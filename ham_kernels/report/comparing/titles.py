@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...common import field_types
-from ...common.field_types import Words
+from ...common.field_types import Words, shown
 from ...methods.settings import Method
 from ...runs.settings import TrainSettings
 from .groups import Group, Section, canonical
@@ -83,10 +83,7 @@ def _word(group: Group, peers: Sequence[Group], key: str, default: Any, words: W
 def _setting_text(key: str, value: Any, words: Words) -> str:
     if key == "run.ema_decay" and not value:
         return "no EMA"
-    if value is None or words.text is None:
-        return f"{key.split('.', 1)[-1] or key}={'unset' if value is None else _shown(value)}"
-    return words.text.format(" ".join(map(_shown, value)) if isinstance(value, list) else _shown(value))
-
-
-def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if words.text is not None and value is not None:
+        return words.text.format(shown(value))
+    plain = "unset" if value is None else str(value) if isinstance(value, list) else shown(value)
+    return f"{key.split('.', 1)[-1] or key}={plain}"
