@@ -136,9 +136,7 @@ class Method:
             always = name in ("screen_steps", "lam") or (name == "start_epoch" and value > 1)
             if words.by_value:
                 told += [text for of, text in words.by_value if of == value and new]
-            elif value != words.off and (
-                new or name in ("screen_steps", "lam") or (name == "start_epoch" and value > 1)
-            ):
+            elif value != words.off and (new or always):
                 told.append(words.text.format(field_types.shown(value)))
         return f"{self.title} ({', '.join(told)})" if told else self.title
 
