@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _machine import machine
-from _results import write_json
+from pgd.results import write_json
 from PIL import Image
+from readme.machine import machine
 
 from ham_kernels import data
 

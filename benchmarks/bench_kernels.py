@@ -35,12 +35,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import _cub
-import _kernel_cases as k
 import torch
-from _kernel_report import goal_lines, goals, table, unsteady
-from _machine import machine
-from _results import write_json
+from kernels import cases as k
+from kernels import cub
+from kernels.table import goal_lines, goals, table, unsteady
+from pgd.results import write_json
+from readme.machine import machine
 
 from ham_kernels import ops
 from ham_kernels.common import provenance
@@ -324,7 +324,7 @@ def test_kernel(request, case: k.Case, who: str) -> None:
     inputs = case.inputs(torch.Generator("cuda" if on_gpu else "cpu").manual_seed(0))
     try:
         case.check(who, case.competitors[who], inputs)
-    except _cub.Unavailable as error:
+    except cub.Unavailable as error:
         pytest.skip(str(error))
 
     def call() -> None:

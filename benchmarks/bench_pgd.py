@@ -16,10 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from _arms import CHOICES, Arm, Setting, fork, torchattacks_there
-from _machine import machine
-from _overhead import overhead
-from _results import ATTACKS, aligned, cells, claims, figure, summarise, verdict_lines, write_json
+from pgd.arms import CHOICES, Arm, Setting, fork, torchattacks_there
+from pgd.overhead import overhead
+from pgd.results import ATTACKS, aligned, cells, claims, figure, summarise, verdict_lines, write_json
+from readme.machine import machine
 from tqdm import tqdm
 
 import ham_kernels as ham

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 import torch
-from _machine import machine
-from _results import write_json
+from pgd.results import write_json
+from readme.machine import machine
 
 import ham_kernels as ham
 from ham_kernels import models

@@ -23,10 +23,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from _floor import LARGE, SMALL, BarePass, attack_rate, clock, count, derive, fastest, judge, synchronise, times_for
-from _machine import machine
-from _results import aligned, write_json
-from _steps import (
+from pgd.results import aligned, write_json
+from readme.machine import machine
+from torch import Tensor
+from training.floor import (
+    LARGE,
+    SMALL,
+    BarePass,
+    attack_rate,
+    clock,
+    count,
+    derive,
+    fastest,
+    judge,
+    synchronise,
+    times_for,
+)
+from training.steps import (
     ARMS,
     BEST,
     BEST_CPU,
@@ -48,8 +61,7 @@ from _steps import (
     setting_of,
     title,
 )
-from _training_report import cells, notes, setup, verdict
-from torch import Tensor
+from training.table import cells, notes, setup, verdict
 
 from ham_kernels import data
 from ham_kernels.engine import EngineError

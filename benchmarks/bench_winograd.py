@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _machine import machine
-from _results import aligned, markdown, write_json
+from pgd.results import aligned, markdown, write_json
+from readme.machine import machine
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -24,12 +24,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import _gpu_claims
-import _gpu_runs
-import _gpu_stages
-from _gpu_files import collect, fabricate, restore, to_json, write
-from _gpu_process import Failed, OutOfTime, Shell, Slot
-from _gpu_stages import BENCHMARKS, ROOT, Options, Stage
+from gpu import claims as gpu_claims
+from gpu import runs as gpu_runs
+from gpu import stages as gpu_stages
+from gpu.files import collect, fabricate, restore, to_json, write
+from gpu.process import Failed, OutOfTime, Shell, Slot
+from gpu.stages import BENCHMARKS, ROOT, Options, Stage
 
 RESERVE = 35.0  # seconds at the end of a slot: a stage that has to stop, the report, the summary
 RESULTS, PAGE = BENCHMARKS / "results" / "gpu", ROOT / "docs" / "gpu-results.md"
@@ -46,7 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                    "(default: torchvision's, downloaded)")  # fmt: skip
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="(default 0 1)")
     p.add_argument("--epochs", type=int, default=30, help="of each run (default 30)")
-    p.add_argument("--engine", choices=_gpu_runs.ENGINES, default="bf16", help="of training (default bf16; both bf16 "
+    p.add_argument("--engine", choices=gpu_runs.ENGINES, default="bf16", help="of training (default bf16; both bf16 "
                    "and fp32 with channels_last, compile and cuda_graphs, plain with nothing)")  # fmt: skip
     p.add_argument("--autoattack-images", type=int, default=2000, metavar="N", help="(default 2000; 0: all)")
     p.add_argument("--collect", type=Path, metavar="DIR2", help="copy results.tar.gz, summary.md and summary.json here")
@@ -78,7 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def plan_of(o: Options) -> list[Stage]:
-    return [*_gpu_stages.stages(o), *_gpu_runs.stages(o)]
+    return [*gpu_stages.stages(o), *gpu_runs.stages(o)]
 
 
 # ---------------------------------------------------------------- one call
@@ -166,7 +166,7 @@ class Suite:
         return self.o.out / "stages" / f"{stage.name}.json"
 
     def _result(self, stage: Stage) -> dict:
-        return _gpu_claims.read(self._path(stage)) or {}
+        return gpu_claims.read(self._path(stage)) or {}
 
     def _is_done(self, stage: Stage) -> bool:
         result = self._result(stage)
@@ -179,9 +179,9 @@ class Suite:
 
     def summarise(self) -> None:
         """After every stage, so that a call that is killed has lost that stage at most."""
-        summary = _gpu_claims.summarise(self.o, self.plan, self.command)
+        summary = gpu_claims.summarise(self.o, self.plan, self.command)
         write(self.o.out / "summary.json", to_json(summary))
-        write(self.o.out / "summary.md", _gpu_claims.markdown(summary).encode())
+        write(self.o.out / "summary.md", gpu_claims.markdown(summary).encode())
         if self.collect_to is not None:
             collect(self.o.out, self.collect_to)
 
@@ -200,7 +200,7 @@ def _now() -> str:
 # ---------------------------------------------------------------- the script
 def write_docs() -> None:
     summary = json.loads((RESULTS / "summary.json").read_text())
-    page = _gpu_claims.markdown(summary)
+    page = gpu_claims.markdown(summary)
     figures = [f"![{p.stem}](../{p.relative_to(ROOT)})" for p in sorted(RESULTS.glob("*.png"))]
     note = "<!-- written by benchmarks/gpu_suite.py --write-docs from benchmarks/results/gpu/summary.json -->"
     PAGE.write_text("\n\n".join([note, page.strip(), *figures]) + "\n")

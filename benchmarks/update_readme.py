@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import _measured as measured
+from readme import measured as measured
 
 ROOT = Path(__file__).resolve().parents[1]
 Sections = Mapping[str, Callable[[Path], str]]

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import _results  # noqa: E402
 import bench_pgd  # noqa: E402
+from pgd import results as pgd_results  # noqa: E402
 
 pytestmark = pytest.mark.slow
 TINY = ["--seeds", "2", "--warmup", "1", "--epochs", "3", "--train-images", "160", "--test-images", "100"]
@@ -71,9 +71,9 @@ def test_bad_arguments(args, message):
 
 def test_predicted_ratio_is_the_cost_model():
     """K=10, M=3: (7 + 17h)/23."""
-    assert _results.predicted_ratio(0.0, 10, 3) == pytest.approx(7 / 23)
-    assert _results.predicted_ratio(1.0, 10, 3) == pytest.approx(24 / 23)
-    assert _results.predicted_ratio(0.33, 10, 3) == pytest.approx(0.548, abs=1e-3)
+    assert pgd_results.predicted_ratio(0.0, 10, 3) == pytest.approx(7 / 23)
+    assert pgd_results.predicted_ratio(1.0, 10, 3) == pytest.approx(24 / 23)
+    assert pgd_results.predicted_ratio(0.33, 10, 3) == pytest.approx(0.548, abs=1e-3)
 
 
 def seed_result(ham_seconds: float, ham_worst: float, ham_std: float) -> dict:
@@ -87,11 +87,11 @@ def seed_result(ham_seconds: float, ham_worst: float, ham_std: float) -> dict:
 
 
 def test_claims_are_judged_on_the_numbers():
-    good = _results.claims(_results.summarise([seed_result(5.0, 0.30, 0.10)] * 2, 10, 3))
+    good = pgd_results.claims(pgd_results.summarise([seed_result(5.0, 0.30, 0.10)] * 2, 10, 3))
     assert [c["holds"] for c in good] == [True, False, *[True] * 8]
     assert [c["measured"] for c in good[:2]] == ["-50 % (cost model from h: -51 %)", "-25 %"]
     assert "+10.0 ± 0.0 points" in good[2]["measured"]
-    bad = _results.claims(_results.summarise([seed_result(6.0, 0.22, 0.19)] * 2, 10, 3))
+    bad = pgd_results.claims(pgd_results.summarise([seed_result(6.0, 0.22, 0.19)] * 2, 10, 3))
     assert [c["holds"] for c in bad] == [False] * 10
 
 
@@ -100,6 +100,6 @@ def test_a_model_that_fails_all_classes_alike_is_judged_too():
     for weights in ("raw", "ema"):
         run["arms"]["pgd_at"][weights]["pgd20"] = {"accuracy": 0.0, "worst_class": 0.0, "std": 0.0}
         run["arms"]["pgd_at"][weights]["cw20"] = {"accuracy": 0.4, "worst_class": 0.29, "std": 0.2}
-    judged = _results.claims(_results.summarise([run], 10, 3))
+    judged = pgd_results.claims(pgd_results.summarise([run], 10, 3))
     assert [c["measured"] for c in judged[3::4]] == ["no ratio, PGD-AT's is 0"] * 2
     assert [c["holds"] for c in judged] == [True, False, *[True, False, False, True] * 2]  # CW-20: +1 point, and -50 %

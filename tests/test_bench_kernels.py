@@ -20,10 +20,10 @@ from ham_kernels.ops.native import cuda
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import _cub  # noqa: E402
-import _kernel_cases as k  # noqa: E402
-import _kernel_report as shown  # noqa: E402
 import bench_kernels as bench  # noqa: E402
+from kernels import cases as k  # noqa: E402
+from kernels import cub  # noqa: E402
+from kernels import table as shown  # noqa: E402
 
 pytestmark = pytest.mark.slow
 TINY = {"images": [(4, 8), (6, 8)], "logits": [(8, 10), (9, 10)], "rows": [16, 40], "copy": [2**20]}
@@ -419,26 +419,26 @@ needs_nvcc = pytest.mark.skipif(cuda.find_nvcc() is None, reason="no nvcc to bui
 
 @needs_nvcc
 def test_cub_is_built_once_and_loads(tmp_path, monkeypatch):
-    library = _cub.build("sm_90", tmp_path / "cache")
-    assert _cub.load(library).cub_select.restype is ctypes.c_int
+    library = cub.build("sm_90", tmp_path / "cache")
+    assert cub.load(library).cub_select.restype is ctypes.c_int
     assert [path.name for path in library.parent.iterdir()] == [library.name]
-    monkeypatch.setattr(_cub, "SOURCE", tmp_path / "cub_select.cu")
+    monkeypatch.setattr(cub, "SOURCE", tmp_path / "cub_select.cu")
     (tmp_path / "cub_select.cu").write_text("this is no C++")
-    with pytest.raises(_cub.Unavailable, match=r"nvcc ended with code \d+: .*error"):
-        _cub.build("sm_90", library.parent)
+    with pytest.raises(cub.Unavailable, match=r"nvcc ended with code \d+: .*error"):
+        cub.build("sm_90", library.parent)
     assert [path.name for path in library.parent.iterdir()] == [library.name]
     monkeypatch.undo()
     before = library.stat().st_mtime_ns
-    assert _cub.build("sm_90", library.parent).stat().st_mtime_ns == before
+    assert cub.build("sm_90", library.parent).stat().st_mtime_ns == before
 
 
 def test_why_there_is_no_cub(tmp_path, monkeypatch):
     (tmp_path / "no.so").write_text("")
-    with pytest.raises(_cub.Unavailable, match=r"no\.so does not load"):
-        _cub.load(tmp_path / "no.so")
+    with pytest.raises(cub.Unavailable, match=r"no\.so does not load"):
+        cub.load(tmp_path / "no.so")
     monkeypatch.setattr(cuda, "find_nvcc", lambda: None)
-    with pytest.raises(_cub.Unavailable, match="no nvcc"):
-        _cub.build("sm_90", tmp_path)
+    with pytest.raises(cub.Unavailable, match="no nvcc"):
+        cub.build("sm_90", tmp_path)
 
 
 # ---------------------------------------------------------------- pytest-benchmark

@@ -15,11 +15,10 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import _floor  # noqa: E402
-import _results  # noqa: E402
-import _steps  # noqa: E402
-import _training_report  # noqa: E402
 import bench_training  # noqa: E402
+from pgd import results as pgd_results  # noqa: E402
+from training import floor, steps  # noqa: E402
+from training import table as training_table  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +28,7 @@ MACHINE = {
 }  # fmt: skip
 CPU = {"type": "cpu", "name": "a CPU", "threads": 2, "capability": 0}
 GPU = {"type": "cuda", "name": "a GPU", "threads": 16, "capability": 9}
-FP32, GRAPHS = _steps.FP32_CPU, "bf16+channels_last+cuda_graphs"
+FP32, GRAPHS = steps.FP32_CPU, "bf16+channels_last+cuda_graphs"
 
 
 def lane(arm: str, kind: str, seconds: list, h: float = 1.0, unit: float | None = 0.1) -> dict:
@@ -38,7 +37,7 @@ def lane(arm: str, kind: str, seconds: list, h: float = 1.0, unit: float | None 
 
 def case(*lanes: dict, model: str = "preact_resnet18", n: int = 128, wrong: dict | None = None, **more) -> dict:
     out = {"model": model, "batch_size": n, "lanes": list(lanes), "left_out": {}, "warm_up_s": {}, **more}
-    _floor.derive(out, wrong or {})
+    floor.derive(out, wrong or {})
     return out
 
 
@@ -48,7 +47,7 @@ def result_of(device: dict, *cases: dict) -> dict:
         "wrong": {}, "broken": {},
         "settings": {"images": "random images", "hard": 0.3, "minutes": 14.0, "quick": False},
     }  # fmt: skip
-    out["goals"] = _floor.judge(out)
+    out["goals"] = floor.judge(out)
     return out
 
 
@@ -58,11 +57,11 @@ def states(result: dict, device: str) -> list[str]:
 
 # ------------------------------------------------------------ prediction, ratios
 def test_forwards_are_the_cost_model():
-    assert _floor.forwards("pgd_at") == 23
-    assert _floor.forwards("natural") == 3
+    assert floor.forwards("pgd_at") == 23
+    assert floor.forwards("natural") == 3
     for h in (0.0, 0.3, 1.0):
-        predicted = _results.predicted_ratio(h, _steps.K, _steps.M)
-        assert _floor.forwards("ham", h) / 23 == pytest.approx(predicted)
+        predicted = pgd_results.predicted_ratio(h, steps.K, steps.M)
+        assert floor.forwards("ham", h) / 23 == pytest.approx(predicted)
 
 
 def test_ratios_are_of_steps_of_the_same_round():
@@ -101,8 +100,8 @@ def test_wrong_results_are_not_said_to_be_fast():
     made = case(lane("torchattacks", "pgd_at", [4.0]), quick, right, wrong={"bf16": "update 1: ..."})
     assert quick["over_torchattacks"] is None
     assert right["over_torchattacks"] == 2.0
-    assert _floor.fastest(made, "pgd_at") is right
-    assert "WRONG" in _results.markdown(_training_report.cells(made))
+    assert floor.fastest(made, "pgd_at") is right
+    assert "WRONG" in pgd_results.markdown(training_table.cells(made))
 
 
 # ------------------------------------------------------------ goals
@@ -111,7 +110,7 @@ def cpu_cases(ham: float, fp32: float, bf16: float) -> list[dict]:
     large = case(
         lane("torchattacks", "pgd_at", [6.0] * 3),
         lane(FP32, "pgd_at", [fp32] * 3), lane(FP32, "ham", [ham * fp32 * 12.1 / 23] * 3, h=0.3),
-        lane(_steps.BEST_CPU, "pgd_at", [bf16] * 3), lane(_steps.BEST_CPU, "ham", [ham * bf16 * 12.1 / 23] * 3, h=0.3),
+        lane(steps.BEST_CPU, "pgd_at", [bf16] * 3), lane(steps.BEST_CPU, "ham", [ham * bf16 * 12.1 / 23] * 3, h=0.3),
     )  # fmt: skip
     small = case(
         lane("plain", "pgd_at", [1.0]), lane("plain", "ham", [ham * 12.1 / 23], h=0.3), model="small_cnn"
@@ -133,7 +132,7 @@ def test_goals_that_this_run_cannot_judge_say_why():
     assert {g["why"] for g in one_thread["goals"] if g["device"] == "cpu"} == {"torch uses 1 threads here"}
     assert "missed" not in states(one_thread, "cpu")
     small, large = cpu_cases(1.0, 3.0, 1.5)
-    without = case(*large["lanes"][:3], left_out={_steps.BEST_CPU: "this CPU has no bf16 arithmetic"})
+    without = case(*large["lanes"][:3], left_out={steps.BEST_CPU: "this CPU has no bf16 arithmetic"})
     judged = result_of(CPU, without)["goals"][:4]
     assert [g["state"] for g in judged] == ["not measured here", "held", "held", "not measured here"]
     assert judged[0]["why"] == "this model and batch size did not run"
@@ -165,7 +164,7 @@ def test_goals_of_a_gpu():
 def test_readme_section():
     made = result_of(CPU, *cpu_cases(1.06, 3.1, 1.9))
     made["cases"][1]["left_out"]["reference"] = "too slow"
-    text = _training_report.readme_section(json.loads(json.dumps(made)))
+    text = training_table.readme_section(json.loads(json.dumps(made)))
     tables = [block for block in text.split("\n\n") if block.startswith("| ")]
     assert len(tables) == 2
     for table in tables:
@@ -202,7 +201,7 @@ def test_a_tight_round_leaves_out_the_slowest_that_no_goal_needs():
     assert bench_training.plan(cost, ("needed", "absent"), 0.0) == ["needed"]
 
 
-class Fake(_steps.Arm):
+class Fake(steps.Arm):
     """Takes no time, and tells of all that happens to it."""
 
     def __init__(self, name: str, keeps: bool, log: list):
@@ -290,7 +289,7 @@ def test_an_arm_that_cannot_be_built_breaks_no_other(monkeypatch):
 
 PAGES = """
 import resource
-import _steps, torch
+import steps, torch
 
 def faults():  # of a block that glibc takes from the system, in a process that never kept memory
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -298,7 +297,7 @@ def faults():  # of a block that glibc takes from the system, in a process that 
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 torch.ones(10 << 20)
-fresh, memory = faults(), _steps.FreedMemory()
+fresh, memory = faults(), steps.FreedMemory()
 memory.keep()
 blocks = [torch.ones(15 << 20 if i % 2 else 1 << 20) for i in range(9)]
 del blocks[1::2]  # the large ones leave holes between the others
@@ -326,12 +325,12 @@ def test_without_time_only_needed_arms_run():
 
 
 def test_names():
-    assert [_steps.group_of(name) for name in ("plain", "bf16+group4", "torchattacks")] == [1, 4, 1]
-    assert _steps.setting_of("no_keep_memory") == _steps.setting_of("torchattacks") == "plain"
-    assert _steps.setting_of("bf16+channels_last+compile+cuda_graphs+group2") == "bf16+channels_last+compile"
-    assert _steps.setting_of("torchattacks_bf16") == "bf16+channels_last"
-    assert all(_steps.is_arm(name) for names in _steps.ARMS.values() for name in names)
-    assert all(_steps.is_arm(goal.arm) for goal in _floor.GOALS if goal.arm)
+    assert [steps.group_of(name) for name in ("plain", "bf16+group4", "torchattacks")] == [1, 4, 1]
+    assert steps.setting_of("no_keep_memory") == steps.setting_of("torchattacks") == "plain"
+    assert steps.setting_of("bf16+channels_last+compile+cuda_graphs+group2") == "bf16+channels_last+compile"
+    assert steps.setting_of("torchattacks_bf16") == "bf16+channels_last"
+    assert all(steps.is_arm(name) for names in steps.ARMS.values() for name in names)
+    assert all(steps.is_arm(goal.arm) for goal in floor.GOALS if goal.arm)
 
 
 @pytest.mark.parametrize(
@@ -353,10 +352,10 @@ def test_bad_arguments(flags, message, capsys):
 # ------------------------------------------------------------ what is measured
 def test_the_wanted_share_of_rows_is_hard_for_each_arm_and_stays():
     x = torch.rand(20, 3, 32, 32)
-    model = _steps.model_of("small_cnn", x)
-    y = _steps.labels_of(model, x, 0.3)
+    model = steps.model_of("small_cnn", x)
+    y = steps.labels_of(model, x, 0.3)
     for name in ("plain", "reference", "plain+group2"):
-        arm = _steps.build(name, model, {})
+        arm = steps.build(name, model, {})
         for _ in range(2):
             assert arm.step("ham", x, y) == (6 * arm.group, 20 * arm.group)
     for arm_parameter, parameter in zip(arm.model.state_dict().values(), model.state_dict().values(), strict=True):
@@ -366,58 +365,58 @@ def test_the_wanted_share_of_rows_is_hard_for_each_arm_and_stays():
 
 def test_a_forward_too_many_is_counted(monkeypatch):
     x = torch.rand(8, 3, 16, 16)
-    model = _steps.model_of("small_cnn", x)
-    y = _steps.labels_of(model, x, 0.25)
+    model = steps.model_of("small_cnn", x)
+    y = steps.labels_of(model, x, 0.25)
     names = ["natural_bf16", "plain", "bf16+cuda_graphs", "plain+group2"]
-    found = {(c["arm"], c["kind"]): c["counted"] for c in _floor.count(names, model, x, y)}
+    found = {(c["arm"], c["kind"]): c["counted"] for c in floor.count(names, model, x, y)}
     ham = 7 + 17 * 0.25
     assert found == {
         ("natural", "natural"): 3, ("plain", "pgd_at"): 23, ("plain", "ham"): ham, ("plain+group2", "ham"): ham,
     }  # fmt: skip
-    step = _steps.Ours.step
+    step = steps.Ours.step
 
     def with_one_more(self, kind, x, y):
         self.model.eval()(x)
         return step(self, kind, x, y)
 
-    monkeypatch.setattr(_steps.Ours, "step", with_one_more)
-    assert [c["right"] for c in _floor.count(["natural", "plain"], model, x, y)] == [True, False, False]
+    monkeypatch.setattr(steps.Ours, "step", with_one_more)
+    assert [c["right"] for c in floor.count(["natural", "plain"], model, x, y)] == [True, False, False]
 
 
 def test_wrong_results_are_found(monkeypatch):
-    check = _steps.Check(torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    check = steps.Check(torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     assert check("plain") is None
-    settings = _steps._settings
-    monkeypatch.setattr(_steps, "_settings", lambda eps: settings(eps) | {"screen_steps": 1})
+    settings = steps._settings
+    monkeypatch.setattr(steps, "_settings", lambda eps: settings(eps) | {"screen_steps": 1})
     assert "update 1" in check("plain")
 
 
 def test_difference():
     right = [(10, 2.0), (64, 1.0)]
-    assert _steps.difference([(10, 2.0001), (64, 1.0)], right, 0, 1e-4) is None
-    assert "update 1: 11 hard rows" in _steps.difference([(11, 2.0), (64, 1.0)], right, 0, 1e-4)
-    assert "update 2" in _steps.difference([(10, 2.0), (64, 1.001)], right, 0, 1e-4)
-    assert "update 2" in _steps.difference([(10, 2.0), (64, float("nan"))], right, 3, 1e-4)
+    assert steps.difference([(10, 2.0001), (64, 1.0)], right, 0, 1e-4) is None
+    assert "update 1: 11 hard rows" in steps.difference([(11, 2.0), (64, 1.0)], right, 0, 1e-4)
+    assert "update 2" in steps.difference([(10, 2.0), (64, 1.001)], right, 0, 1e-4)
+    assert "update 2" in steps.difference([(10, 2.0), (64, float("nan"))], right, 3, 1e-4)
 
 
 def test_the_floor_is_half_a_pass_at_the_best_batch(monkeypatch):
-    arm = _steps.build("plain", nn.Sequential(nn.Flatten(), nn.Linear(12, 10)), {})
-    bare = _floor.BarePass(arm, torch.rand(4, 3, 2, 2))
+    arm = steps.build("plain", nn.Sequential(nn.Flatten(), nn.Linear(12, 10)), {})
+    bare = floor.BarePass(arm, torch.rand(4, 3, 2, 2))
     per_row = {16: 0.3, 32: 0.1, 64: 0.2, 128: 0.2}
     monkeypatch.setattr(bare, "_row_seconds", per_row.__getitem__)
     assert bare.forward_seconds(128) == pytest.approx(0.1 * 128 / 2)
     assert bare.rows == 32
-    assert 0 < _floor.BarePass(arm, torch.rand(4, 3, 2, 2)).forward_seconds(128) < 1
+    assert 0 < floor.BarePass(arm, torch.rand(4, 3, 2, 2)).forward_seconds(128) < 1
 
 
 def test_rate_of_the_attack(monkeypatch):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
     x, y = torch.rand(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64)
-    assert _floor.flops_per_row(model, x) == 2 * (2 * 12 * 10)  # there and back, a product and a sum each
-    monkeypatch.setattr(_floor, "MATRIX", 16)
-    monkeypatch.setattr(_floor, "clock", lambda work, *_: (work(), 0.5)[1])
-    rate = _floor.attack_rate(_steps.build("plain", model, {}), x, y, repeats=1)
-    assert rate["flops_per_s"] == 480 * 4 * _steps.K / 0.5
+    assert floor.flops_per_row(model, x) == 2 * (2 * 12 * 10)  # there and back, a product and a sum each
+    monkeypatch.setattr(floor, "MATRIX", 16)
+    monkeypatch.setattr(floor, "clock", lambda work, *_: (work(), 0.5)[1])
+    rate = floor.attack_rate(steps.build("plain", model, {}), x, y, repeats=1)
+    assert rate["flops_per_s"] == 480 * 4 * steps.K / 0.5
     assert rate["matrix_flops_per_s"] == 2 * 16**3 / 0.5
     assert rate["share"] == rate["flops_per_s"] / rate["matrix_flops_per_s"]
 
@@ -439,6 +438,6 @@ def test_end_to_end(tmp_path):
     assert {found["h"] for found in only["lanes"] if found["kind"] == "ham"} == {0.25}
     assert all(count["right"] for count in result["counts"])
     assert result["wrong"] == {}
-    assert len(result["goals"]) == len(_floor.GOALS)
+    assert len(result["goals"]) == len(floor.GOALS)
     assert "ours, plain: HAM" in done.stdout
-    assert "random images" in _training_report.readme_section(result)
+    assert "random images" in training_table.readme_section(result)

@@ -13,12 +13,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import _gpu_claims  # noqa: E402
-import _gpu_runs  # noqa: E402
-import _gpu_stages  # noqa: E402
 import gpu_suite  # noqa: E402
-from _gpu_process import Failed, Shell, Slot  # noqa: E402
-from _gpu_stages import Options, Stage  # noqa: E402
+from gpu import claims as gpu_claims  # noqa: E402
+from gpu import runs as gpu_runs  # noqa: E402
+from gpu import stages as gpu_stages  # noqa: E402
+from gpu.process import Failed, Shell, Slot  # noqa: E402
+from gpu.stages import Options, Stage  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +61,7 @@ def test_a_test_that_ends_or_spoils_its_process_costs_no_other(tmp_path):
     (tmp_path / "test_cases.py").write_text(CASES)
     o = Options(tmp_path)
     cases, patient = [str(tmp_path / "test_cases.py")], {"HAM_SUITE_PATIENCE": "5"}
-    run = partial(_gpu_stages.tests, o, "tests-gpu", "they pass", cases, patient)
+    run = partial(gpu_stages.tests, o, "tests-gpu", "they pass", cases, patient)
     result = run(shell_for(tmp_path))
     assert result["line"] == "5 passed, 5 failed, 1 skipped"
     texts = {f["test"].rpartition("::")[2]: f["text"] for f in result["failures"]}
@@ -81,15 +81,15 @@ def test_a_test_that_ends_or_spoils_its_process_costs_no_other(tmp_path):
 
 def test_a_suite_of_tests_that_cannot_start_has_failed(tmp_path):
     with pytest.raises(Failed, match="pytest ended with 4"):
-        _gpu_stages.tests(Options(tmp_path), "tests", "", [str(tmp_path / "none.py")], {}, shell_for(tmp_path))
+        gpu_stages.tests(Options(tmp_path), "tests", "", [str(tmp_path / "none.py")], {}, shell_for(tmp_path))
 
 
 def test_tests_that_end_one_process_after_another_are_not_done(tmp_path, monkeypatch):
-    monkeypatch.setattr(_gpu_stages, "ROUNDS", 2)
+    monkeypatch.setattr(gpu_stages, "ROUNDS", 2)
     (tmp_path / "test_cases.py").write_text(
         "import os, pytest\n@pytest.mark.parametrize('i', range(4))\ndef test_dies(i): os._exit(7)\n"
     )
-    run = partial(_gpu_stages.tests, Options(tmp_path), "tests", "", [str(tmp_path / "test_cases.py")], {})
+    run = partial(gpu_stages.tests, Options(tmp_path), "tests", "", [str(tmp_path / "test_cases.py")], {})
     for failed in (2, 4):
         with pytest.raises(Failed, match=rf"ended 2 processes; so far {{'failed': {failed}}}"):
             run(shell_for(tmp_path))
@@ -109,14 +109,14 @@ def test_the_sanitizer_is_taken_at_its_word(tmp_path, monkeypatch, said, status,
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f"#!/bin/sh\necho '========= {said}'\nexit {status}\n")
     tool.chmod(0o755)
-    monkeypatch.setattr(_gpu_stages, "_sanitizer", lambda: str(tool))
-    work = partial(_gpu_stages.sanitizer, Options(tmp_path), "memcheck", shell_for(tmp_path))
+    monkeypatch.setattr(gpu_stages, "_sanitizer", lambda: str(tool))
+    work = partial(gpu_stages.sanitizer, Options(tmp_path), "memcheck", shell_for(tmp_path))
     if verdict is None:
         with pytest.raises(Failed, match="memcheck ended with 1"):
             work()
     else:
         assert work()["goals"][0]["state"] == verdict
-    monkeypatch.setattr(_gpu_stages, "_sanitizer", lambda: None)
+    monkeypatch.setattr(gpu_stages, "_sanitizer", lambda: None)
     assert work()["goals"][0] | {"goal": ""} == {
         "goal": "", "measured": "compute-sanitizer is not installed", "state": "not measured",
     }  # fmt: skip
@@ -127,7 +127,7 @@ def test_the_extension_is_built_without_a_network_where_it_is_not_current(tmp_pa
     native.mkdir(parents=True)
     shutil.copy(ROOT / "ham_kernels" / "ops" / "native" / "cuda.py", native)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    monkeypatch.setattr(_gpu_stages, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_stages, "ROOT", tmp_path)
     commands = []
 
     class Deaf(Shell):
@@ -138,13 +138,13 @@ def test_the_extension_is_built_without_a_network_where_it_is_not_current(tmp_pa
     shell = Deaf(Slot(60, 0.0), tmp_path / "log", {}, tmp_path, 60, False)
     shell.log.write_text("nvcc: no\n")
     with pytest.raises(Failed, match=r"no extension: .*nvcc: no"):
-        _gpu_stages.build(Options(tmp_path), shell)
+        gpu_stages.build(Options(tmp_path), shell)
     assert [c[2:4] for c in commands] == [["pip", "install"], ["ham_kernels", "build"]]
     assert {"--no-build-isolation", "--no-deps"} <= set(commands[0])
 
 
 def test_goals_of_every_benchmark_are_read():
-    found = list(_gpu_stages.goals_of({
+    found = list(gpu_stages.goals_of({
         "goals": [
             {"goal": "a", "measured": "1", "state": "held"},
             {"goal": "b", "measured": None, "state": "not measured here", "why": "no GPU"},
@@ -160,30 +160,30 @@ def test_goals_of_every_benchmark_are_read():
 
 def test_a_benchmark_that_is_not_there_or_writes_nothing_has_failed(tmp_path, monkeypatch):
     with pytest.raises(Failed, match=r"bench_none\.py is not in this checkout"):
-        _gpu_stages.benchmark(Options(tmp_path), "bench_none.py", [], shell_for(tmp_path))
+        gpu_stages.benchmark(Options(tmp_path), "bench_none.py", [], shell_for(tmp_path))
     (tmp_path / "bench_bad.py").write_text("raise SystemExit('it broke')")
-    monkeypatch.setattr(_gpu_stages, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(gpu_stages, "BENCHMARKS", tmp_path)
     with pytest.raises(Failed, match=r"bench_bad\.py ended with 1: it broke"):
-        _gpu_stages.benchmark(Options(tmp_path), "bench_bad.py", [], shell_for(tmp_path))
+        gpu_stages.benchmark(Options(tmp_path), "bench_bad.py", [], shell_for(tmp_path))
 
 
 # ---------------------------------------------------------------- runs
 def test_images_are_downloaded_where_none_are_given(tmp_path):
     from ham_kernels.commands.flags import parse_train
 
-    told = {data: parse_train(_gpu_runs.flags(Options(tmp_path, data=data), 0)).settings.data for data in (None, ROOT)}
+    told = {data: parse_train(gpu_runs.flags(Options(tmp_path, data=data), 0)).settings.data for data in (None, ROOT)}
     assert (told[None].dataset, told[None].path, told[None].download) == ("cifar10", None, True)
     assert (told[ROOT].dataset, told[ROOT].path, told[ROOT].download) == ("cifar10", str(ROOT), False)
     assert told[None].root == told[ROOT].root == str(tmp_path / "data")
 
 
-@pytest.mark.parametrize("engine", _gpu_runs.ENGINES)
+@pytest.mark.parametrize("engine", gpu_runs.ENGINES)
 def test_the_flags_of_a_run_are_the_papers(tmp_path, engine):
     from ham_kernels.commands.flags import parse_train
 
     o = Options(tmp_path, data=tmp_path / "cifar.tar.xz", engine=engine)
     told = {
-        arm: parse_train([*_gpu_runs.flags(o, 1), *choice]).settings for arm, choice in _gpu_runs.ARMS.items()
+        arm: parse_train([*gpu_runs.flags(o, 1), *choice]).settings for arm, choice in gpu_runs.ARMS.items()
     }  # fmt: skip
     for settings in told.values():
         settings.check()
@@ -199,9 +199,9 @@ def test_the_flags_of_a_run_are_the_papers(tmp_path, engine):
 
 
 def test_runs_of_other_settings_do_not_mix(tmp_path):
-    _gpu_runs._check_options(Options(tmp_path, data=tmp_path / "a.tar"))
+    gpu_runs._check_options(Options(tmp_path, data=tmp_path / "a.tar"))
     with pytest.raises(Failed, match="give another --out"):
-        _gpu_runs._check_options(Options(tmp_path, data=tmp_path / "a.tar", engine="plain"))
+        gpu_runs._check_options(Options(tmp_path, data=tmp_path / "a.tar", engine="plain"))
 
 
 # ---------------------------------------------------------------- the table
@@ -232,8 +232,8 @@ def fabricated_run(
 
 
 def rows_of(out: Path, plan: list[Stage]) -> dict[str, tuple[str, str]]:
-    summary = _gpu_claims.summarise(Options(out, seeds=(0,)), plan, "command")
-    assert _gpu_claims.markdown(summary)
+    summary = gpu_claims.summarise(Options(out, seeds=(0,)), plan, "command")
+    assert gpu_claims.markdown(summary)
     return {row["goal"]: (row["measured"], row["verdict"]) for row in summary["table"]}
 
 
@@ -269,7 +269,7 @@ def test_claims_come_from_the_runs_and_their_report(tmp_path):
     )  # fmt: skip
     assert rows[easy.format("HAM, frozen BN")] == ("not judged", "not measured")
     assert rows["AutoAttack: worst class +3.2 points, std over classes −22 %"][1] == "not measured"
-    page = _gpu_claims.markdown(_gpu_claims.summarise(Options(tmp_path, seeds=(0,)), [], "command"))
+    page = gpu_claims.markdown(gpu_claims.summarise(Options(tmp_path, seeds=(0,)), [], "command"))
     assert "| HAM, seed 0 | 4 | 70.0 | 50.0 | 5.00 |" in page
     assert "| PGD-AT, seed 0 | 4 | 70.0 | 50.0 | 10.00 |" in page
     assert "| HAM, seed 0 | weight average | PGD-20 | 10 | 50.0 | 50.0 | – | 50.0 | – |" in page
@@ -302,18 +302,18 @@ def test_the_page_names_every_gpu(tmp_path):
     plan = [Stage(name, 0, fails) for name in ("first", "second", "third")]
     done = {"state": "done", "line": "it went well", "seconds": 3.0}
     write(tmp_path / "stages/first.json", done | {"gpu": "A"})
-    page = _gpu_claims.markdown(_gpu_claims.summarise(Options(tmp_path, seeds=(0,)), plan, "command"))
+    page = gpu_claims.markdown(gpu_claims.summarise(Options(tmp_path, seeds=(0,)), plan, "command"))
     assert "\n\nA, " in page
     assert "| first | done | 3 | it went well |" in page
     write(tmp_path / "stages/second.json", done | {"gpu": "B"})
-    page = _gpu_claims.markdown(_gpu_claims.summarise(Options(tmp_path, seeds=(0,)), plan, "command"))
+    page = gpu_claims.markdown(gpu_claims.summarise(Options(tmp_path, seeds=(0,)), plan, "command"))
     assert "\n\nA and B (which stage ran where: below), " in page
     assert "| second | done | 3 | B | it went well |" in page
     assert "| third | not run |  |  |  |" in page
 
 
 def test_the_page_is_made_of_a_kept_summary(tmp_path, monkeypatch):
-    summary = _gpu_claims.summarise(Options(tmp_path, seeds=(0,)), [], "the command")
+    summary = gpu_claims.summarise(Options(tmp_path, seeds=(0,)), [], "the command")
     write(tmp_path / "gpu/summary.json", summary)
     (tmp_path / "gpu" / "figure.png").touch()
     for name, path in {"ROOT": tmp_path, "RESULTS": tmp_path / "gpu", "PAGE": tmp_path / "page.md"}.items():

@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import _gpu_claims  # noqa: E402
-import _gpu_files  # noqa: E402
-import _gpu_runs  # noqa: E402
 import gpu_suite  # noqa: E402
-from _gpu_process import Failed, Shell, Slot  # noqa: E402
-from _gpu_stages import Options, Stage  # noqa: E402
+from gpu import claims as gpu_claims  # noqa: E402
+from gpu import files as gpu_files  # noqa: E402
+from gpu import runs as gpu_runs  # noqa: E402
+from gpu.process import Failed, Shell, Slot  # noqa: E402
+from gpu.stages import Options, Stage  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +69,7 @@ def wait_for(condition) -> None:
 
 
 def state(out: Path, stage: str) -> dict | None:
-    return _gpu_claims.read(out / "stages" / f"{stage}.json")
+    return gpu_claims.read(out / "stages" / f"{stage}.json")
 
 
 # ---------------------------------------------------------------- the whole of it
@@ -84,14 +84,14 @@ def test_smoke_runs_every_stage_and_a_second_call_none(tmp_path):
     assert {stage.name: state(out, stage.name)["state"] for stage in plan} == {stage.name: "done" for stage in plan}
 
     summary = json.loads((back / "summary.json").read_text())
-    assert [run["arm"] for run in summary["runs"]] == list(_gpu_runs.ARMS)
+    assert [run["arm"] for run in summary["runs"]] == list(gpu_runs.ARMS)
     assert len({run["epochs"][0]["seconds"] for run in summary["runs"]}) == 1, "the warm-up was not shared"
     assert [[e["phase"] for e in run["epochs"]] for run in summary["runs"]][1:] == [["pgd_at", "ham"]] * 2
     for run in summary["runs"]:
         assert set(run["judged"]["ema"]["attacks"]) == {"clean", "pgd20", "cw20", "autoattack"}
         assert set(run["judged"]["last"]["attacks"]) == {"clean", "pgd20", "cw20"}
         assert run["judged"]["ema"]["easy"]["m"] == 3
-    claims = [row["goal"] for row in summary["table"] if row["section"] == _gpu_claims.PAPER]
+    claims = [row["goal"] for row in summary["table"] if row["section"] == gpu_claims.PAPER]
     for arm in ("HAM", "HAM, frozen BN"):
         for attack in ("PGD-20", "CW-20", "AutoAttack"):
             assert f"{arm}: worst class +3.2 points (weight average, {attack})" in claims
@@ -245,8 +245,8 @@ def test_a_restored_folder_keeps_what_stands_alone(tmp_path):
     for seed, word in ((0, "done"), (1, "failed")):
         judged = {"stage": f"judge-seed{seed}", "state": word}
         (out / f"stages/judge-seed{seed}.json").write_text(json.dumps(judged))
-    _gpu_files.collect(out, back)
-    _gpu_files.restore(back / "results.tar.gz", tmp_path / "new")
+    gpu_files.collect(out, back)
+    gpu_files.restore(back / "results.tar.gz", tmp_path / "new")
     there = {str(p.relative_to(tmp_path / "new")) for p in (tmp_path / "new").rglob("*") if p.is_file()}
     assert there == {
         "stages/tests-gpu.json", "stages/train-ham-seed0.json", "stages/judge-seed0.json", "stages/judge-seed1.json",

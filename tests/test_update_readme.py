@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import _measured  # noqa: E402
 import update_readme  # noqa: E402
+from readme import measured  # noqa: E402
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def results(tmp_path, monkeypatch) -> Path:
     """A copy of benchmarks/results/ that a test may change."""
     folder = tmp_path / "benchmarks" / "results"
     shutil.copytree(ROOT / "benchmarks" / "results", folder)
-    monkeypatch.setattr(_measured, "RESULTS", folder)
-    monkeypatch.setattr(_measured, "ROOT", tmp_path)
+    monkeypatch.setattr(measured, "RESULTS", folder)
+    monkeypatch.setattr(measured, "ROOT", tmp_path)
     return folder
 
 
@@ -49,7 +49,7 @@ def test_pages_are_what_the_results_say(page):
 
 def test_a_page_without_its_section_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="claims: the page has 0 such sections"):
-        update_readme.written("# Nothing", {"claims": _measured.claims}, tmp_path)
+        update_readme.written("# Nothing", {"claims": measured.claims}, tmp_path)
 
 
 def test_claims_are_judged_by_the_numbers(results):
@@ -64,26 +64,26 @@ def test_claims_are_judged_by_the_numbers(results):
         table[ham]["ema_pgd20_std"], table[base]["ema_pgd20_std"] = [0.10], [0.12]
 
     change(results / "bench_pgd_digits.json", edit)
-    rows = cells_of(_measured.claims(ROOT))
+    rows = cells_of(measured.claims(ROOT))
     digits = {claim: cells[0] for claim, cells in rows.items()}
-    assert digits[_measured.PHASE].startswith("−50 % (cost model from h: −")
-    assert digits[_measured.PHASE].endswith("%): **holds**")
-    assert digits[_measured.WHOLE] == "−35 %; undecided: 95 % interval −225.6 to +155.6"
-    worst, std = (text.format("CW-20") for text in (_measured.WORST, _measured.STD))
+    assert digits[measured.PHASE].startswith("−50 % (cost model from h: −")
+    assert digits[measured.PHASE].endswith("%): **holds**")
+    assert digits[measured.WHOLE] == "−35 %; undecided: 95 % interval −225.6 to +155.6"
+    worst, std = (text.format("CW-20") for text in (measured.WORST, measured.STD))
     assert digits[worst] == "+12.2 ± 0.2 points (average over all images −10.0): **holds**"
     assert digits[std] == "−25 %: **holds**"
-    assert digits[_measured.STD.format("PGD-20")].endswith("**does not hold**")
-    assert digits[_measured.WORST.format("AutoAttack")] == "not judged"
+    assert digits[measured.STD.format("PGD-20")].endswith("**does not hold**")
+    assert digits[measured.WORST.format("AutoAttack")] == "not judged"
 
 
 def test_what_a_gpu_says_is_taken_over(results):
-    assert "Nothing has been measured on a GPU yet" in _measured.gpu(ROOT)
+    assert "Nothing has been measured on a GPU yet" in measured.gpu(ROOT)
     paper = "Claims of the paper"
     table = [
         ("bench-kernels", "compact is quick", "3 µs", "held"),
-        (paper, f"HAM: {_measured.PHASE}", "−47 %", "holds"),
+        (paper, f"HAM: {measured.PHASE}", "−47 %", "holds"),
         (paper, "HAM: 75% of the examples easy at M = 3 stay easy (weight average)", "71.0%", "does not hold"),
-        (paper, f"HAM, frozen BN: {_measured.WHOLE}", "−30 %", "does not hold"),
+        (paper, f"HAM, frozen BN: {measured.WHOLE}", "−30 %", "does not hold"),
         ("Stages without a result", "train", "not run yet", "not measured"),
     ]
     keys = ("section", "goal", "measured", "verdict")
@@ -94,11 +94,11 @@ def test_what_a_gpu_says_is_taken_over(results):
     }
     (results / "gpu").mkdir()
     (results / "gpu" / "summary.json").write_text(json.dumps(summary))
-    rows = {claim: cells[-1] for claim, cells in cells_of(_measured.claims(ROOT)).items()}
-    assert rows[_measured.PHASE] == "−47 %: **holds**"
-    assert rows[_measured.WHOLE] == "not judged"
-    assert rows[_measured.EASY] == "71.0%: **does not hold**"
-    text = _measured.gpu(_measured.ROOT)
+    rows = {claim: cells[-1] for claim, cells in cells_of(measured.claims(ROOT)).items()}
+    assert rows[measured.PHASE] == "−47 %: **holds**"
+    assert rows[measured.WHOLE] == "not judged"
+    assert rows[measured.EASY] == "71.0%: **does not hold**"
+    text = measured.gpu(measured.ROOT)
     assert text.startswith("A and B, 2026-12-01; [all of it](docs/gpu-results.md).")
     assert list(cells_of(text).items())[2:] == [("compact is quick", ["3 µs", "**held**"])]
 
@@ -110,10 +110,10 @@ def test_each_device_has_its_own_tables(results):
         result["machine"]["gpu"] = "A GPU"
 
     change(results / "bench_training_gpu.json", edit)
-    for text in (_measured.training(ROOT), _measured.training_short(ROOT)):
+    for text in (measured.training(ROOT), measured.training_short(ROOT)):
         assert 0 < text.index("GPU: A GPU") < text.index("GPU: none")
 
 
 def test_a_report_names_runs_that_did_not_finish(results):
     change(results / "sweep_cheaper" / "data.json", lambda data: data["runs"][1].update(state="failed", name="the one"))
-    assert "Did not finish: the one." in _measured.cheaper(ROOT)
+    assert "Did not finish: the one." in measured.cheaper(ROOT)

@@ -7,13 +7,13 @@ import os
 import re
 from pathlib import Path
 
-import _kernel_report
-import _results
-import _training_report
 import bench_winograd
-from _results import ROWS, cells, markdown, verdict_lines
+from kernels import table as kernel_table
+from pgd import results as pgd_results
+from pgd.results import ROWS, cells, markdown, verdict_lines
+from training import table as training_table
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = {
     "worst_class_time.png": "Worst-class accuracy against training time",
@@ -52,7 +52,7 @@ def claims(here: Path) -> str:
 
 
 def _claims_of_bench_pgd(result: dict) -> Claims:
-    return {_minus(c["claim"]): _said(c["measured"], c["holds"]) for c in _results.claims(result["table"])}
+    return {_minus(c["claim"]): _said(c["measured"], c["holds"]) for c in pgd_results.claims(result["table"])}
 
 
 def _claims_of_report(data: dict) -> Claims:
@@ -130,7 +130,7 @@ def bench_pgd_setup(result: dict) -> str:
 
 def bench_pgd(here: Path) -> str:
     result = read("bench_pgd_digits.json")
-    result["claims"] = _results.claims(result["table"])
+    result["claims"] = pgd_results.claims(result["table"])
     lines = [f"- {line}" for line in verdict_lines(result)]
     return "\n\n".join([bench_pgd_setup(result), markdown(cells(result["table"])), "\n".join(lines)])
 
@@ -255,15 +255,15 @@ def devices(pattern: str) -> list[dict]:
 
 
 def training(here: Path) -> str:
-    return "\n\n".join(_training_report.readme_section(result) for result in devices("bench_training_*.json"))
+    return "\n\n".join(training_table.readme_section(result) for result in devices("bench_training_*.json"))
 
 
 def training_short(here: Path) -> str:
-    return "\n\n".join(_training_report.readme_short(result) for result in devices("bench_training_*.json"))
+    return "\n\n".join(training_table.readme_short(result) for result in devices("bench_training_*.json"))
 
 
 def kernels(here: Path) -> str:
-    found = [_kernel_report.readme_section(result) for result in devices("kernels_*.json")]
+    found = [kernel_table.readme_section(result) for result in devices("kernels_*.json")]
     return "\n\n".join(found) or "The kernels have not been timed on a GPU yet (`python benchmarks/bench_kernels.py`)."
 
 

@@ -9,7 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from _steps import (
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ham_kernels.attack.step import PGD
+from ham_kernels.methods import pgd_at
+from training.steps import (
     BEST_CPU,
     FOREIGN,
     FP32_CPU,
@@ -27,11 +32,6 @@ from _steps import (
     group_of,
     title,
 )  # fmt: skip
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-from ham_kernels.attack.step import PGD
-from ham_kernels.methods import pgd_at
 
 FLOOR_ROWS = {"cpu": (16, 32, 64, 128), "cuda": (128, 512, 1024, 2048)}  # where the bare model's best batch is sought
 LEAST_S = {"cpu": 0.4, "cuda": 0.1}  # what is clocked at once

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import _kernel_cases as k
-from _results import aligned, markdown
+from pgd.results import aligned, markdown
+
+from kernels import cases as k
 
 RATE_GOAL, RATE_FROM = 0.85, 64e6  # of the copy rate, from so many bytes on
 LAUNCH_GOAL, NONZERO_GOAL = 1.5, 3.0

@@ -1,6 +1,6 @@
 """The CIFAR-10 runs of gpu_suite.py: PGD-AT, HAM, and HAM with frozen BatchNorm, behind one warm-up per seed.
 
-    python benchmarks/_gpu_runs.py warm-up FOLDER SEED FLAGS...    what all arms share; then one run folder per arm
+    python -m gpu.runs warm-up FOLDER SEED FLAGS...    what all arms share; then one run folder per arm
 
 Until HAM starts all arms train alike, so the warm-up is trained once, as the beginning of PGD-AT, and copied. Its
 time counts in each run. Every other step is a command of `ham`, so that a run goes on wherever a call ended.
@@ -15,8 +15,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from _gpu_process import Failed, Shell
-from _gpu_stages import Options, Stage
+from gpu.process import Failed, Shell
+from gpu.stages import Options, Stage
 
 BASE = "pgd_at"
 ARMS = {
@@ -57,7 +57,7 @@ def flags(o: Options, seed: int) -> list[str]:
 def warm_up(o: Options, seed: int, shell: Shell) -> dict:
     _check_options(o)
     folder = o.out / "cifar"
-    (status,) = shell.run([sys.executable, __file__, "warm-up", str(folder), str(seed), *flags(o, seed)])
+    (status,) = shell.run([sys.executable, "-m", "gpu.runs", "warm-up", str(folder), str(seed), *flags(o, seed)])
     if status:
         raise Failed(shell.last_line())
     return {"line": f"{len(_epochs(folder / name_of(BASE, seed)))} epochs, shared by {len(ARMS)} arms"}

@@ -7,9 +7,9 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-from _arms import TITLES
 
 from ham_kernels.report.comparing.claims import STD, TIME, WORST, verdict
+from pgd.arms import TITLES
 
 WEIGHTS = {"ema": "weight average", "raw": "raw weights"}
 # The paper's attack, and one that does not depend on the scale of the logits, which reweighting changes.

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from _gpu_runs import ARMS, BASE, WEIGHTS
-from _gpu_stages import Options, Stage
+from gpu.runs import ARMS, BASE, WEIGHTS
+from gpu.stages import Options, Stage
 
 ATTACKS = {"clean": "clean", "pgd20": "PGD-20", "cw20": "CW-20", "autoattack": "AutoAttack"}
 TITLES = {"pgd_at": "PGD-AT", "ham": "HAM", "ham_frozen_bn": "HAM, frozen BN"}

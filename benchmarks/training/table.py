@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from _results import markdown
-from _steps import FOREIGN, HAM, KINDS, PGD_AT, TORCHATTACKS, TORCHATTACKS_BF16, K, M, title
+from pgd.results import markdown
+
+from training.steps import FOREIGN, HAM, KINDS, PGD_AT, TORCHATTACKS, TORCHATTACKS_BF16, K, M, title
 
 
 def digits(value: float) -> str:

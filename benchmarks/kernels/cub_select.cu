@@ -1,5 +1,5 @@
 // CUB's stream compaction as bench_kernels.py times it: positions of the true flags, and how many.
-// Not part of the package; built by _cub.py. temp == nullptr asks for the size of the workspace.
+// Not part of the package; built by cub.py. temp == nullptr asks for the size of the workspace.
 
 #include <thrust/iterator/counting_iterator.h>
 

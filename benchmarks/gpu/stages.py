@@ -1,4 +1,4 @@
-"""Stages of gpu_suite.py: what each runs, and what of it goes into its JSON. Those of the CIFAR runs: _gpu_runs.py."""
+"""Stages of gpu_suite.py: what each runs, and what of it goes into its JSON. Those of the CIFAR runs: runs.py."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import _gpu_pytest
-from _gpu_process import Failed, Shell
+from gpu import pytest_runs as gpu_pytest
+from gpu.process import Failed, Shell
 
-BENCHMARKS = Path(__file__).resolve().parent
+BENCHMARKS = Path(__file__).resolve().parents[1]
 ROOT = BENCHMARKS.parent
 HELD = {True: "held", False: "missed", None: "not measured"}
 
@@ -125,7 +125,18 @@ PATIENCE = 150.0  # seconds for one GPU test, compilers included
 def tests(o: Options, name: str, what: str, choice: list[str], env: dict[str, str], shell: Shell) -> dict:
     """Runs what has no outcome yet; a test that ends its process, or hangs, has failed, and the others go on."""
     outcomes, done = o.partial(name), shell.log.with_suffix(".done")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "_gpu_pytest", "-p", "no:cacheprovider", "-o", "addopts="]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "gpu.pytest_runs",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+    ]
     command += ["--continue-on-collection-errors", *choice]
     for _ in range(ROUNDS):
         before = _finished(outcomes)
@@ -136,9 +147,9 @@ def tests(o: Options, name: str, what: str, choice: list[str], env: dict[str, st
         if (status in (0, 1, 5) and not died) or len(_finished(outcomes)) == len(before):
             break
     else:
-        count = Counter(entry["outcome"] for entry in _gpu_pytest.read(outcomes).values())
+        count = Counter(entry["outcome"] for entry in gpu_pytest.read(outcomes).values())
         raise Failed(f"tests ended {ROUNDS} processes; so far {dict(count)}, and --retry goes on")
-    found = _gpu_pytest.read(outcomes)
+    found = gpu_pytest.read(outcomes)
     if not found and status not in (0, 5):
         raise Failed(f"pytest ended with {status}: {shell.last_line()}")
     count = Counter(entry["outcome"] for entry in found.values())
@@ -156,14 +167,14 @@ def tests(o: Options, name: str, what: str, choice: list[str], env: dict[str, st
 
 
 def _finished(outcomes: Path) -> list[str]:
-    return [test for test, entry in _gpu_pytest.read(outcomes).items() if entry["outcome"] != "started"]
+    return [test for test, entry in gpu_pytest.read(outcomes).items() if entry["outcome"] != "started"]
 
 
 def _blame(outcomes: Path, how: str) -> bool:
     """The test that was under way when its process ended. Returns: whether there was one."""
-    found = [test for test, entry in _gpu_pytest.read(outcomes).items() if entry["outcome"] == "started"]
+    found = [test for test, entry in gpu_pytest.read(outcomes).items() if entry["outcome"] == "started"]
     for test in found:
-        _gpu_pytest.write(outcomes, test=test, outcome="failed", text=f"the process {how}; see the log")
+        gpu_pytest.write(outcomes, test=test, outcome="failed", text=f"the process {how}; see the log")
     return bool(found)
 
 
@@ -182,7 +193,7 @@ def sanitizer(o: Options, tool: str, shell: Shell) -> dict:
     shell.log.unlink(missing_ok=True)
     # without torch's cache each tensor is an allocation of its own, so that its end is seen
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    (status,) = shell.run([*command, sys.executable, str(BENCHMARKS / "_gpu_sanitize.py")], env=alone)
+    (status,) = shell.run([*command, sys.executable, "-m", "gpu.sanitize"], env=alone)
     lines = shell.log.read_text(errors="replace").splitlines()
     summary = next((line for line in reversed(lines) if "SUMMARY" in line), "").strip("= ")
     if refused := next((line.strip("= ") for line in lines if "not supported" in line), None):

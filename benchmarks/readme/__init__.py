@@ -1,0 +1,1 @@
+"""What README and docs quote, and the machine that it was measured on."""
