@@ -33,10 +33,11 @@ settings.load_profile("ham")
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads these options
 def pytest_cmdline_main(config):
     """Two processes unless the command line says otherwise, and a file's tests in one of them, for their fixtures."""
-    option = config.option
+    option, files = config.option, {arg.split("::")[0] for arg in config.args}
     if not config.pluginmanager.hasplugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ:
         return  # the processes of pytest-xdist, which call this too, start no others
-    if option.numprocesses is None and not (option.usepdb or option.trace or option.capture == "no"):
+    single = len(files) == 1 and files.pop().endswith(".py")
+    if option.numprocesses is None and not (single or option.usepdb or option.trace or option.capture == "no"):
         option.numprocesses = 2
     if option.numprocesses and option.dist == "no":
         option.dist = "loadfile"
@@ -49,8 +50,9 @@ def _long_files_first(items) -> None:
 
 
 # ---------------------------------------------------------------- slow tests
-# A test of one CPU second or more is slow, and from three on it must say so. The factor between the two is for what
-# differs between runs: a busy machine takes up to twice the CPU time, and the first test of a process imports more.
+# A test of one CPU second or more is slow, and from three on it must say so. The two seconds between are for what
+# differs between runs: beside other work the same test takes up to 1.7 times the CPU time, and the first test of a
+# process that compiles or draws takes one second more, for its imports.
 MOST_CPU_SECONDS = 3.0
 
 
