@@ -1,4 +1,5 @@
-"""Writes the measured sections of README.md and docs/results.md from benchmarks/results/; --check only compares.
+"""Writes the sections of README.md and docs/results.md that are made: measured ones from benchmarks/results/, and the
+table of methods from the registry. --check only compares.
 
 A section lies between <!-- NAME: ... --> and <!-- NAME: end -->. Reports of `ham` are copied to benchmarks/results/
 (data.json, table.md, figures), results of benchmarks land there by their --out.
@@ -10,7 +11,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from readme import measured as measured
+from readme import measured
+from readme.methods_table import methods
 
 ROOT = Path(__file__).resolve().parents[1]
 Sections = Mapping[str, Callable[[Path], str]]
@@ -19,6 +21,7 @@ PAGES: dict[Path, Sections] = {
         "claims": measured.claims,
         "bench_pgd": measured.bench_pgd_short,
         "sweep": measured.sweep_figure,
+        "methods": methods,
         "training": measured.training_short,
         "gpu": measured.gpu,
     },

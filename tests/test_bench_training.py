@@ -289,7 +289,8 @@ def test_an_arm_that_cannot_be_built_breaks_no_other(monkeypatch):
 
 PAGES = """
 import resource
-import steps, torch
+import torch
+from training import steps
 
 def faults():  # of a block that glibc takes from the system, in a process that never kept memory
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

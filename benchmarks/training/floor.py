@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ham_kernels.attack.step import PGD
-from ham_kernels.methods import pgd_at
+from ham_kernels.methods import PGDAT, Objective
 from training.steps import (
     BEST_CPU,
     FOREIGN,
@@ -147,12 +147,12 @@ def flops_per_row(model: nn.Module, x: Tensor) -> int:
 
 def attack_rate(arm: Ours, x: Tensor, y: Tensor, repeats: int = 7) -> dict:
     """FLOP/s of the attack of PGD-AT, and of a bf16 matrix product of random numbers, in turn."""
-    trainer, recipe = arm.trainer, pgd_at(PGD(TINY_EPS, TINY_EPS / K, K))
+    trainer, objective = arm.trainer, Objective(PGDAT(), PGD(TINY_EPS, TINY_EPS / K, K))
     a, b = torch.randn(2, MATRIX, MATRIX, device=x.device, dtype=torch.bfloat16)
 
     def attack() -> None:
         placed = trainer.engine.place(trainer.model, x)
-        recipe.examples(trainer.model, placed, y, seed=0, step=0, engine=trainer.engine)
+        objective.examples(trainer.model, placed, y, seed=0, step=0, engine=trainer.engine)
 
     attacks, products = [], []
     for _ in range(repeats + 1):
