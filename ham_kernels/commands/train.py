@@ -228,7 +228,10 @@ class _Job:
         s, trainer = self.settings, self.trainer
         images = f"{s.data.path} (preset: {s.data.dataset})" if s.data.path else s.data.dataset
         millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-        say(f"{self.run.path}: {images}, {s.model.name} ({millions:.2f} M parameters), {s.method.describe()}")
+        say(
+            f"{self.run.path}: {images}, {s.model.name} ({millions:.2f} M parameters), "
+            f"{s.method.describe(s.warm_up.name)}"
+        )
         say(
             f"eps {s.attack.eps:g}, step {s.attack.step_size:g}, K {s.attack.steps}, {s.attack.norm}; {s.optim.epochs} "
             f"epochs of {len(self.loaders.train)} batches on {trainer.device}, {s.run.precision}, seed {s.run.seed}"

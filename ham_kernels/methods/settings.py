@@ -39,7 +39,10 @@ class Method:
     """First epoch (1-based) of the method; the warm-up before."""
     early_drop: Annotated[bool, Words(by_value=((True, "early drop"), (False, "no early drop")))] = False
     """Screen: examples that resist the first M attack steps are not attacked further."""
-    easy: Annotated[Literal["drop", "stop", "jump"], Words("easy rows {}", needs="early_drop")] = "drop"
+    easy: Annotated[
+        Literal["drop", "stop", "jump"],
+        Words(by_value=(("stop", "easy rows stop"), ("jump", "easy rows jump")), needs="early_drop"),
+    ] = "drop"
     """Examples that leave the attack: also leave the loss; or stay in it as they are; or jump on along their step."""
     screen_steps: Annotated[int, Ge(1), Words("M={}", needs="early_drop")] = 3
     """M, attack steps before easy examples leave."""
@@ -126,12 +129,16 @@ class Method:
 
         return {name: value for name, value in fields.items() if used(name)}
 
-    def describe(self) -> str:
+    def describe(self, warm_up: str = "pgd_at") -> str:
         """The method in one line, with what is not the default, M, λ, and where it starts behind a warm-up."""
         default, told = type(self)(), []
         effective = self.in_effect()
+        if warm_up_of(self, warm_up) == self:
+            del effective["start_epoch"]
         for name, words in field_types.words(type(self)).items():
-            value = effective.get(name, words.off)
+            if name not in effective:
+                continue
+            value = effective[name]
             new = value != getattr(default, name)
             always = name in ("screen_steps", "lam") or (name == "start_epoch" and value > 1)
             if words.by_value:
