@@ -137,7 +137,7 @@ def test_a_wheel_holds_both_packages_and_nothing_stale(checkout):
         names = set(archive.namelist())
         infos = [json.loads(archive.read(f"ham_kernels/_build{part}_info.json")) for part in ("", "_cpu")]
     assert [info["status"] for info in infos] == ["skipped", "skipped"]
-    assert {"ham_kernels/doctor.py", "ham_kernels/ops/compact.py", "ham_reference/__init__.py"} <= names
+    assert {"ham_kernels/commands/doctor.py", "ham_kernels/ops/compact.py", "ham_reference/__init__.py"} <= names
     templates = {path.name for path in (ROOT / "ham_kernels/report/writing/templates").iterdir()}
     assert {f"ham_kernels/report/writing/templates/{name}" for name in templates} <= names
     assert {name.split("/")[0] for name in names} == {
@@ -225,7 +225,9 @@ def test_the_doctor_survives_a_truncated_library(built, checkout):
     package = checkout / "ham_kernels"
     shutil.copy(built / "_build_info.json", package)
     (package / "_C.so").write_bytes((built / "_C.so").read_bytes()[:50_000])
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from ham_kernels import doctor; doctor.main(['--json'])"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from ham_kernels.commands import doctor; doctor.main(['--json'])"
+    )
     done = python(code, checkout)
     assert done.stdout, f"ended with code {done.returncode}: {done.stderr}"
     extension = json.loads(done.stdout)["extension"]

@@ -21,7 +21,7 @@ from ham_reference import method
 from ham_reference import one_step as reference
 
 EPS = 0.1
-RECIPES = {"fgsm_rs": fgsm_rs(PGD(EPS)), "n_fgsm": n_fgsm(PGD(EPS)), "natural": natural()}
+OBJECTIVES = {"fgsm_rs": fgsm_rs(PGD(EPS)), "n_fgsm": n_fgsm(PGD(EPS)), "natural": natural()}
 ORACLES = {"fgsm_rs": reference.fgsm_rs, "n_fgsm": reference.n_fgsm}
 START = {"fgsm_rs": EPS, "n_fgsm": 2 * EPS}
 
@@ -47,15 +47,15 @@ def clear(pixels: int = 64) -> nn.Module:
     return Clear((0.01 + 0.01 * torch.rand(pixels)) * torch.randn(pixels).sign())
 
 
-def examples(recipe, model, batch, seed=4, step=9):
-    return recipe.examples(model, *batch, seed=seed, step=step).x_adv
+def examples(objective, model, batch, seed=4, step=9):
+    return objective.examples(model, *batch, seed=seed, step=step).x_adv
 
 
 # ---------------------------------------------------------------- examples
 @pytest.mark.parametrize("name", ORACLES)
 def test_examples_are_the_references(name, batch, seed):
     model, (x, y) = small_cnn(seed), batch
-    ours = examples(RECIPES[name], model, batch, seed=seed)
+    ours = examples(OBJECTIVES[name], model, batch, seed=seed)
     theirs = ORACLES[name](model, x, y, eps=EPS, seed=seed, step=9)
     with method.evaluating(model):
         _, gradient = method.input_gradient(model, method.start_point(x, START[name], "linf", seed, 9), y)
@@ -68,7 +68,7 @@ def test_examples_are_the_references(name, batch, seed):
 @pytest.mark.parametrize("name", ORACLES)
 def test_examples_are_the_references_in_every_pixel(name, batch):
     model = clear()
-    assert torch.equal(examples(RECIPES[name], model, batch), ORACLES[name](model, *batch, eps=EPS, seed=4, step=9))
+    assert torch.equal(examples(OBJECTIVES[name], model, batch), ORACLES[name](model, *batch, eps=EPS, seed=4, step=9))
 
 
 @given(eps=st.floats(0, 0.5), noise=st.floats(0, 4), seed=st.integers(0, 2**62), edges=st.booleans())
@@ -76,8 +76,8 @@ def test_ball_and_range(eps, noise, seed, edges):
     """FGSM-RS stays in the eps-ball; N-FGSM within (noise + 1) * eps; both in [0, 1]. Up to one rounding."""
     x = torch.rand(4, 2, 8, 8, generator=torch.Generator().manual_seed(seed % 2**31))
     batch = x.round() if edges else x, torch.arange(4)
-    for recipe, radius in ((fgsm_rs(PGD(eps)), eps), (n_fgsm(PGD(eps), noise), (noise + 1) * eps)):
-        x_adv = examples(recipe, clear(128), batch, seed=seed)
+    for objective, radius in ((fgsm_rs(PGD(eps)), eps), (n_fgsm(PGD(eps), noise), (noise + 1) * eps)):
+        x_adv = examples(objective, clear(128), batch, seed=seed)
         assert x_adv.min() >= 0
         assert x_adv.max() <= 1
         assert (x_adv - batch[0]).abs().max() <= radius + 1e-6
@@ -86,10 +86,10 @@ def test_ball_and_range(eps, noise, seed, edges):
 def test_n_fgsm_leaves_the_ball_and_fgsm_rs_fills_it():
     """Around mid-grey: |U(-2, 2) + 1| > 1 for half of the pixels; |U(-1, 1) + 1.25| > 1 for 5 of 8."""
     grey = torch.full((64, 1, 8, 8), 0.5), torch.randint(0, 10, (64,))
-    far = (examples(RECIPES["n_fgsm"], clear(), grey) - 0.5).abs() / EPS
+    far = (examples(OBJECTIVES["n_fgsm"], clear(), grey) - 0.5).abs() / EPS
     assert 0.45 < (far > 1 + 1e-5).float().mean() < 0.55
     assert 2.9 < far.max() <= 3 + 1e-5
-    far = (examples(RECIPES["fgsm_rs"], clear(), grey) - 0.5).abs() / EPS
+    far = (examples(OBJECTIVES["fgsm_rs"], clear(), grey) - 0.5).abs() / EPS
     assert far.max() <= 1 + 1e-5
     assert 0.57 < (far > 1 - 1e-5).float().mean() < 0.68
 
@@ -111,9 +111,9 @@ def test_without_noise_n_fgsm_is_fgsm(batch):
     assert torch.equal(examples(n_fgsm(PGD(EPS), noise=0), model, batch), expected)
 
 
-@pytest.mark.parametrize("recipe", [fgsm_rs(PGD(0)), n_fgsm(PGD(0)), natural()])
-def test_eps_0_trains_on_the_images(recipe, batch):
-    assert torch.equal(examples(recipe, small_cnn(), batch), batch[0])
+@pytest.mark.parametrize("objective", [fgsm_rs(PGD(0)), n_fgsm(PGD(0)), natural()])
+def test_eps_0_trains_on_the_images(objective, batch):
+    assert torch.equal(examples(objective, small_cnn(), batch), batch[0])
 
 
 def test_fgsm_rs_takes_eps_per_row(batch):
@@ -133,18 +133,18 @@ def test_steps_and_start_of_the_given_attack_do_not_matter(make, batch):
 @pytest.mark.parametrize("name", ORACLES)
 def test_noise_is_named_by_seed_and_step(name, batch):
     model = small_cnn()
-    first = examples(RECIPES[name], model, batch)
-    assert torch.equal(first, examples(RECIPES[name], model, batch))
-    assert not torch.equal(first, examples(RECIPES[name], model, batch, step=10))
-    assert not torch.equal(first, examples(RECIPES[name], model, batch, seed=5))
+    first = examples(OBJECTIVES[name], model, batch)
+    assert torch.equal(first, examples(OBJECTIVES[name], model, batch))
+    assert not torch.equal(first, examples(OBJECTIVES[name], model, batch, step=10))
+    assert not torch.equal(first, examples(OBJECTIVES[name], model, batch, seed=5))
 
 
 # ---------------------------------------------------------------- one step of training
 @pytest.mark.parametrize(("name", "cost"), [("fgsm_rs", 5), ("n_fgsm", 5), ("natural", 3)])
 def test_cost_in_full_batch_forwards(name, cost, batch):
-    model, recipe = Counting(small_cnn()), RECIPES[name]
-    made = recipe.examples(model, *batch, seed=0, step=0)
-    recipe.loss(model, made).backward()
+    model, objective = Counting(small_cnn()), OBJECTIVES[name]
+    made = objective.examples(model, *batch, seed=0, step=0)
+    objective.loss(model, made).backward()
     assert (made.n, made.n_hard, made.n_forward, made.weights) == (32, 32, 32, None)
     assert model.full_batch_forwards(32) == cost
 
@@ -157,28 +157,28 @@ def test_cost_of_warm_up_steps_in_a_training(batch):
         assert model.full_batch_forwards(32) == cost
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_making_examples_leaves_the_model_alone(name, batch):
     model = small_cnn()
     model[1].eval()
     modes = [m.training for m in model.modules()]
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    examples(RECIPES[name], model, batch)
+    examples(OBJECTIVES[name], model, batch)
     assert modes == [m.training for m in model.modules()]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_loss_is_the_mean_cross_entropy(name, batch):
-    model, recipe = small_cnn(), RECIPES[name]
-    made = recipe.examples(model, *batch, seed=0, step=0)
-    recipe.loss(model, made).backward()
+    model, objective = small_cnn(), OBJECTIVES[name]
+    made = objective.examples(model, *batch, seed=0, step=0)
+    objective.loss(model, made).backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     expected = F.cross_entropy(model(made.x_adv), batch[1])
     expected.backward()
-    assert recipe.loss(model, made).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert objective.loss(model, made).item() == pytest.approx(expected.item(), rel=1e-5)
     for gradient, p in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(gradient, p.grad, rtol=1e-4, atol=1e-6)
 
@@ -188,13 +188,13 @@ def test_one_step_training_resists_pgd_and_natural_training_does_not():
     images = data.digits()
     x, y = images.x_train.float() / 255, images.y_train
     robust = {}
-    for name, recipe in {"fgsm_rs": fgsm_rs(PGD(0.2)), "n_fgsm": n_fgsm(PGD(0.2)), "natural": natural()}.items():
+    for name, objective in {"fgsm_rs": fgsm_rs(PGD(0.2)), "n_fgsm": n_fgsm(PGD(0.2)), "natural": natural()}.items():
         model = small_cnn(width=16)
         optimizer = sgd(model, 0.1)
         for step, rows in enumerate(torch.randperm(1280, generator=torch.Generator().manual_seed(0)).split(64) * 6):
-            made = recipe.examples(model, x[rows], y[rows], seed=0, step=step)
+            made = objective.examples(model, x[rows], y[rows], seed=0, step=step)
             optimizer.zero_grad()
-            recipe.loss(model, made).backward()
+            objective.loss(model, made).backward()
             optimizer.step()
         model.eval()
         x_adv = ham.pgd_attack(model, x[:256], y[:256], eps=0.2, step_size=0.05, steps=10)
@@ -225,14 +225,14 @@ def test_n_fgsm_refuses_eps_per_row():
         n_fgsm(PGD(torch.full((4,), 0.1)))
 
 
-def update(recipe, x, y, model=None):
+def update(objective, x, y, model=None):
     model = small_cnn() if model is None else model
-    loss = recipe.loss(model, recipe.examples(model, x, y, seed=0, step=0))
+    loss = objective.loss(model, objective.examples(model, x, y, seed=0, step=0))
     loss.backward()
     return loss
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -245,7 +245,7 @@ def update(recipe, x, y, model=None):
 )
 def test_bad_batches_are_named(name, spoil, message, batch):
     with pytest.raises(ValueError, match=message):
-        update(RECIPES[name], *spoil(*batch))
+        update(OBJECTIVES[name], *spoil(*batch))
 
 
 def test_natural_loss_is_nan_where_the_host_cannot_read_labels(batch, monkeypatch):
@@ -269,11 +269,11 @@ def test_natural_loss_is_not_finite_where_logits_are_not(batch):
 
 # ---------------------------------------------------------------- GPU
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_same_examples_on_a_gpu(name, batch):
     model = clear()
-    here = examples(RECIPES[name], model, batch)
-    there = examples(RECIPES[name], model.cuda(), [t.cuda() for t in batch])
+    here = examples(OBJECTIVES[name], model, batch)
+    there = examples(OBJECTIVES[name], model.cuda(), [t.cuda() for t in batch])
     assert torch.equal(here, there.cpu())
 
 

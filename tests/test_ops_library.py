@@ -96,6 +96,8 @@ WRAPPERS = {
         count=y[:1].int(),
         norm="l2",
     ),
+    "jump": lambda x, g, z, y: ops.jump(x.clone(), x, x * 0.9, y > 1, 3.0, 0.1),
+    "jump, rows": lambda x, g, z, y: ops.jump(x.clone(), x, x * 0.9, y > 1, 3.0, z[:, 0].abs(), norm="l2"),
     "random_start": lambda x, g, z, y: ops.random_start(x, 0.1, seed=3, step=1),
     "random_start, rows": lambda x, g, z, y: ops.random_start(x, z[:, 0].abs(), seed=3, norm="l2"),
     "margin_stats": lambda x, g, z, y: ops.margin_stats(z, y)[:2],

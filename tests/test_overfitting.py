@@ -139,9 +139,9 @@ def grey(rows: int = 64):
     return torch.full((rows, 1, 32, 32), 0.5), torch.zeros(rows, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("recipe", [fgsm_rs, n_fgsm])
-def test_fall_into_a_valley_is_found_at_once(recipe):
-    check = OverfittingCheck(recipe(PGD(EPS)).pgd, PGD(EPS, EPS / 10, 10))
+@pytest.mark.parametrize("objective", [fgsm_rs, n_fgsm])
+def test_fall_into_a_valley_is_found_at_once(objective):
+    check = OverfittingCheck(objective(PGD(EPS)).pgd, PGD(EPS, EPS / 10, 10))
     healthy = check(Valley(EPS, 0.0), *grey(), epoch=1)
     assert (healthy.one_step, healthy.multi_step) == (64, 64)
     assert check.overfitted_at is None
@@ -168,15 +168,15 @@ def digits():
 def watched(eps: float, epochs: int, digits, width: int = 16) -> tuple[OverfittingCheck, list[Reading]]:
     """A small CNN trained by FGSM-RS, with a reading after each epoch."""
     model = small_cnn(width=width)
-    optimizer, recipe = sgd(model, 0.1), fgsm_rs(PGD(eps))
-    check, readings, (x, y) = OverfittingCheck(recipe.pgd, PGD(eps, eps / 4, 10)), [], digits
+    optimizer, objective = sgd(model, 0.1), fgsm_rs(PGD(eps))
+    check, readings, (x, y) = OverfittingCheck(objective.pgd, PGD(eps, eps / 4, 10)), [], digits
     shuffle = torch.Generator().manual_seed(0)
     for epoch in range(1, epochs + 1):
         order = torch.randperm(1280, generator=shuffle)
         for step, rows in enumerate(order.split(64)):
-            made = recipe.examples(model, x[rows], y[rows], seed=0, step=20 * epoch + step)
+            made = objective.examples(model, x[rows], y[rows], seed=0, step=20 * epoch + step)
             optimizer.zero_grad()
-            recipe.loss(model, made).backward()
+            objective.loss(model, made).backward()
             optimizer.step()
         readings.append(check(model, x[order[:256]], y[order[:256]], epoch=epoch))
         if check.overfitted_at is not None:
@@ -238,11 +238,11 @@ def test_noise_is_no_training_noise(seed, batch, monkeypatch):
 def learner(digits):
     """A model that has begun to resist, and the images it trained on."""
     model = small_cnn(width=16)
-    optimizer, recipe = sgd(model, 0.1), fgsm_rs(PGD(EPS))
+    optimizer, objective = sgd(model, 0.1), fgsm_rs(PGD(EPS))
     x, y = digits[0][:256], digits[1][:256]
     for step in range(30):
         optimizer.zero_grad()
-        recipe.loss(model, recipe.examples(model, x, y, seed=0, step=step)).backward()
+        objective.loss(model, objective.examples(model, x, y, seed=0, step=step)).backward()
         optimizer.step()
     return model, x, y
 

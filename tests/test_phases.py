@@ -1,4 +1,4 @@
-"""The course of a training: natural, warm-up, mining; the watch over one-step warm-ups, also across a stop."""
+"""The course of a training: natural, warm-up, mining; the watch over one-step methods, also across a stop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def batches_of(digits, rows: int = 128) -> list:
 
 
 @pytest.mark.parametrize(("warm_up", "cost"), [("pgd_at", 11), ("n_fgsm", 5), ("fgsm_rs", 5)])
-def test_each_phase_trains_by_its_recipe(digits, warm_up, cost):
+def test_each_phase_trains_by_its_method(digits, warm_up, cost):
     """In full-batch forwards: natural 3, one step 5, PGD-AT 2K + 3."""
     counting = Counting(small_cnn())
     trainer = ham.HAMTrainer(counting, sgd(counting), **SMALL, start_epoch=3, warm_up=warm_up, natural_epochs=1)

@@ -1,18 +1,24 @@
-"""Settings: presets, TOML, what is wrong with bad ones, and that they cover what HAMTrainer takes."""
+"""Settings: presets, TOML, bounds, what is wrong with bad ones, and that they cover what the trainers take."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import pytest
+from annotated_types import Ge, Gt, Le, Lt
+from nets import sgd, small_cnn
 
 import ham_kernels as ham
+from ham_kernels.common import field_types
 from ham_kernels.data.table import SETS
 from ham_kernels.engine.options import SWITCHES, EngineOptions
+from ham_kernels.methods.settings import class_of
 from ham_kernels.runs import settings as settings_
 from ham_kernels.runs.config_file import from_toml, merge, method_of, to_toml
 from ham_kernels.runs.presets import PRESETS, preset, rescaled
@@ -71,6 +77,23 @@ def test_settings_are_what_the_trainer_takes():
     assert told == set(taken) - {"self", "model", "optimizer", "method", "device"}
 
 
+def test_ham_from_flat_arguments():
+    """HAMTrainer takes every field of HAM, and every argument of Trainer."""
+    others = {
+        "start_epoch": 2, "easy": "stop", "screen_steps": 2, "screen": "one_step", "rows": "random", "round_to": 4,
+        "freeze_bn": True, "reweight": False, "lam": 2.0, "step_sizes": (1.0, 0.5, 0.25), "group": 2,
+        "group_updates": "one",
+    }  # fmt: skip
+    for told in (others, {"bn_rows": "all"}, {"early_drop": False}):
+        wanted = ham.methods.HAM(**told)
+        model = small_cnn()
+        trainer = ham.HAMTrainer(model, sgd(model), **dataclasses.asdict(wanted), warm_up="n_fgsm", winograd="off")
+        assert trainer.method == wanted
+    default = ham.methods.HAM()
+    assert all(getattr(default, name) != value for name, value in others.items())
+    assert others.keys() | {"bn_rows", "early_drop"} == {f.name for f in dataclasses.fields(default)}
+
+
 @pytest.mark.parametrize("name", SWITCHES)
 def test_engine_options_reach_the_trainer(name):
     for choice, wanted in (("off", False), ("on", True), ("require", "require")):
@@ -84,12 +107,58 @@ def test_a_method_is_named_in_toml(tmp_path):
     (tmp_path / "c.toml").write_text('[method]\nname = "trades"\nbeta = 3\nearly_drop = true')
     read = from_toml(tmp_path / "c.toml", preset("svhn")).method
     assert read == ham.methods.TRADES(beta=3.0, early_drop=True, screen_steps=5)  # M is the preset's
-    with pytest.raises(ValueError, match=r"method\.beta: is no setting of ham; allowed are start_epoch"):
-        merge(preset("digits"), {"method": {"beta": 3.0}})
+    (tmp_path / "c.toml").write_text('[method]\nname = "trades"\nbeta = 3')
+    read = from_toml(tmp_path / "c.toml", TrainSettings()).method
+    assert read == ham.methods.TRADES(beta=3.0)
+    assert isinstance(read.beta, float)
+    assert not merge(preset("svhn"), {"method": {"name": "pgd_at"}}).method.mines
     with pytest.raises(ValueError, match="method: got 'HAM'; allowed are 'pgd_at', 'ham', 'trades'"):
         merge(preset("digits"), {"method": {"name": "HAM"}})
     with pytest.raises(TypeError, match=r"method\.name: got 3"):
         merge(preset("digits"), {"method": {"name": 3}})
+
+
+@pytest.mark.parametrize("name", ham.methods.names())
+def test_an_unknown_key_names_the_methods_own(name, tmp_path):
+    own = [f.name for f in dataclasses.fields(class_of(name))]
+    assert ("beta" in own) == (name == "trades")
+    assert ("noise" in own) == (name == "n_fgsm")
+    (tmp_path / "c.toml").write_text(f'[method]\nname = "{name}"\nlambda = 1.0')
+    with pytest.raises(ValueError, match=r"c\.toml: ") as error:
+        from_toml(tmp_path / "c.toml", preset("digits"))
+    assert str(error.value).endswith(f": method.lambda: is no setting of {name}; allowed are {', '.join(own)}")
+
+
+# What version 0.1.0 wrote for every method, at commit 36ad03f.
+OLD_METHOD = """
+[method]
+name = "{name}"
+screen_steps = 5
+start_epoch = 9
+lam = 2.0
+reweight = {mines}
+early_drop = true
+rows = "random"
+freeze_bn = true
+bn_rows = "hard"
+screen = "one_step"
+group = 2
+group_updates = "one"
+round_to = 32
+"""
+
+
+@pytest.mark.parametrize("mines", ["true", "false"])
+def test_an_old_config_of_pgd_at_is_plain_pgd_at(mines, tmp_path):
+    """It listed HAM's switches, which had no effect."""
+    path = tmp_path / "config.toml"
+    path.write_text(OLD_METHOD.format(name="pgd_at", mines=mines))
+    assert from_toml(path, TrainSettings()) == TrainSettings(method=ham.methods.PGDAT(start_epoch=9))
+    path.write_text(OLD_METHOD.format(name="ham", mines=mines))
+    assert from_toml(path, TrainSettings()).method == ham.methods.HAM(
+        start_epoch=9, screen_steps=5, lam=2.0, reweight=mines == "true", rows="random", freeze_bn=True,
+        screen="one_step", group=2, group_updates="one", round_to=32,
+    )  # fmt: skip
 
 
 def test_pgd_at_of_a_time_when_hams_switches_stood_beside_it():
@@ -104,6 +173,8 @@ def test_pgd_at_of_a_time_when_hams_switches_stood_beside_it():
     ("argv", "shown", "hidden"),
     [
         ([], "--lam", "--beta"),
+        (["--method", "ham"], "--lam", "--beta"),
+        (["--method=trades"], "--beta", "--noise"),
         (["--method", "trades"], "--beta", "--noise"),
         (["--method", "n_fgsm"], "--noise", "--beta"),
     ],
@@ -158,6 +229,73 @@ def test_missing_toml():
         from_toml("nowhere.toml", TrainSettings())
 
 
+# ---------------------------------------------------------------- bounds
+@dataclass(frozen=True)
+class Bounded:
+    count: Annotated[int, Ge(1)] = 1
+    share: Annotated[float, Gt(0.5), Le(1)] = 1.0
+    decay: Annotated[float | None, Ge(0), Lt(1)] = None
+    sizes: Annotated[tuple[float, ...], Gt(0)] = ()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 0}, "count: got 0; it must be >= 1"),
+        ({"share": 0.5}, "share: got 0.5; it must be above 0.5 and <= 1"),
+        ({"share": 1.5}, "share: got 1.5; it must be above 0.5 and <= 1"),
+        ({"share": float("nan")}, "share: got nan; it must be finite"),
+        ({"decay": 1}, "decay: got 1.0; it must be >= 0 and below 1"),
+        ({"decay": -0.5}, "decay: got -0.5; it must be >= 0 and below 1"),
+        ({"sizes": (1.0, 0.0)}, "sizes: got 0.0; it must be above 0"),
+        ({"sizes": [float("inf")]}, "sizes: got inf; it must be finite"),
+    ],
+)
+def test_bounds_come_from_the_fields(values, message):
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
+        field_types.check(Bounded(**values))
+
+
+def test_values_at_their_bounds():
+    for values in ({}, {"share": 1}, {"decay": 0.0}, {"decay": 0.999}, {"sizes": (1e-9,)}, {"count": 10**9}):
+        field_types.check(Bounded(**values))
+
+
+AT_LEAST = {
+    "data": {"train_images": 1, "test_images": 1, "val_images": 0, "batch_size": 1, "workers": 0, "size": 1},
+    "attack": {"eps": 0.0, "step_size": 0.0, "steps": 1},
+    "optim": {"epochs": 1, "lr": 0.0, "momentum": 0.0, "weight_decay": 0.0},
+    "warm_up": {"natural_epochs": 0},
+    "run": {"seed": 0, "checkpoint_minutes": 0.0, "ema_decay": 0.0},
+    "evaluate": {
+        "images": 1, "restarts": 1, "batch_size": 1, "seed": 0, "masking_images": 2, "analysis_images": 1, "eps": 0.0,
+        "step_size": 0.0,
+    },
+}  # fmt: skip
+OF_METHODS = {"start_epoch": 1, "screen_steps": 1, "lam": 0.0, "group": 1, "round_to": 1}
+OWN = {"trades": {"beta": 0.0}, "n_fgsm": {"noise": 0.0}}
+
+
+@pytest.mark.parametrize("where", [*AT_LEAST, *ham.methods.names()])
+def test_each_setting_has_its_bound(where):
+    if where in AT_LEAST:
+        settings = EvaluateSettings() if where == "evaluate" else getattr(TrainSettings(), where)
+        bounds = AT_LEAST[where]
+    else:
+        settings, bounds = class_of(where)(), OF_METHODS | OWN.get(where, {})
+    for name, low in bounds.items():
+        field_types.check(replace(settings, **{name: low}))
+        with pytest.raises(ValueError, match=rf"^{name}: got {low - 1}; it must be >= {int(low)}\b"):
+            field_types.check(replace(settings, **{name: low - 1}))
+
+
+@pytest.mark.parametrize("threshold", [0.5, 1.01])
+def test_threshold_of_confidence(threshold):
+    with pytest.raises(ValueError, match=rf"^threshold: got {threshold}; it must be above 0\.5 and <= 1$"):
+        EvaluateSettings(threshold=threshold).check()
+    EvaluateSettings(threshold=1.0).check()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -171,6 +309,10 @@ def test_missing_toml():
         ({"warm_up": {"name": "ham"}, "method": {"name": "trades"}}, "warm_up: got 'ham'; it would mine"),
         ({"optim": {"lr_decay": [0.1]}}, "lr_decay: got 1 factors for 3 milestones"),
         ({"method": {"start_epoch": 121}}, "start_epoch: got 121 with epochs=120"),
+        (
+            {"method": {"name": "trades", "early_drop": True, "start_epoch": 121}, "warm_up": {"name": "trades"}},
+            "start_epoch: got 121 with epochs=120, so trades would never start",
+        ),
         ({"method": {"reweight": False, "early_drop": False}}, "method: ham without early_drop and reweight"),
         ({"method": {"freeze_bn": True, "bn_rows": "all"}}, "bn_rows: got 'all' with freeze_bn"),
         ({"run": {"val_attack": "autoattack"}}, "val_attack: got 'autoattack'"),

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from nets import Counting, sgd, small_cnn
-from objectives import ham as ham_recipe
+from objectives import ham as ham_objective
 from torch.nn import functional as F
 
 import ham_kernels as ham
@@ -127,8 +127,8 @@ def test_batchnorm_of_all_rows_is_that_of_one_forward_over_the_batch():
     twin = copy.deepcopy(model)
     x, y = half_hard(model)
     t = ham.HAMTrainer(model, sgd(model), **SMALL, start_epoch=1, bn_rows="all")
-    recipe = ham_recipe(ham.PGD(0.01, 0.005, 3), 1, bn_rows="all")
-    examples = recipe.examples(twin, x, y, seed=t.seed, step=0)
+    objective = ham_objective(ham.PGD(0.01, 0.005, 3), 1, bn_rows="all")
+    examples = objective.examples(twin, x, y, seed=t.seed, step=0)
     assert 6 <= examples.n_hard < 12
     assert examples.rest.shape[0] == 12 - examples.n_hard
     twin.train()
@@ -155,10 +155,10 @@ def test_rows_in_the_update(rows, trained):
 
 
 def test_random_rows_leave_the_others_as_rest():
-    recipe = ham_recipe(ham.PGD(0.01, 0.005, 3), 1, rows="random", bn_rows="all")
+    objective = ham_objective(ham.PGD(0.01, 0.005, 3), 1, rows="random", bn_rows="all")
     model = small_cnn()
     x, y = half_hard(model)
-    examples = recipe.examples(model, x, y, seed=0, step=0)
+    examples = objective.examples(model, x, y, seed=0, step=0)
     assert 6 <= examples.n_hard < 12
     near = (examples.rest[:, None] - x[None]).abs().flatten(2).amax(2) <= 0.01 + 1e-6
     assert near.sum(1).tolist() == [1] * (12 - examples.n_hard)  # each is one of the images, slightly moved

@@ -113,7 +113,7 @@ def _usual_epoch(arm: str, runs: list[dict]) -> dict:
 
 def _mining_epochs(seed: int, runs: list[dict]) -> set[int]:
     """Those in which the HAM runs of this seed mine."""
-    return {e["epoch"] for run in runs if run["seed"] == seed for e in run["epochs"] if e["phase"] == "ham"}
+    return {e["epoch"] for run in runs if run["seed"] == seed for e in run["epochs"] if e["mined"]}
 
 
 def _mining(run: dict, runs: list[dict]) -> list[float]:
@@ -265,10 +265,10 @@ def _times(runs: list[dict]) -> str:
 
 def _hard(runs: list[dict]) -> str:
     """h of each epoch that mines."""
-    mined = [run for run in runs if any(e["phase"] == "ham" for e in run["epochs"])]
+    mined = [run for run in runs if any(e["mined"] for e in run["epochs"])]
     if not mined:
         return "No run has mined yet."
-    hard = [{e["epoch"]: e["hard_fraction"] for e in run["epochs"] if e["phase"] == "ham"} for run in mined]
+    hard = [{e["epoch"]: e["hard_fraction"] for e in run["epochs"] if e["mined"]} for run in mined]
     epochs = sorted(set().union(*hard))
     rows = [[epoch, *(f"{h[epoch]:.3f}" if epoch in h else "–" for h in hard)] for epoch in epochs]
     return _table(["epoch: h", *map(_title, mined)], rows)

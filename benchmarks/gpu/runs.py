@@ -70,7 +70,7 @@ def train(o: Options, arm: str, seed: int, shell: Shell) -> dict:
     if status or state["state"] != "finished":
         raise Failed(f"ham train ended with {status}, {state['state']}: {state['message'] or shell.last_line()}")
     epochs = _epochs(folder)
-    own = [e for e in epochs if e["phase"] == "ham"]
+    own = [e for e in epochs if e["mined"]]
     hard = f", h {own[0]['hard_fraction']:.2f} to {own[-1]['hard_fraction']:.2f}" if own else ""
     return {"line": f"{len(epochs)} epochs, {sum(e['seconds'] for e in epochs):.0f} s of training{hard}"}
 

@@ -64,9 +64,10 @@ def goal(what: str, held: bool | None, measured: str) -> dict[str, str]:
 # ---------------------------------------------------------------- the machine
 FACTS = """
 import json, torch
-from ham_kernels import doctor, environment
-print(json.dumps({"machine": environment.machine(), "versions": environment.versions("triton", "torchattacks"),
-                  "commit": environment.commit(), "cuda": torch.version.cuda, "gpu": torch.cuda.is_available(),
+from ham_kernels.commands import doctor
+from ham_kernels.common import provenance
+print(json.dumps({"machine": provenance.machine(), "versions": provenance.versions("triton", "torchattacks"),
+                  "commit": provenance.commit(), "cuda": torch.version.cuda, "gpu": torch.cuda.is_available(),
                   "doctor": doctor.collect()}))
 """
 

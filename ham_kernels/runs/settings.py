@@ -174,8 +174,8 @@ class TrainSettings:
                 f"lr_decay: got {len(optim.lr_decay)} factors for {len(optim.milestones)} milestones; give one each"
             )
         warm_up = self.warm_up
-        warm_up_of(method, warm_up.name)
-        if method.start_epoch > optim.epochs and (warm_up.name != method.name or warm_up.natural_epochs):
+        before = warm_up_of(method, warm_up.name)
+        if method.start_epoch > optim.epochs and (before != method or warm_up.natural_epochs):
             raise ValueError(
                 f"start_epoch: got {method.start_epoch} with epochs={optim.epochs}, so {method.name} would never start"
             )
