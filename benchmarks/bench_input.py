@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pgd.results import write_json
 from PIL import Image
 from readme.machine import machine
+from readme.output import write_json
 
 from ham_kernels import data
 

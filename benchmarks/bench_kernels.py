@@ -39,8 +39,8 @@ import torch
 from kernels import cases as k
 from kernels import cub
 from kernels.table import goal_lines, goals, table, unsteady
-from pgd.results import write_json
 from readme.machine import machine
+from readme.output import write_json
 
 from ham_kernels import ops
 from ham_kernels.common import provenance

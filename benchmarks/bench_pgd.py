@@ -5,26 +5,28 @@
     python benchmarks/bench_pgd.py --data PATH          a folder or tar of class folders
 
 All methods start from one warm-up (plain PGD-AT) per seed and then train epoch by epoch in turn, so that a change
-in the machine's speed hits all alike. Prints one table and a verdict on each claim of the paper.
+in the machine's speed hits all alike. Prints one table and a verdict on each claim of the paper,
+which the report makes of the run folders that the methods leave.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from pgd.arms import CHOICES, Arm, Setting, fork, torchattacks_there
+from pgd.competitors import BASE, TITLES, Competitor, settings_of, torchattacks_there
 from pgd.overhead import overhead
-from pgd.results import ATTACKS, aligned, cells, claims, figure, summarise, verdict_lines, write_json
+from pgd.results import MINING, cells, claims_on_ham, table_of, verdict_lines
 from readme.machine import machine
+from readme.output import aligned, write_json
 from tqdm import tqdm
 
-import ham_kernels as ham
-from ham_kernels import data
-from ham_kernels.models import PreActResNet18, SmallCNN
+from ham_kernels import data, report
+from ham_kernels.commands.from_settings import device_of, images_of, loaders_of
 
 # what differs between the bundled digits and natural images; every value is an option
 DIGITS = {
@@ -42,7 +44,7 @@ def parse() -> argparse.Namespace:
     source = p.add_mutually_exclusive_group()
     source.add_argument("--dataset", choices=("digits", "cifar10"), default="digits")
     source.add_argument("--data", type=Path, metavar="PATH", help="folder or tar of class folders")
-    p.add_argument("--methods", default="pgd_at,ham,torchattacks", help=f"of {', '.join(CHOICES)}")
+    p.add_argument("--methods", default="pgd_at,ham,torchattacks", help=f"of {', '.join(TITLES)}")
     p.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     p.add_argument("--epochs", type=int, help="in all, warm-up included (digits 24, else 30)")
     p.add_argument("--warmup", type=int, metavar="EPOCHS", help="plain PGD-AT before HAM starts (digits 8, else 12)")
@@ -60,7 +62,9 @@ def parse() -> argparse.Namespace:
     p.add_argument("--lr-decay", type=float, help="factor at each milestone (digits 0.2, else 0.1)")
     p.add_argument("--ema-decay", type=float, help="of the weight average (digits 0.97, else 0.99)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--out", type=Path, default=Path("runs"), help="folder for the JSON and the figure (default runs)")
+    p.add_argument(
+        "--out", type=Path, default=Path("runs"), help="folder for JSON, figure and run folders (default runs)"
+    )
     p.add_argument("--check", action="store_true", help="exit 1 when the time claim fails")
     args = p.parse_args()
     defaults = DIGITS if args.dataset == "digits" and args.data is None else NATURAL
@@ -68,9 +72,9 @@ def parse() -> argparse.Namespace:
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     args.methods = args.methods.split(",")
-    unknown = [m for m in args.methods if m not in CHOICES]
+    unknown = [m for m in args.methods if m not in TITLES]
     if unknown or not {"pgd_at", "ham"} <= set(args.methods):
-        p.error(f"--methods: got {','.join(args.methods)}; it needs pgd_at and ham, and allows {', '.join(CHOICES)}")
+        p.error(f"--methods: got {','.join(args.methods)}; it needs pgd_at and ham, and allows {', '.join(TITLES)}")
     if not 1 <= args.warmup < args.epochs:
         p.error(f"--warmup: got {args.warmup} with --epochs {args.epochs}; it must be at least 1 and less than those")
     if args.seeds < 1:
@@ -78,45 +82,42 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def run_seed(seed: int, images: data.ImageSet | data.FileSet, args: argparse.Namespace, progress: tqdm) -> dict:
-    """One warm-up, then all methods in turn; their epochs and what their models are worth."""
-    torch.manual_seed(seed)
-    classes, channels = len(images.classes), images.channels
-    model = PreActResNet18(classes) if args.model == "preact" else SmallCNN(channels, classes)
-    setting = Setting(
-        eps=args.eps, step_size=args.step_size, steps=args.steps, screen_steps=args.screen_steps, lam=args.lam,
-        start_epoch=args.warmup + 1, lr=args.lr, milestones=args.milestones, lr_decay=args.lr_decay,
-        ema_decay=args.ema_decay,
-        seed=seed,
-    )  # fmt: skip
-    augment = "crop+flip" if args.model == "preact" else "none"
-    train, _, test = data.loaders(images, args.batch_size, seed=seed, augment=augment, device=args.device)
-    warm_up = Arm("pgd_at", setting, setting.trainer(model.to(args.device), early_drop=False, reweight=False))
-    for epoch in range(1, args.warmup + 1):
-        progress.set_description(f"seed {seed}: warm-up")
-        warm_up.run_epoch(train, epoch)
+def run_seed(seed: int, images: data.ImageSet | data.FileSet, args: argparse.Namespace, folder: Path, progress: tqdm):
+    """One warm-up, then all methods in turn. Each leaves folder/METHOD-seedN."""
+
+    def competitor(name: str) -> Competitor:
+        return Competitor(name, settings_of(args, name, seed), images, folder)
+
+    def train(one: Competitor, what: str) -> None:
+        progress.set_description(f"seed {seed}: {what}")
+        one.train_epoch(train_loader)
         progress.update()
-    arms = [fork(name, warm_up) for name in args.methods]
+
+    base = competitor(BASE)
+    train_loader, _, test_loader = loaders_of(base.settings, images, device_of(args.device))
+    for _ in range(args.warmup):
+        train(base, "warm-up")
+    competitors = [base if name == BASE else competitor(name).go_on_from(base) for name in args.methods]
     for epoch in range(args.warmup + 1, args.epochs + 1):
-        turn = epoch % len(arms)  # who goes first changes from epoch to epoch
-        for arm in arms[turn:] + arms[:turn]:
-            progress.set_description(f"seed {seed}: {arm.name}")
-            arm.run_epoch(train, epoch)
-            progress.update()
-    result = {"seed": seed, "warm_up_s": sum(e.seconds for e in warm_up.epochs), "arms": {}}
-    for arm in arms:
-        progress.set_description(f"seed {seed}: judging {arm.name}")
-        worth = {
-            weights: {attack: asdict(r) for attack, r in judged.items()}
-            for weights, judged in (("raw", judge(arm.model, test, args)), ("ema", judge(arm.ema_model, test, args)))
-        }
-        result["arms"][arm.name] = {"epochs": [asdict(e) for e in arm.epochs], **worth}
+        turn = epoch % len(competitors)  # who goes first changes from epoch to epoch
+        for one in competitors[turn:] + competitors[:turn]:
+            train(one, one.name)
+    for one in competitors:
+        progress.set_description(f"seed {seed}: judging {one.name}")
+        one.finish(test_loader)
         progress.update()
-    return result
 
 
-def judge(model: torch.nn.Module, test, args: argparse.Namespace) -> dict[str, ham.ClassAccuracy]:
-    return ham.evaluate(model, test, ("clean", *ATTACKS), eps=args.eps, step_size=args.step_size, device=args.device)
+def result_of(folder: Path, args: argparse.Namespace, title: str) -> dict:
+    """The table, and what the report that is made beside the run folders says of them."""
+    runs = {
+        name: report.read_runs([folder / f"{name}-seed{seed}" for seed in range(args.seeds)]) for name in args.methods
+    }
+    folders = [run.folder for own in runs.values() for run in own]
+    page = report.build(folders, folder / "report", title=title, baseline=TITLES[BASE])
+    (section,) = json.loads(page.with_name("data.json").read_text())["sections"]
+    table = table_of(runs, args.warmup, args.steps, args.screen_steps)
+    return {"table": table, "claims": claims_on_ham(section, table), "report": section}
 
 
 def main() -> int:
@@ -124,43 +125,41 @@ def main() -> int:
     if "torchattacks" in args.methods and not torchattacks_there():
         print("torchattacks is not installed, so its column is left out: pip install -e '.[bench]'\n")
         args.methods.remove("torchattacks")
-    images = data.load(args.dataset, args.data).subset(args.train_images, args.test_images)
+    images = images_of(settings_of(args, BASE, 0))
     about = machine()
     print(f"{images.name}: {len(images.y_train)} training and {len(images.y_test)} test images, {args.model} model,")
     print(
-        f"eps {args.eps:g}, step {args.step_size:g}, K {args.steps}, M {args.screen_steps}, lambda {args.lam:g}, ",
-        end="",
+        f"eps {args.eps:g}, step {args.step_size:g}, K {args.steps}, M {args.screen_steps}, lambda {args.lam:g}, "
+        f"{args.warmup} warm-up epochs of {args.epochs}, {args.seeds} seeds, batch {args.batch_size}"
     )
-    print(f"{args.warmup} warm-up epochs of {args.epochs}, {args.seeds} seeds, batch {args.batch_size}")
     print("; ".join(f"{key} {value}" for key, value in about.items()), flush=True)
 
+    stem = f"bench_pgd_{images.name.split('.')[0].lower().replace(' ', '_')}"
+    folder = args.out / stem
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier call
     units = args.seeds * (args.warmup + len(args.methods) * (args.epochs - args.warmup + 1))
     with tqdm(total=units, unit="epoch", dynamic_ncols=True, disable=not sys.stderr.isatty()) as progress:
-        seeds = []
         for seed in range(args.seeds):
-            seeds.append(run_seed(seed, images, args, progress))
+            run_seed(seed, images, args, folder, progress)
             if progress.disable:
                 print(f"seed {seed} done", flush=True)
-    table = summarise(seeds, args.steps, args.screen_steps)
-    extra = overhead(images, args)
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    found = result_of(folder, args, f"{images.name}, {args.seeds} seeds, eps {args.eps:g}")
+    result = {"machine": about, "settings": settings, **found, "overhead": overhead(images, args)}
 
     print(f"\nmean ± standard deviation over {args.seeds} seeds; phase: the epochs after the warm-up; ", end="")
     print("raw, ema: last weights and their average\n")
-    print(aligned(cells(table)))
+    print(aligned(cells(result["table"])))
     print()
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    result = {"machine": about, "settings": settings, "table": table, "claims": claims(table), "overhead": extra}
     for line in verdict_lines(result):
         print(line.replace("**", ""))
 
-    stem = f"bench_pgd_{images.name.split('.')[0].lower().replace(' ', '_')}"
     files = args.out / f"{stem}.json", args.out / f"{stem}.png"
-    write_json(files[0], {**result, "classes": images.classes, "seeds": seeds})
-    figure(
-        files[1], seeds, list(images.classes), f"{images.name}, {args.seeds} seeds, eps {args.eps:g}, weight average"
-    )
-    print(f"\nwritten: {files[0]} and {files[1]}")
-    if args.check and result["claims"][0]["holds"] is not True:
+    write_json(files[0], result)
+    shutil.copy(folder / "report" / "figures" / "class_accuracy.png", files[1])
+    print(f"\nwritten: {files[0]}, {files[1]} and {folder / 'report' / 'index.html'}")
+    held = next(c["holds"] for c in result["claims"] if MINING in c["claim"])
+    if args.check and held is not True:
         print("--check: the time claim does not hold, or is undecided", file=sys.stderr)
         return 1
     return 0

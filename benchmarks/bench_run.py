@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 import torch
-from pgd.results import write_json
 from readme.machine import machine
+from readme.output import write_json
 
 import ham_kernels as ham
 from ham_kernels import models

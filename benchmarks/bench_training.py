@@ -23,8 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from pgd.results import aligned, write_json
 from readme.machine import machine
+from readme.output import aligned, write_json
 from torch import Tensor
 from training.floor import (
     LARGE,

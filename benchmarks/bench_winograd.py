@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from pgd.results import aligned, markdown, write_json
 from readme.machine import machine
+from readme.output import aligned, markdown, write_json
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_training  # noqa: E402
-from pgd import results as pgd_results  # noqa: E402
+from pgd.results import predicted_ratio  # noqa: E402
+from readme.output import markdown  # noqa: E402
 from training import floor, steps  # noqa: E402
 from training import table as training_table  # noqa: E402
 
@@ -60,7 +61,7 @@ def test_forwards_are_the_cost_model():
     assert floor.forwards("pgd_at") == 23
     assert floor.forwards("natural") == 3
     for h in (0.0, 0.3, 1.0):
-        predicted = pgd_results.predicted_ratio(h, steps.K, steps.M)
+        predicted = predicted_ratio(h, steps.K, steps.M)
         assert floor.forwards("ham", h) / 23 == pytest.approx(predicted)
 
 
@@ -101,7 +102,7 @@ def test_wrong_results_are_not_said_to_be_fast():
     assert quick["over_torchattacks"] is None
     assert right["over_torchattacks"] == 2.0
     assert floor.fastest(made, "pgd_at") is right
-    assert "WRONG" in pgd_results.markdown(training_table.cells(made))
+    assert "WRONG" in markdown(training_table.cells(made))
 
 
 # ------------------------------------------------------------ goals

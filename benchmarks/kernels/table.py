@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from pgd.results import aligned, markdown
+from readme.output import aligned, markdown
 
 from kernels import cases as k
 

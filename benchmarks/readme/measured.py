@@ -9,9 +9,10 @@ from pathlib import Path
 
 import bench_winograd
 from kernels import table as kernel_table
-from pgd import results as pgd_results
-from pgd.results import ROWS, cells, markdown, verdict_lines
+from pgd.results import ROWS, cells, verdict_lines
 from training import table as training_table
+
+from readme.output import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -52,7 +53,7 @@ def claims(here: Path) -> str:
 
 
 def _claims_of_bench_pgd(result: dict) -> Claims:
-    return {_minus(c["claim"]): _said(c["measured"], c["holds"]) for c in pgd_results.claims(result["table"])}
+    return {_minus(c["claim"]): _said(c["measured"], c["holds"]) for c in result["claims"]}
 
 
 def _claims_of_report(data: dict) -> Claims:
@@ -130,7 +131,6 @@ def bench_pgd_setup(result: dict) -> str:
 
 def bench_pgd(here: Path) -> str:
     result = read("bench_pgd_digits.json")
-    result["claims"] = pgd_results.claims(result["table"])
     lines = [f"- {line}" for line in verdict_lines(result)]
     return "\n\n".join([bench_pgd_setup(result), markdown(cells(result["table"])), "\n".join(lines)])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pgd.results import markdown
+from readme.output import markdown
 
 from training.steps import FOREIGN, HAM, KINDS, PGD_AT, TORCHATTACKS, TORCHATTACKS_BF16, K, M, title
 
