@@ -160,7 +160,7 @@ def _run(folder: Path, arm: str, seed: int) -> dict[str, Any] | None:
     return {
         "arm": arm, "seed": seed, "finished": status["state"] == "finished",
         "sessions": [_session(s) for s in sessions],
-        "epochs": [{key: e[key] for key in ("epoch", "phase", "seconds", "hard_fraction")} for e in epochs],
+        "epochs": [{key: e[key] for key in ("epoch", "phase", "mined", "seconds", "hard_fraction")} for e in epochs],
         "classes": (read(path / "data.json") or {}).get("classes", []),
         "counts": (read(path / "data.json") or {}).get("counts", {}),
         "judged": {w: _judged(found) for w, found in judged.items() if found},
