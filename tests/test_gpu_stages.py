@@ -221,7 +221,13 @@ def fabricated_run(
     write(folder / "data.json", {"classes": ["a", "b"], "counts": {"test": 10}})
     phases = ["pgd_at", *(["pgd_at"] * 3 if arm == "pgd_at" else ["ham"] * 3)]
     lines = [
-        {"epoch": i, "mined": phase == "ham", "seconds": s, "hard_fraction": 1.0 if phase == "pgd_at" else hard}
+        {
+            "epoch": i,
+            "phase": phase,
+            "mined": phase == "ham",
+            "seconds": s,
+            "hard_fraction": 1.0 if phase == "pgd_at" else hard,
+        }
         for i, (phase, s) in enumerate(zip(phases, seconds, strict=True), 1)
     ]
     write(folder / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
