@@ -233,7 +233,6 @@ def test_rounding_is_for_one_update():
         ham.methods.HAM(round_to=4, group=2)
 
 
-@pytest.mark.xfail(strict=True, reason="rows are filled up over all batches, and given to the wrong ones")
 def test_rounding_is_for_one_update_also_of_batches_given_together(trained, group):
     trainer = trainer_of(copy.deepcopy(trained), round_to=4)
     with pytest.raises(ValueError, match="round_to: got 4"):

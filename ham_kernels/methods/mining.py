@@ -143,7 +143,7 @@ def _hardest_first(z: Tensor, y: Tensor, hard: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- batches attacked together
 def split(examples: Examples, sizes: Sequence[int]) -> list[Examples]:
-    """The examples of several batches that were attacked as one, batch by batch. Costs one more read on a GPU."""
+    """The examples of batches that were attacked as one, batch by batch. A GPU is read two or three times for it."""
     if len(sizes) == 1:
         return [examples]
     ends = torch.tensor(sizes).cumsum(0)

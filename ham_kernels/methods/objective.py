@@ -57,6 +57,9 @@ class Objective(nn.Module):
         engine: Engine = PLAIN,
     ) -> list[Examples]:  # fmt: skip
         """Of several batches that are attacked as one: x and y hold them one after the other, `sizes` rows each."""
+        rounds = self.method.round_to
+        if rounds > 1 and len(sizes) > 1:
+            raise ValueError(f"round_to: got {rounds} for {len(sizes)} updates; rows are rounded for one")
         self._prepare(model, x)
         pgd = self.method.attack_on(self.pgd, y, self)
         mined = mine(model, x, y, pgd, self.method, seed=seed, step=step, engine=engine)
