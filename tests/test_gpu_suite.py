@@ -54,8 +54,8 @@ def script(folder: Path, body: str) -> list[str]:
     """A program that runs a suite of made-up stages below `folder`."""
     path = folder / "suite.py"
     path.write_text(
-        "import sys\nfrom pathlib import Path\nimport gpu_suite\nfrom _gpu_process import Shell, Slot\n"
-        f"from _gpu_stages import Options, Stage\nout = Path({str(folder)!r})\n{body}\n"
+        "import sys\nfrom pathlib import Path\nimport gpu_suite\nfrom gpu.process import Shell, Slot\n"
+        f"from gpu.stages import Options, Stage\nout = Path({str(folder)!r})\n{body}\n"
         "with Slot(60, 1.0) as slot:\n    sys.exit(gpu_suite.Suite(Options(out), plan, slot).run())\n"
     )
     return [sys.executable, str(path)]
