@@ -110,6 +110,21 @@ def test_a_run_whose_warm_up_failed_is_tried_again(swept):
     assert outcome == {"experiment": "ham", "runs": {"ham-M1-lam1-seed0": "finished"}, "failed": []}
 
 
+def test_a_sweep_of_before_goes_on(tmp_path):
+    """Its PGD-AT lists HAM's switches; the M among them has no effect, and may differ from what is asked now."""
+    now = next(c.settings for c in cells("baseline", preset("svhn"), (0,)))
+    run = RunFolder.create(tmp_path / "pgd_at-seed0", now)
+    hams = "screen_steps = 3\nstart_epoch = 50\nlam = 1.0\nreweight = true\nearly_drop = true\nrows = 'hard'\n"
+    text = (run.path / "config.toml").read_text()
+    start, end = text.index("[method]"), text.index("[optim]")
+    (run.path / "config.toml").write_text(f"{text[:start]}[method]\nname = 'pgd_at'\n{hams}\n{text[end:]}")
+    assert now.method.screen_steps == 5
+    sweep_command._check_unchanged(run.path, now)
+    (run.path / "config.toml").write_text(text.replace("eps = 0.031", "eps = 0.1"))
+    with pytest.raises(ValueError, match="was begun with other settings"):
+        sweep_command._check_unchanged(run.path, now)
+
+
 def test_a_sweep_does_not_mix_settings(tmp_path, swept):
     """Neither in its runs nor in the warm-up that they share, also when the run itself is gone."""
     shutil.copytree(swept[0], tmp_path / "sweep")

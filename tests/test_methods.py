@@ -334,8 +334,8 @@ def test_a_method_in_one_file(dummy, tmp_path, capsys):
     whole, paused = (RunFolder.open(path).checkpoints.load_newest()[1]["trainer"] for path in out[:2])
     for part in ("model", "ema"):
         assert all(torch.equal(a, b) for a, b in zip(whole[part].values(), paused[part].values(), strict=True))
-    assert int(whole["memory"]["dummy"]["epochs"]) == 2
-    assert torch.equal(whole["memory"]["dummy"]["seen"], paused["memory"]["dummy"]["seen"])
+    assert int(whole["memory"]["method"]["epochs"]) == 2
+    assert torch.equal(whole["memory"]["method"]["seen"], paused["memory"]["method"]["seen"])
     assert main(["train", *flags, "--method", "pgd_at", "--out", out[2]]) == 0
     for path in out[::2]:
         assert main(["evaluate", path, "--attacks", "clean", "pgd5", "--no-masking", "--no-analyses", "--quiet"]) == 0
@@ -383,6 +383,45 @@ def test_the_gate_closes_the_average(dummy, batches):
     trainer.fit(batches, epochs=4, on_epoch_end=note)
     same = [all(torch.equal(a, b) for a, b in zip(x, y, strict=True)) for x, y in itertools.pairwise(averages)]
     assert same == [False, True, False]
+
+
+def test_a_warm_up_of_the_same_name_has_a_memory_of_its_own(dummy, batches):
+    """It survives a stop within the warm-up."""
+    whole, first, second = (
+        trainer_of(dummy(start_epoch=3, early_drop=True, screen_steps=2), warm_up="dummy") for _ in range(3)
+    )
+    whole.fit(batches, epochs=3)
+
+    def stop(_):
+        if first.steps_done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.fit(batches, epochs=3, on_batch_end=stop)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    second.fit(batches, epochs=3)
+    assert_same_state(second.model, whole.model)
+    assert torch.equal(second._phases._warm_up.seen, whole._phases._warm_up.seen)
+    assert whole._phases._warm_up.seen.sum() == 2 * 81
+
+
+def test_a_stop_while_the_watch_draws_ends_no_epoch_twice(dummy, batches):
+    class Loader(list):
+        draws = 0
+
+        def __iter__(self):
+            self.draws += 1
+            if self.draws == 2:
+                raise KeyboardInterrupt
+            return super().__iter__()
+
+    kind = type("Watched", (dummy,), {"one_step": True, "attack_on": methods.Method.attack_on})
+    trainer = trainer_of(kind(start_epoch=1))
+    loader = Loader(batches)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(loader, epochs=1)
+    trainer.fit(loader, epochs=1)
+    assert int(trainer._phases.method.epochs) == 1
 
 
 def test_two_methods_of_one_name_are_refused():

@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from nets import sgd, small_cnn
 
 import ham_kernels as ham
+from ham_kernels.commands.flags import parse_train
 from ham_kernels.common import field_types
 from ham_kernels.data.table import SETS
 from ham_kernels.engine.options import SWITCHES, EngineOptions
@@ -159,6 +160,16 @@ def test_an_old_config_of_pgd_at_is_plain_pgd_at(mines, tmp_path):
         start_epoch=9, screen_steps=5, lam=2.0, reweight=mines == "true", rows="random", freeze_bn=True,
         screen="one_step", group=2, group_updates="one", round_to=32,
     )  # fmt: skip
+
+
+def test_a_file_without_a_name_is_of_the_flags_method(tmp_path):
+    (tmp_path / "c.toml").write_text("[method]\nbeta = 3\n")
+    told = ["--config", str(tmp_path / "c.toml")]
+    assert parse_train([*told, "--method", "trades"]).settings.method.beta == 3.0
+    with pytest.raises(ValueError, match=r"method\.beta: is no setting of ham"):
+        parse_train(told)
+    (tmp_path / "c.toml").write_text(to_toml(preset("digits")))
+    assert not parse_train([*told, "--method", "pgd_at"]).settings.method.mines  # HAM's switches stay HAM's
 
 
 def test_pgd_at_of_a_time_when_hams_switches_stood_beside_it():

@@ -135,15 +135,16 @@ def _base(argv: list[str]) -> TrainSettings:
     """
     config, epochs = _seen(argv, "--config"), _seen(argv, "--epochs")
     told = {} if config is None else read_toml(config)
-    if config is not None:
-        from_toml(config, TrainSettings())  # judges keys and types before anything is made of them
     named = _seen(argv, "--method")
+    of_flag = None if get(told, "method", "name") else named  # whose settings the file's are, where it does not say
+    if config is not None:
+        from_toml(config, TrainSettings(), of_flag)  # judges keys and types before anything is made of them
     path = _seen(argv, "--path") or get(told, "data", "path")
     dataset = _seen(argv, "--dataset") or get(told, "data", "dataset") or ("cifar10" if path else "digits")
     base = preset(dataset)
     if config is not None:
         own_epochs = get(told, "optim", "epochs")
-        base = from_toml(config, rescaled(base, own_epochs) if own_epochs else base)
+        base = from_toml(config, rescaled(base, own_epochs) if own_epochs else base, of_flag)
     if named is not None:
         base = replace(base, method=with_name(base.method, named))
     try:

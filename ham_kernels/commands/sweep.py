@@ -168,7 +168,11 @@ def _warm_up_settings(settings: TrainSettings) -> TrainSettings:
 
 
 def _check_unchanged(path: Path, settings: TrainSettings) -> None:
-    if (path / "config.toml").exists() and RunFolder.open(path).settings() != settings:
+    if not (path / "config.toml").exists():
+        return
+    begun = RunFolder.open(path).settings()
+    alike = begun.method.in_effect() == settings.method.in_effect()  # what has no effect may differ
+    if not alike or replace(begun, method=settings.method) != settings:
         raise ValueError(f"out: {path} was begun with other settings; give another --out, or remove it")
 
 

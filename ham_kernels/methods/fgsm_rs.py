@@ -22,21 +22,9 @@ class FGSMRS(Method):
     title = "FGSM-RS"
     one_step = True
 
-    def check(self) -> None:
-        super().check()
-        check_one_step(self)
-
-    def attack_steps(self, steps: int) -> int:
-        return super().attack_steps(1)
-
     def attack(self, pgd):
         check_linf(self, pgd)
         return replace(pgd, step_size=STEP * pgd.eps, steps=1, step_sizes=(), random_start=True, start_eps=None)
-
-
-def check_one_step(method: Method) -> None:
-    if method.step_sizes:
-        raise ValueError(f"step_sizes: got {method.step_sizes}; {method.title} has one step, of its own size")
 
 
 def check_linf(method: Method, pgd) -> None:

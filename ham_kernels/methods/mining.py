@@ -29,9 +29,9 @@ class Examples:
     index: Tensor | None = None  # int32 (n_kept,), which rows of the batch are in the loss; None for all
     rest: Tensor | None = None  # (n - n_kept, C, H, W), the other rows as they left; only where bn_rows is "all"
     rest_x: Tensor | None = None  # the same rows, clean
-    left: Tensor | None = None  # int32 (n - n_kept,), which rows those are
     max_step: Tensor | None = None  # (n_kept,), largest step of the logits, where steps are tracked
     hard: Tensor | None = None  # (n,) bool, the flags of the look; None where nothing was screened
+    hard_counts: Sequence[int] | None = None  # of each batch, where several were attacked as one
 
     @property
     def n_kept(self) -> int:
@@ -45,9 +45,12 @@ class Examples:
 
 
 def mine(
-    model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, method: Method, *, seed: int, step: int, engine: Engine = PLAIN
-) -> Examples:
+    model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, method: Method, *, seed: int, step: int,
+    engine: Engine = PLAIN, sizes: Sequence[int] | None = None,
+) -> Examples:  # fmt: skip
     """Makes the adversarial examples of one batch, without weights, as `method` screens them.
+
+    `sizes`: it is several batches, one after the other, which `split` takes apart; None for one.
 
     Cost in full-batch forwards, h the share of rows attacked to the end and M = screen_steps: 2K without screening,
     else 2M + 1 + 2h(K - M). The step size of row i is the largest |f(x^k) - f(x^(k-1))|_1 over k = 1..K-1: the points
@@ -62,26 +65,33 @@ def mine(
         before = _screen(attack, method)
         hard, z = attack.look()
         order, count = _ops.compact(hard)
-        (n_hard,) = attack.guard.read(count)  # the one read of the step
-        order, n_finished = _finished(method, order, n_hard, z, y, hard, seed, step)
+        counts = attack.guard.read(count if sizes is None else _of_each(hard, sizes))  # the one read of the step
+        order, n_finished = _finished(method, order, counts, sizes or (len(y),), z, y, hard, seed, step)
         index, whole = order[:n_finished], attack.rows
         if before is not None:
             _jump(whole, before, _flags_of(index, hard), pgd, method)
         if n_finished:
             attack.keep(index)
             attack.steps(pgd.steps - method.screen_steps)
+    found = {"n_hard": sum(counts), "hard": hard, "hard_counts": counts}
     if method.easy != "drop":
         if n_finished:
             _put_back(whole, attack.rows, index.long())
-        return replace(_examples(whole, len(y)), n_hard=n_hard, hard=hard)
+        return replace(_examples(whole, len(y)), **found)
     kept = attack.rows if n_finished else whole.named(index)
-    left = order[n_finished:] if method.bn_rows == "all" else None
-    rest = {} if left is None else {"rest": whole.x_adv[left.long()], "rest_x": whole.x[left.long()], "left": left}
-    return replace(_examples(kept, len(y)), n_hard=n_hard, index=index, hard=hard, **rest)
+    if method.bn_rows == "all":
+        left = order[n_finished:].long()
+        found |= {"rest": whole.x_adv[left], "rest_x": whole.x[left]}
+    return replace(_examples(kept, len(y)), index=index, **found)
 
 
 def _examples(rows: ActiveSet, n: int) -> Examples:
     return Examples(rows.x_adv, rows.x, rows.y, None, n, n, max_step=rows.max_step)
+
+
+def _of_each(flags: Tensor, sizes: Sequence[int]) -> Tensor:
+    """How many flags each batch has, (batches,)."""
+    return torch.stack([part.sum() for part in flags.split(list(sizes))])
 
 
 def _screen(attack: Attack, method: Method) -> Tensor | None:
@@ -102,9 +112,7 @@ def _jump(rows: ActiveSet, before: Tensor, stays: Tensor, pgd: PGD, method: Meth
     m = method.screen_steps
     last = pgd.share(m - 1 if method.screen == "steps" else 0, m)
     factor = pgd.share(m, pgd.steps) / last
-    _ops.jump_(
-        rows.x_adv, rows.x, before, stays, factor, rows.eps, rows.eps_rows, 0.0, 1.0, pgd.norm == "l2"
-    )  # fmt: skip
+    _ops.jump_(rows.x_adv, rows.x, before, stays, factor, rows.eps, rows.eps_rows, 0.0, 1.0, pgd.norm == "l2")
 
 
 def _flags_of(index: Tensor, like: Tensor) -> Tensor:
@@ -120,18 +128,28 @@ def _put_back(whole: ActiveSet, finished: ActiveSet, index: Tensor) -> None:
 
 # ---------------------------------------------------------------- which rows are attacked to the end
 def _finished(
-    method: Method, order: Tensor, n_hard: int, z: Tensor, y: Tensor, hard: Tensor, seed: int, step: int
-) -> tuple[Tensor, int]:
-    """(all rows, int32, those to finish first; how many those are)."""
-    n = len(y)
-    count = min(-(-n_hard // method.round_to) * method.round_to, n)
+    method: Method, order: Tensor, counts: Sequence[int], sizes: Sequence[int], z: Tensor, y: Tensor, hard: Tensor,
+    seed: int, step: int,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """(all rows, int32, those to finish first; how many those are). Rows are rounded for one batch only."""
     if method.round_to > 1:
+        counts = [min(-(-counts[0] // method.round_to) * method.round_to, len(y))]
         order = _hardest_first(z, y, hard)
     if method.rows == "random":
-        keys = philox_uniform(n, 1, seed, step, ROWS, y.device)[0][:, 0]
-        order = torch.argsort(keys, stable=True)
-        order = torch.cat([order[:count].sort().values, order[count:].sort(descending=True).values]).int()
-    return order, count
+        order = _random_order(sizes, counts, seed, step, y.device)
+    return order, sum(counts)
+
+
+def _random_order(sizes: Sequence[int], counts: Sequence[int], seed: int, step: int, device: torch.device) -> Tensor:
+    """All rows, int32: first as many random ones of each batch as are finished, in order, then the others."""
+    keys = philox_uniform(sum(sizes), 1, seed, step, ROWS, device)[0][:, 0]
+    first, others, start = [], [], 0
+    for size, count in zip(sizes, counts, strict=True):
+        order = start + torch.argsort(keys[start : start + size], stable=True)
+        first.append(order[:count].sort().values)
+        others.append(order[count:].sort(descending=True).values)
+        start += size
+    return torch.cat(first + others[::-1]).int()
 
 
 def _hardest_first(z: Tensor, y: Tensor, hard: Tensor) -> Tensor:
@@ -143,30 +161,21 @@ def _hardest_first(z: Tensor, y: Tensor, hard: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- batches attacked together
 def split(examples: Examples, sizes: Sequence[int]) -> list[Examples]:
-    """The examples of batches that were attacked as one, batch by batch. A GPU is read two or three times for it."""
+    """The examples of batches that were attacked as one, batch by batch."""
     if len(sizes) == 1:
         return [examples]
-    ends = torch.tensor(sizes).cumsum(0)
+    hard = sizes if examples.hard_counts is None else examples.hard_counts
+    kept = sizes if examples.index is None else hard
+    gone = [n - k for n, k in zip(sizes, kept, strict=True)]
 
-    def counts(index: Tensor | None) -> list[int]:
-        """How many of these rows each batch has."""
-        if index is None:
-            return list(sizes)
-        return torch.bincount(torch.bucketize(index.cpu(), ends, right=True), minlength=len(sizes)).tolist()
+    def cut(name: str, by: Sequence[int]) -> Sequence[Tensor | None]:
+        t = getattr(examples, name)
+        return [None] * len(sizes) if t is None else t.split(list(by))
 
-    kept = counts(examples.index)
-    hard = kept if examples.hard is None else torch.stack([f.sum() for f in examples.hard.split(list(sizes))]).tolist()
-    cut = {
-        name: t.split(kept)
-        for name in ("x_adv", "x", "y", "index", "max_step")
-        if (t := getattr(examples, name)) is not None
-    }
-    if examples.hard is not None:
-        cut["hard"] = examples.hard.split(list(sizes))
-    if examples.rest is not None:  # those of the last batch first
-        gone = counts(examples.left)[::-1]
-        cut |= {name: getattr(examples, name).split(gone)[::-1] for name in ("rest", "rest_x", "left")}
+    parts = {name: cut(name, kept) for name in ("x_adv", "x", "y", "index", "max_step")}
+    parts |= {"hard": cut("hard", sizes), "n": sizes, "n_hard": hard}
+    parts |= {name: cut(name, gone[::-1])[::-1] for name in ("rest", "rest_x")}  # those of the last batch first
     return [
-        replace(examples, n=n, n_hard=hard[b], **{name: parts[b] for name, parts in cut.items()})
-        for b, n in enumerate(sizes)
+        replace(examples, hard_counts=None, **{name: part[b] for name, part in parts.items()})
+        for b in range(len(sizes))
     ]

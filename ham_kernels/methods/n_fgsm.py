@@ -8,7 +8,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from ..common.field_types import Words
-from .fgsm_rs import check_linf, check_one_step
+from .fgsm_rs import check_linf
 from .settings import Method
 
 EVERYWHERE = 1.0  # an L-inf ball of this radius around an image holds all images
@@ -28,13 +28,6 @@ class NFGSM(Method):
 
     noise: Annotated[float, Ge(0), Words("noise {} ε")] = 2.0
     """Radius of the noise, in units of eps: 2 in the paper, 3 for SVHN at eps 12/255; 0 is FGSM."""
-
-    def check(self) -> None:
-        super().check()
-        check_one_step(self)
-
-    def attack_steps(self, steps: int) -> int:
-        return super().attack_steps(1)
 
     def attack(self, pgd):
         check_linf(self, pgd)

@@ -62,7 +62,8 @@ class Objective(nn.Module):
             raise ValueError(f"round_to: got {rounds} for {len(sizes)} updates; rows are rounded for one")
         self._prepare(model, x)
         pgd = self.method.attack_on(self.pgd, y, self)
-        mined = mine(model, x, y, pgd, self.method, seed=seed, step=step, engine=engine)
+        several = sizes if len(sizes) > 1 else None
+        mined = mine(model, x, y, pgd, self.method, seed=seed, step=step, engine=engine, sizes=several)
         parts = split(mined, sizes)
         for part in parts:
             part.weights = self.method.weights(part, self)

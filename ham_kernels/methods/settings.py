@@ -100,10 +100,12 @@ class Method:
             raise ValueError(
                 f"round_to: got {self.round_to} with group={self.group}; rows are rounded for one update of a group"
             )
+        if self.one_step and self.step_sizes:
+            raise ValueError(f"step_sizes: got {self.step_sizes}; {self.title} has one step, of its own size")
 
     def attack_steps(self, steps: int) -> int:
         """K, where the attack has so many steps. Raises: ValueError where none are left behind the screening."""
-        steps = len(self.step_sizes) or steps
+        steps = 1 if self.one_step else len(self.step_sizes) or steps
         if self.mines and steps < 1:
             raise ValueError(f"steps: got {steps}; it must be >= 1")
         if self.early_drop and self.screen_steps >= steps:
@@ -119,7 +121,7 @@ class Method:
         return self.early_drop or self.reweight
 
     def in_effect(self) -> dict[str, Any]:
-        """The fields that have an effect beside the others."""
+        """The method's name, and the fields that have an effect beside the others."""
         words = field_types.words(type(self))
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
@@ -127,7 +129,7 @@ class Method:
             needs = words[name].needs if name in words else None
             return needs is None or fields[needs] not in (False, words[needs].off)
 
-        return {name: value for name, value in fields.items() if used(name)}
+        return {"name": self.name, **{name: value for name, value in fields.items() if used(name)}}
 
     def describe(self, warm_up: str = "pgd_at") -> str:
         """The method in one line, with what is not the default, M, λ, and where it starts behind a warm-up."""
@@ -214,20 +216,16 @@ def with_name(method: Method, name: str) -> Method:
     return dataclasses.replace(usual, **told)
 
 
+_MINING = ("early_drop", "reweight", "freeze_bn", "bn_rows", "group", "round_to")  # not before start_epoch
+
+
 def warm_up_of(method: Method, name: str) -> Method:
     """The method of the epochs before start_epoch, by name; that of `method` is `method` without mining.
 
     Raises: ValueError naming warm_up.
     """
-    if name == method.name:
-        plain = {
-            "early_drop": False,
-            "reweight": False,
-            "freeze_bn": False,
-            "bn_rows": "hard",
-            "group": 1,
-            "round_to": 1,
-        }
+    if name == method.name and not type(method)().mines:
+        plain = {f.name: f.default for f in dataclasses.fields(Method) if f.name in _MINING}
         return dataclasses.replace(method, **plain) if method.mines else method
     if name not in _registry:
         raise ValueError(f"warm_up: got {name!r}; allowed are {', '.join(map(repr, _registry))}")

@@ -48,9 +48,14 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"config: {path}: {error}") from error
 
 
-def from_toml(path: str | Path, base: TrainSettings) -> TrainSettings:
-    """`base` with what the file says instead. Raises: FileNotFoundError, ValueError naming the file and the key."""
+def from_toml(path: str | Path, base: TrainSettings, method: str | None = None) -> TrainSettings:
+    """`base`, of the method named, with what the file says instead.
+
+    Raises: FileNotFoundError, ValueError naming the file and the key.
+    """
     sections = read_toml(path)
+    if method is not None:
+        base = dataclasses.replace(base, method=with_name(base.method, method))
     try:
         return merge(base, sections)
     except (TypeError, ValueError) as error:

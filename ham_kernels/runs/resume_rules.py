@@ -39,7 +39,7 @@ def check_unchanged(state: dict[str, Any], settings: TrainSettings) -> None:
         return
     then = merge(replace(settings, method=type(settings.method)()), {"method": state["method"]}).method
     if _decides(then, begun, settings) != _decides(settings.method, begun, settings):
-        before, now = _told(then), _told(settings.method)
+        before, now = then.in_effect(), settings.method.in_effect()
         for name in {**now, **before}:
             _same(f"method.{name}", before.get(name), now.get(name))
 
@@ -63,11 +63,7 @@ def _decides(method: Method, epoch: int, settings: TrainSettings) -> Any:
     """What of the method an epoch's training, and that of those before it, hangs on."""
     warm_up = warm_up_of(method, settings.warm_up.name)
     trains = warm_up if epoch < method.start_epoch else method
-    told = _told(trains)
+    told = trains.in_effect()
     if trains == warm_up:  # where the next method starts says nothing of this one
         del told["start_epoch"]
     return told
-
-
-def _told(method: Method) -> dict[str, Any]:
-    return {"name": method.name, **method.in_effect()}

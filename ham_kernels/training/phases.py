@@ -70,10 +70,19 @@ class Phases:
         return reading
 
     # ------------------------------------------------------------ state
+    @property
+    def _parts(self) -> dict[str, Objective]:
+        """Those with a memory of their own: the warm-up may be of the method's name, and is still another part."""
+        return (
+            {"method": self.method}
+            if self._warm_up is self.method
+            else {"warm_up": self._warm_up, "method": self.method}
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """What the methods remember, and the watch."""
         return {
-            "memory": {o.method.name: dict(o.state_dict()) for o in (self._warm_up, self.method)},
+            "memory": {part: dict(o.state_dict()) for part, o in self._parts.items()},
             "overfitting": {name: check.state_dict() for name, check in self._checks.items()},
         }
 
@@ -82,16 +91,14 @@ class Phases:
         memory, watched = state.get("memory", {}), state.get("overfitting") or {}
         if "best" in watched:  # of the time when one method alone could be watched
             watched = dict.fromkeys(self._checks, watched)
-        for o in (self._warm_up, self.method):
-            o.check_state(memory.get(o.method.name, {}))
-        for name, check in self._checks.items():
-            if name in watched:
-                check.check_state(watched[name])
+        for part, o in self._parts.items():
+            o.check_state(memory.get(part, {}))
+        for name in self._checks.keys() & watched.keys():
+            self._checks[name].check_state(watched[name])
         return {"memory": memory, "overfitting": watched}
 
     def load_state_dict(self, state: dict[str, Any], device) -> None:
-        for o in (self._warm_up, self.method):
-            o.load_memory(state["memory"].get(o.method.name, {}), device)
-        for name, check in self._checks.items():
-            if name in state["overfitting"]:
-                check.load_state_dict(state["overfitting"][name])
+        for part, o in self._parts.items():
+            o.load_memory(state["memory"].get(part, {}), device)
+        for name in self._checks.keys() & state["overfitting"].keys():
+            self._checks[name].load_state_dict(state["overfitting"][name])

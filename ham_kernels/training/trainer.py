@@ -235,13 +235,13 @@ class Trainer:
         return running.report
 
     def _end_epoch(self, report: EpochReport, loader: Iterable) -> None:
-        """The method and the watch look at the epoch; then it is done."""
+        """The watch and the method look at the epoch; then it is done."""
         start = time.perf_counter()
         objective = self._phases.objective(report.epoch)
-        self._averages = objective.end_epoch(EpochEnd(report.epoch, self.model, report.val, report.val_ema))
-        if self._phases.watches(report.epoch):
+        if self._phases.watches(report.epoch):  # first: a stop while it draws must not end the epoch twice
             batch = self._unpacked(first_of_epoch(loader, report.epoch))
             report.watch = asdict(self._phases.watch(self.model, batch, report.epoch, self.precision))
+        self._averages = objective.end_epoch(EpochEnd(report.epoch, self.model, report.val, report.val_ema))
         report.seconds += time.perf_counter() - start
         self._running = None
         self.epoch += 1

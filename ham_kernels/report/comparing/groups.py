@@ -90,7 +90,7 @@ def settings_of(run: Run) -> dict[str, Any]:
     if method is None:
         return flat
     flat = {key: value for key, value in flat.items() if not key.startswith("method.")}
-    told = {"name": method.name, **method.in_effect()}
+    told = method.in_effect()
     if _is_its_own_warm_up(method, flat):
         del told["start_epoch"]
     return flat | {f"method.{key}": list(v) if isinstance(v, tuple) else v for key, v in told.items()}
