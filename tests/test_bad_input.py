@@ -164,7 +164,7 @@ def trainer(**choices):
     [
         ([], 1, ValueError, r"train_loader: gave no batch in epoch 1"),
         (iter([(X, Y)]), 2, ValueError, r"train_loader: gave no batch in epoch 2.*generator is spent"),
-        ([X], 1, TypeError, r"epoch 1, batch 1: train_loader: gave Tensor; each batch must be a pair"),
+        ([X], 1, TypeError, r"epoch 1, batch 1: train_loader: gave a Tensor; each batch must be a pair"),
         ([(X, Y), (X, Y + 9)], 1, ValueError, r"epoch 1, batch 2: y: labels run from 9 to 16"),
         ([(X, Y)], 0, ValueError, r"epochs: got 0; it must be >= 1"),
         ([(X, Y)], 1.5, TypeError, r"epochs: got 1.5"),

@@ -60,8 +60,8 @@ def test_confidence_is_that_of_the_examples_of_one_attack():
     with engine.attack_mode(model), torch.no_grad():
         for b, (x, labels) in enumerate(data):
             with torch.enable_grad():
-                active, _ = walk(model, x, labels, PGD(EPS, STEP_SIZE, 10), seed=0, batch=b, precision="fp32")
-            own.append(model(active.x_adv).softmax(1)[torch.arange(len(labels)), labels])
+                attack, _ = walk(model, x, labels, PGD(EPS, STEP_SIZE, 10), seed=0, batch=b, precision="fp32")
+            own.append(model(attack.rows.x_adv).softmax(1)[torch.arange(len(labels)), labels])
     own = torch.cat(own)
     for c in range(10):
         mine = own[y == c]

@@ -1,4 +1,4 @@
-"""Flags: accuracies by hand, and bootstrap intervals against the binomial and against resampling image by image."""
+"""Flags: accuracies by hand, and intervals by what they promise."""
 
 from __future__ import annotations
 
@@ -45,35 +45,42 @@ def test_class_accuracy_by_position_as_before():
     assert made == ham.ClassAccuracy(0.5, made.per_class, 0.25, 0.25, 8)
 
 
-def test_intervals_are_the_quantiles_of_the_binomial():
-    """One class: its accuracy resampled is Binomial(n, p)/n, so are accuracy and worst class."""
-    found = intervals(*flags((140, 200)), 1, resamples=40000)
-    exact = binom.ppf([0.025, 0.975], 200, 0.7) / 200
-    for interval in (found["accuracy"], found["worst_class"], found["per_class"][0]):
-        assert interval.value == 0.7
-        assert [interval.low, interval.high] == pytest.approx(exact, abs=0.0051)  # one image
-    assert (found["std"].low, found["std"].high) == (0.0, 0.0)
+def test_intervals_of_accuracies_are_exact():
+    """Clopper and Pearson's: at its low end so many or more have a probability of 2.5 %, at its high end so few."""
+    found = intervals(*flags((14, 20), (180, 200)), 2)
+    for interval, k, n in ((found["accuracy"], 194, 220), *zip(found["per_class"], (14, 180), (20, 200), strict=True)):
+        assert interval.value == k / n
+        assert binom.sf(k - 1, n, interval.low) == pytest.approx(0.025)
+        assert binom.cdf(k, n, interval.high) == pytest.approx(0.025)
 
 
-def test_intervals_are_those_of_resampled_images(seed):
-    correct, labels = flags((30, 40), (10, 25), (22, 30))
-    found = intervals(correct, labels, 3, resamples=20000)
-    rng, c, y = np.random.default_rng(seed), correct.numpy(), labels.numpy()
-    parts = [c[y == k] for k in range(3)]
-    per_class = np.stack([rng.choice(p, (20000, len(p))).mean(1) for p in parts], axis=1)
-    direct = {
-        "accuracy": per_class @ np.array([40, 25, 30]) / 95,
-        "worst_class": per_class.min(1),
-        "std": per_class.std(1),
-        "nstd": per_class.std(1) / per_class.mean(1),
-    }
-    for name, values in direct.items():
-        low, high = np.quantile(values, [0.025, 0.975])
-        assert [found[name].low, found[name].high] == pytest.approx([low, high], abs=0.015), name
-    for k in range(3):
-        low, high = np.quantile(per_class[:, k], [0.025, 0.975])
-        one = 1 / len(parts[k])
-        assert [found["per_class"][k].low, found["per_class"][k].high] == pytest.approx([low, high], abs=1.01 * one)
+@pytest.mark.parametrize("right", [0, 6])
+def test_no_interval_of_few_images_has_no_width(right):
+    found = intervals(*flags((right, 6), (right, 6)), 2)
+    for interval in (*found["per_class"], found["worst_class"], found["accuracy"]):
+        assert (interval.high if right else interval.low) == right / 6
+        assert interval.high - interval.low > 0.2
+    assert found["std"].high > 0.05
+
+
+def test_the_true_worst_class_is_inside(seed):
+    """Whichever class it is: any of nearly equal ones may be the smallest by chance."""
+    rng = np.random.default_rng(seed)
+    truth, n = np.array([0.4, *[0.45] * 8, 0.9]), np.array([30] * 5 + [60] * 5)
+    held = 0
+    for _ in range(300):
+        found = intervals(*flags(*zip(rng.binomial(n, truth).tolist(), n.tolist(), strict=True)), 10, resamples=1)
+        held += found["worst_class"].low <= 0.4 <= found["worst_class"].high
+    assert held >= 0.88 * 300  # 95 % or more; 5 standard deviations below
+
+
+def test_std_is_drawn_from_what_the_counts_allow(seed):
+    rng = np.random.default_rng(seed)
+    found = intervals(*flags((300, 400), (100, 250)), 2, resamples=20000)
+    drawn = np.stack([rng.beta(300.5, 100.5, 20000), rng.beta(100.5, 150.5, 20000)], axis=1)
+    for name, values in (("std", drawn.std(1)), ("nstd", drawn.std(1) / drawn.mean(1))):
+        assert [found[name].low, found[name].high] == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=0.01)
+        assert found[name].low < found[name].value < found[name].high
 
 
 def test_values_are_those_of_the_summary():
@@ -94,7 +101,7 @@ def test_class_without_images_is_nan_and_never_the_worst():
 
 def test_all_wrong():
     found = intervals([0, 0, 0, 0], [0, 0, 1, 1], 2)
-    assert found["accuracy"] == Interval(0.0, 0.0, 0.0)
+    assert found["accuracy"] == Interval(0.0, 0.0, pytest.approx(1 - 0.025**0.25))
     assert all(math.isnan(v) for v in vars(found["nstd"]).values())
 
 

@@ -13,6 +13,7 @@ from nets import Broken, small_cnn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ham_kernels as ham
+from ham_kernels import engine
 from ham_kernels.evaluation import StoreWarning, intervals, judge
 
 HOW = {"classes": 10, "eps": 0.01, "step_size": 0.004}
@@ -98,18 +99,27 @@ def test_interrupted_run_goes_on_where_it_was(model, loader, tmp_path, attack, i
 
 
 def count_rows(model, loader, store, **change) -> int:
-    """Forwards of a run, with its flags checked against a run without a store."""
+    """Forwards of a run but for the first look, with its flags checked against a run without a store."""
     rows = 0
 
     def count(module, inputs):
         nonlocal rows
         rows += len(inputs[0])
 
+    def look(*args):
+        nonlocal rows
+        before = rows
+        first_look(*args)
+        rows = before
+
+    first_look = engine.first_look
     handle = model.register_forward_pre_hook(count)
+    engine.first_look = look
     try:
         result = judge(model, loader, ATTACKS, **(HOW | change), store=store)
     finally:
         handle.remove()
+        engine.first_look = first_look
     expected = judge(model, loader, ATTACKS, **{k: v for k, v in (HOW | change).items() if k != "identity"})
     assert {n: r["correct"] for n, r in result.items()} == {n: r["correct"] for n, r in expected.items()}
     return rows

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..common import checks
+from ..common import checks, troubles
 from ..engine import PLAIN, PRECISIONS, BatchGuard, Engine, plain
 from .replay import bucket_for
 from .step import LOSSES, PGD, ActiveSet, begin, clean_prediction, cw_gradient, set_step_size, take_look, take_step
@@ -77,12 +77,15 @@ class Attack:
     def _equal_steps(self, n: int, on_logits: Callable[[int, Tensor], None] | None) -> None:
         bucket = self._bucket("step") if on_logits is None else None
         if bucket is not None:
-            bucket.steps(self.rows, n, self.guard)
+            bucket.steps(self.rows, n, self.guard, first=self.done == 0)
         else:
             for k in range(n):
-                z = take_step(self._model, self.rows, self._pgd, self._engine)
+                first = self.done + k == 0
+                z = take_step(self._model, self.rows, self._pgd, self._engine, measure=first)
                 if k == 0:
                     self.guard.logits(z)
+                if first:
+                    self.guard.gradient(self.rows.largest)
                 if on_logits is not None:
                     on_logits(self.done + k, z)
         self.done += n
@@ -120,6 +123,8 @@ def pgd_attack(
         attack = Attack(model, x, y, pgd, seed=draw_seed(generator), step=0, engine=engine)
         attack.steps(steps)
     attack.guard.read()
+    if attack.guard.no_gradient:
+        troubles.warn("attack_without_gradient", attack="PGD", rows=attack.guard.no_gradient, n=len(y))
     return attack.rows.x_adv
 
 

@@ -47,11 +47,13 @@ class Bucket(Captured):
         self.logits = torch.zeros_like(z)
         self.hard = torch.zeros(rows, dtype=torch.bool, device=z.device)
         self.max_step = torch.zeros(rows, dtype=torch.float32, device=z.device)
+        self.largest = torch.zeros(rows, dtype=like.x.dtype, device=z.device)
         if like.track:
             self.rows.track, self.rows.prev, self.rows.max_step = True, self.logits, self.max_step
 
         def step() -> None:
-            self._keep(take_step(model, self.rows, pgd, engine))
+            self._keep(take_step(model, self.rows, pgd, engine, measure=True))
+            self.largest.copy_(self.rows.largest)
 
         def look() -> None:
             hard, z = take_look(model, self.rows, engine)
@@ -70,14 +72,16 @@ class Bucket(Captured):
             self.rows.prev, self.rows.max_step = self.logits, self.max_step
 
     # ------------------------------------------------------------ replay
-    def steps(self, rows: ActiveSet, n: int, guard: BatchGuard) -> None:
-        """`n` steps of these rows."""
+    def steps(self, rows: ActiveSet, n: int, guard: BatchGuard, first: bool) -> None:
+        """`n` steps of these rows; `first`: from the start of the attack on."""
         count = self._load(rows)
         for k in range(n):
             self.replay("step")
             if k:
                 continue
             guard.logits(self.logits[:count])
+            if first:
+                guard.gradient(self.largest[:count])
             if rows.track and rows.prev is None:  # what was measured is no step of these rows
                 self._load_max_step(rows, count)
         rows.x_adv.copy_(self.rows.x_adv[:count])

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..common import checks
-from ..engine import Engine
+from ..common import checks, troubles
+from ..engine import Engine, largest_entries
 from ..ops import random_start
 
 _ops = torch.ops.ham_kernels
@@ -80,6 +80,7 @@ class ActiveSet:
     prev: Tensor | None = None  # (n, classes), logits at the last point that was looked at
     max_step: Tensor | None = None  # (n,), maximum adversarial step size so far
     target: Tensor | None = None  # (n, classes), q of the loss "kl"
+    largest: Tensor | None = None  # (n,), largest |gradient| of the first step
 
     def named(self, index: Tensor) -> ActiveSet:
         """The named rows as an active set of their own, gathered once so that later steps are dense."""
@@ -91,7 +92,7 @@ class ActiveSet:
         return replace(
             self, x_adv=pick(self.x_adv), x=pick(self.x), y=pick(self.y), eps_rows=pick(self.eps_rows),
             step_rows=pick(self.step_rows), max_step=pick(self.max_step), target=pick(self.target),
-            prev=None,  # the next forward is at the same point: there is no step to measure yet
+            largest=None, prev=None,  # the next forward is at the same point: there is no step to measure yet
         )  # fmt: skip
 
 
@@ -118,8 +119,8 @@ def set_step_size(rows: ActiveSet, pgd: PGD, share: float) -> None:
         rows.step_size = share * pgd.step_size
 
 
-def take_step(model: nn.Module, rows: ActiveSet, pgd: PGD, engine: Engine) -> Tensor:
-    """One PGD step. Returns the logits at the point that it leaves.
+def take_step(model: nn.Module, rows: ActiveSet, pgd: PGD, engine: Engine, measure: bool = False) -> Tensor:
+    """One PGD step. Returns the logits at the point that it leaves. `measure`: keeps the gradient's largest entries.
 
     The gradient with respect to the logits comes from margin_stats, not from a loss graph. The step writes the next
     forward's input: the same tensor, in the dtype and memory format that the images came in.
@@ -140,7 +141,11 @@ def take_step(model: nn.Module, rows: ActiveSet, pgd: PGD, engine: Engine) -> Te
         z_grad = (torch.softmax(z.float(), 1) - rows.target).to(z.dtype)
     if half:
         z_grad = _lifted(z_grad).to(logits.dtype)
+    if not logits.requires_grad:
+        raise ValueError(troubles.text("no_way_to_the_images"))
     (grad,) = torch.autograd.grad(logits, point, z_grad)
+    if measure:
+        rows.largest = largest_entries(grad)
     _ops.pgd_step_(
         rows.x_adv, rows.x, grad, None, None, rows.eps, rows.step_size, rows.eps_rows, rows.step_rows, 0.0, 1.0,
         pgd.norm == "l2",

@@ -196,6 +196,19 @@ def batch(x, y) -> None:
     labels(y, x)
 
 
+def pair(name: str, given) -> tuple[Tensor, Tensor]:
+    """(x, y) of what a loader gave. Raises: TypeError, ValueError naming the loader, x or y."""
+    if not (isinstance(given, (tuple, list)) and len(given) == 2):
+        kind = type(given).__name__ + (f" of {len(given)}" if isinstance(given, (tuple, list, dict)) else "")
+        raise TypeError(
+            f"{name}: gave a {kind}; each batch must be a pair (x, y), as [(b['image'], b['label']) for b in loader] "
+            "makes them of dicts"
+        )
+    x, y = given
+    batch(x, y)
+    return x, y
+
+
 def model_output(z, rows: int) -> None:
     """What a classifier returned for `rows` images."""
     if not isinstance(z, Tensor):
@@ -220,9 +233,10 @@ def data_facts(x_min: float, x_max: float, y_min: float, y_max: float, classes: 
     if math.isnan(x_min) or math.isnan(x_max):
         raise ValueError("x: holds NaN; images must be finite and in [0, 1]")
     if x_min < 0.0 or x_max > 1.0:
+        rounding = x_min > -1e-3 and x_max < 1 + 1e-3
         raise ValueError(
-            f"x: pixels run from {x_min:g} to {x_max:g}; images must be in [0, 1] "
-            "(normalisation belongs inside the model)"
+            f"x: pixels run from {x_min:.9g} to {x_max:.9g}; images must be in [0, 1] "
+            + ("(rounding? x.clamp(0, 1))" if rounding else "(normalisation belongs inside the model)")
         )
     if y_min < 0 or (classes is not None and y_max >= classes):
         top = "classes-1" if classes is None else classes - 1

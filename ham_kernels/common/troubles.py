@@ -23,11 +23,107 @@ class Trouble:
 
 TROUBLES: dict[str, Trouble] = {
     # ------------------------------------------------------------ models
+    "probabilities": Trouble(
+        "model: returns probabilities (rows of {n} images are >= 0 and sum to 1), not logits",
+        "A softmax at the model's end saturates: its gradient vanishes where the model is sure, and attacks go blind.",
+        "leave the softmax out",
+    ),
+    "between_0_and_1": Trouble(
+        "model: all outputs for {n} images lie between 0 and 1, as those of a sigmoid do",
+        "Losses and attacks here take logits. A sigmoid at the model's end saturates, and attacks go blind.",
+        "return what goes into the sigmoid",
+    ),
+    "random_output": Trouble(
+        "model: one image, given twice, has two outputs in eval mode ({rows} of {n} images)",
+        "Noise, or dropout that stays on. An attack by one gradient is weak against it, and accuracies change from "
+        "call to call; robustness by randomness has a history of not lasting (Athalye et al., arXiv 1802.00420).",
+        "make it deterministic in eval mode, or read its accuracies as upper bounds",
+    ),
+    "output_depends_on_batch": Trouble(
+        "model: in eval mode the output of an image depends on its batch, or changes with each call ({rows} of {n} "
+        "images)",
+        "Statistics of the batch (BatchNorm without running statistics), or one draw of noise for a whole batch. "
+        "Accuracies then depend on the batch size, and an attack on one image moves the others.",
+        "give BatchNorm running statistics (track_running_stats=True)",
+    ),
+    "no_way_to_the_images": Trouble(
+        "model: no gradient reaches the images",
+        "Part of the forward runs under torch.no_grad, detaches, or is not differentiable (rounding, decoding, numpy).",
+        "let gradients pass from the logits to the input",
+    ),
+    "gradient_not_finite": Trouble(
+        "model: the gradient to the images is NaN or infinite for {rows} of {n} images",
+        "Such as the square root of 0, or 0 * inf in a layer's backward. An attack cannot move these images, which "
+        "look robust.",
+        "find the layer (torch.autograd.detect_anomaly)",
+    ),
+    "gradient_zero": Trouble(
+        "model: the gradient to the images is exactly zero for {rows} of {n} images that it classifies correctly",
+        "Saturated outputs, rounded inputs, dead units. An attack cannot move these images, which look robust.",
+        "make the model differentiable, or attack it without gradients (autoattack includes Square)",
+    ),
+    "attack_without_gradient": Trouble(
+        "model: {attack} had no gradient to follow (NaN, infinite, or zero everywhere) for {rows} of {n} images",
+        "Gradient masking: these images stay at their start, and count as robust without having been attacked.",
+        "do not take their accuracy for robustness",
+    ),
+    "one_answer": Trouble(
+        "model: answers class {answer} for all of {n} images of several classes",
+        "The model has not learned, its weights are random, or the images are not normalised as in its training.",
+        "do not rank it",
+    ),
+    "dtype": Trouble(
+        "model: its weights are {weights} and the images {images}, and it does not convert",
+        "Convolutions and linear layers take one dtype.",
+        "convert the model (model.float()) or the images; precision='bf16' computes in bf16 with weights in fp32",
+    ),
+    "inference_weights": Trouble(
+        "model: its weights were made inside torch.inference_mode, where no gradient can pass them",
+        "Tensors made inside torch.inference_mode never take part in a backward.",
+        "build or load the model outside of it",
+    ),
     # ------------------------------------------------------------ training
+    "inference_mode": Trouble(
+        "torch.inference_mode: is on, and nothing can be trained inside it",
+        "The caller, such as a validation hook, runs under torch.inference_mode.",
+        "leave it, or put torch.inference_mode(False) around the call",
+    ),
+    "nothing_to_train": Trouble(
+        "optimizer: none of its parameters got a gradient",
+        "All are frozen (requires_grad=False), the forward runs under torch.no_grad, or the optimizer holds parameters "
+        "that the loss does not reach.",
+        "give it parameters that are to be trained",
+    ),
+    "weight_gradient_not_finite": Trouble(
+        "model: the gradient of the training loss ({loss:g}) is NaN or infinite; nothing was updated",
+        "Such as the square root of 0, or 0 * inf in a layer's backward.",
+        "find the layer (torch.autograd.detect_anomaly)",
+    ),
+    "loss_scale_gone": Trouble(
+        "precision: fp16 gradients overflow at every loss scale (now {scale:g}); nothing was updated",
+        "A gradient is infinite or NaN whatever the scale, so that every update is skipped.",
+        "train in bf16 or fp32",
+    ),
+    "short_for_its_average": Trouble(
+        "ema_decay: {decay:g} averages over about {span} updates, and the whole training has {updates}",
+        "An average with this decay would hardly leave the random start. Its decay grows with the updates t, as "
+        "(1 + t) / (10 + t), so that it stays well below the one asked for here.",
+        "train longer, or take a lower decay",
+    ),
     # ------------------------------------------------------------ data
     # ------------------------------------------------------------ ops
     # ------------------------------------------------------------ runs and reports
     # ------------------------------------------------------------ machines
+    "several_processes": Trouble(
+        "WORLD_SIZE: is {world}, and one process trains and judges a model here",
+        "torchrun, or another launcher, started several processes. Each would train the same run.",
+        "start one process, without a launcher",
+    ),
+    "wrapped_model": Trouble(
+        "model: is wrapped in {wrapper}, whose processes would wait for each other where one has no row to train on",
+        "Training on several processes is not served yet.",
+        "give the model inside it, in one process",
+    ),
 }
 
 

@@ -1,15 +1,16 @@
 """How steps run on the hardware: modes, precision, memory, compiled passes, CUDA graphs, and what the host reads.
 
-Below: `modes` (eval and train mode, autocast), `reads` (the host's reads, clocks), `options` (what can be asked for,
-and what happens where it cannot be had), `memory`, `halves` (weights in half precision), `winograd` (convolutions on
-the CPU), `graphs` (capture and replay), `core` (Engine, which ties them together). Nothing here knows an attack or a
-method.
+Below: `modes` (eval and train mode, autocast), `first_look` (what a model must be to be believed), `host_reads` (the
+host's reads, clocks), `options` (what can be asked for, and what happens where it cannot be had), `memory`,
+`half_weights`, `eval_batchnorm` and `winograd` (layers made cheaper), `graphs` (capture and replay), `engine` (Engine,
+which ties them together). Nothing here knows an attack or a method.
 """
 
 from .engine import PLAIN, Engine, plain
-from .host_reads import BatchGuard, NonFiniteError, Stopwatch, start_read
+from .first_look import first_look, look_once
+from .host_reads import BatchGuard, NonFiniteError, Stopwatch, largest_entries, start_read
 from .memory import keep_freed_memory, return_freed_memory
-from .modes import JUDGING_PRECISIONS, PRECISIONS, attack_mode, autocast, model_device, update_mode
+from .modes import JUDGING_PRECISIONS, PRECISIONS, attack_mode, autocast, model_device, note_resting, update_mode
 from .options import EngineError, EngineOptions, EngineWarning
 
 __all__ = [
@@ -25,8 +26,12 @@ __all__ = [
     "Stopwatch",
     "attack_mode",
     "autocast",
+    "first_look",
     "keep_freed_memory",
+    "largest_entries",
+    "look_once",
     "model_device",
+    "note_resting",
     "plain",
     "return_freed_memory",
     "start_read",

@@ -42,6 +42,8 @@ class BatchGuard:
     step, which comes before anything is updated.
     """
 
+    no_gradient = 0  # rows whose first step had no gradient to follow; known after `read`
+
     def __init__(self, x: Tensor, y: Tensor):
         self._y = y
         self._classes: int | None = None
@@ -49,6 +51,7 @@ class BatchGuard:
         x = x.detach()
         self._facts = [*x.aminmax(), *y.aminmax()]
         self._finite = torch.ones((), dtype=torch.bool, device=x.device)
+        self._no_gradient = self._facts[0].new_zeros(())
         if self._immediate:
             checks.data_facts(*(float(f) for f in self._facts), None)
 
@@ -61,18 +64,34 @@ class BatchGuard:
             if not self._finite:
                 _raise_not_finite()
 
+    def gradient(self, largest: Tensor) -> None:
+        """Takes note of the largest |gradient| of each row, (n,), at the first step of an attack."""
+        self._no_gradient = no_gradient(largest).sum()
+
     def read(self, counts: Tensor | None = None) -> list[int]:
         """Waits for the facts (and the counts of active rows, which it returns) and judges them."""
         if self._immediate:
+            self.no_gradient = int(self._no_gradient)
             return [] if counts is None else counts.tolist()
-        facts = torch.stack([f.double() for f in (*self._facts, self._finite)])
+        facts = torch.stack([f.double() for f in (*self._facts, self._finite, self._no_gradient)])
         if counts is not None:
             facts = torch.cat([facts, counts.double()])
-        x_min, x_max, y_min, y_max, finite, *rest = start_read(facts)()
+        x_min, x_max, y_min, y_max, finite, no_gradient, *rest = start_read(facts)()
         checks.data_facts(x_min, x_max, y_min, y_max, self._classes)
         if not finite:
             _raise_not_finite()
+        self.no_gradient = int(no_gradient)
         return [int(n) for n in rest]
+
+
+def largest_entries(gradient: Tensor) -> Tensor:
+    """(n,), the largest absolute value of each row; NaN where a row holds one."""
+    return gradient.abs().amax(tuple(range(1, gradient.dim())))
+
+
+def no_gradient(largest: Tensor) -> Tensor:
+    """(n,) bool, rows without a gradient to follow: NaN, infinite, or zero everywhere."""
+    return ~((largest > 0) & (largest < torch.inf))
 
 
 def _raise_not_finite() -> None:

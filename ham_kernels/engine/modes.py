@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -16,36 +18,74 @@ JUDGING_PRECISIONS = PRECISIONS[:2]  # fp16 would hide what attacks on other los
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+_locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_resting: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+_making_a_lock = threading.Lock()
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """One thread at a time has a model in a mode of ours: each puts back what it found."""
+    with _making_a_lock:
+        lock = _locks.setdefault(model, threading.RLock())
+    with lock:
+        yield
+
+
 @contextmanager
 def attack_mode(model: nn.Module, *, fast_batchnorm: bool = True) -> Iterator[None]:
-    """Eval mode and no weight gradients inside; afterwards every flag is as it was, also after an error."""
-    modes = [(m, m.training) for m in model.modules()]
-    learned = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for m, _ in modes:
-            m.training = False
-        for p in learned:
-            p.requires_grad_(False)
-        with torch.enable_grad(), fast_eval_batchnorm(model) if fast_batchnorm else nullcontext():
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
-        for p in learned:
-            p.requires_grad_(True)
+    """Eval mode and no weight gradients inside; afterwards every flag is as it was, also after an error.
+
+    Gradients can be had inside whatever is around: torch.no_grad, or torch.inference_mode, which Lightning puts around
+    validation. Threads that want the same model wait for each other.
+    """
+    with _alone(model):
+        modes = [(m, m.training) for m in model.modules()]
+        learned = [p for p in model.parameters() if p.requires_grad]
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                for m, _ in modes:
+                    m.training = False
+                for p in learned:
+                    p.requires_grad_(False)
+                with fast_eval_batchnorm(model) if fast_batchnorm else nullcontext():
+                    yield
+        finally:
+            for m, training in modes:
+                m.training = training
+            for p in learned:
+                p.requires_grad_(True)
+
+
+def note_resting(model: nn.Module) -> WeakSet[nn.Module]:
+    """Layers that the user keeps in eval mode while the model trains; as last seen, where it does not train now."""
+    if model.training:
+        _resting[model] = WeakSet(m for m in model.modules() if not m.training)
+    return _resting.get(model, WeakSet())
 
 
 @contextmanager
 def update_mode(model: nn.Module, freeze_bn: bool) -> Iterator[None]:
-    """Train mode inside, BatchNorm on its running statistics if frozen; afterwards every flag is as it was."""
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        for m, _ in modes:
-            m.training = not (freeze_bn and isinstance(m, _NormBase))
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
+    """Train mode inside, but for the layers that the user keeps in eval mode; afterwards every flag is as it was.
+
+    A model that is in eval mode as a whole goes to train mode by its own train(). If frozen, BatchNorm uses its running
+    statistics.
+    """
+    with _alone(model):
+        modes = [(m, m.training) for m in model.modules()]
+        resting = note_resting(model)
+        try:
+            if not model.training:
+                model.train()
+            for m in resting:
+                m.training = False
+            for m, _ in modes if freeze_bn else ():
+                if isinstance(m, _NormBase):
+                    m.training = False
+            yield
+        finally:
+            for m, training in modes:
+                m.training = training
 
 
 def autocast(precision: str, device: torch.device):

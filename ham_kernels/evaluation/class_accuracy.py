@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 
-from ..common import (
-    checks,
-)
+from ..common import checks
 
 _ops = torch.ops.ham_kernels
-STATISTICS = ("accuracy", "per_class", "worst_class", "std", "nstd")
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,7 @@ class ClassAccuracy:
     worst_class: float  # smallest of per_class
     std: float  # standard deviation over the classes (population)
     n: int  # images
+    no_gradient: int = 0  # images whose attack began without a gradient to follow: they were not attacked
     nstd: float = field(init=False, compare=False)  # std / mean over the classes; NaN where the mean is 0
 
     def __post_init__(self):
@@ -41,7 +40,7 @@ class ClassAccuracy:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and the interval that its resamples fall into; NaN where there is nothing to measure."""
+    """A value and its interval (see `intervals`); NaN where there is nothing to measure."""
 
     value: float
     low: float
@@ -60,7 +59,7 @@ def correct_rows(z: Tensor, y: Tensor) -> Tensor:
     return ~_ops.margin_stats(z, y, None, None, probs=False)[1]
 
 
-def summary(correct: Tensor, labels: Tensor, classes: int) -> ClassAccuracy:
+def summary(correct: Tensor, labels: Tensor, classes: int, no_gradient: int = 0) -> ClassAccuracy:
     """The accuracies of flags (n,) bool with labels (n,)."""
     right, total = _counts(correct, labels, classes)
     with np.errstate(invalid="ignore"):
@@ -72,44 +71,56 @@ def summary(correct: Tensor, labels: Tensor, classes: int) -> ClassAccuracy:
         worst_class=float(present.min()),
         std=float(present.std()),
         n=int(total.sum()),
+        no_gradient=no_gradient,
     )
 
 
 def intervals(
     correct, labels, classes: int, resamples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> dict[str, Interval | list[Interval]]:
-    """Percentile bootstrap of accuracies, resampling the images of each class among themselves.
+    """Accuracies and the intervals that know how few images there are.
 
-    For flags such a resample is one binomial draw per class, so no image is ever looked at twice. Two things to
-    know when reading: the smallest of several noisy accuracies is biased downwards, and resampling adds that bias
-    once more, so that the interval of worst_class may lie below its value (and those of std and nstd above); and a
-    class without a single failure, or without a single success, has an interval of width 0.
+    accuracy and per_class: Clopper and Pearson's (1934), exact for binomial counts. worst_class: the smallest lower and
+    the smallest upper limit of all classes' intervals at level 1 - (1 - level) / classes: these hold together, so that
+    the smallest of the true accuracies lies inside whichever class it is. std and nstd: draws of each class's accuracy
+    from Beta(k + 1/2, n - k + 1/2) (Jeffreys); what the classes seem to differ by counting few images is in the value
+    and once more in the draws, so that their interval may lie above it.
 
     Args:
         correct: (n,) flags: tensor, array or list.  labels: (n,) class numbers in 0..classes-1.
-        resamples, seed: how many draws, and of which generator.
-        level: share of the resamples inside each interval, 0 to 1.
+        resamples, seed: of the draws for std and nstd.
+        level: share of all cases in which an interval holds what it should, above 0 and below 1.
     Returns: {"accuracy", "worst_class", "std", "nstd": Interval, "per_class": [Interval, ...]}. A class without
-        images is NaN and never the worst; nstd is NaN where every image fails, and its interval is that of the
-        resamples which have one.
+        images is NaN and never the worst; nstd is NaN where every image fails.
     Raises: TypeError, ValueError naming the argument.
     """
     checks.integer("resamples", resamples, 1)
     checks.integer("seed", seed, 0)
-    checks.real("level", level, 0.0, 1.0)
+    if not 0 < checks.real("level", level, 0.0, 1.0) < 1:
+        raise ValueError(f"level: got {level}; it must be above 0 and below 1")
     right, total = _counts(correct, labels, classes)
-    present = total > 0
+    present = np.flatnonzero(total)
     right, total = right[present], total[present]
-    draws = np.random.default_rng(seed).binomial(total, right / total, size=(resamples, len(total)))
-    values, resampled = _statistics(right[None], total), _statistics(draws, total)
-    tails = ((1 - level) / 2, (1 + level) / 2)
-    found: dict[str, Interval | list[Interval]] = {
-        name: _interval(values[name], resampled[name], tails) for name in STATISTICS if name != "per_class"
-    }
+    tail = (1 - level) / 2
     by_class = [Interval(math.nan, math.nan, math.nan)] * classes
-    for column, c in enumerate(np.flatnonzero(present)):
-        by_class[c] = _interval(values["per_class"][:, column], resampled["per_class"][:, column], tails)
-    return {name: by_class if name == "per_class" else found[name] for name in STATISTICS}
+    for c, k, n in zip(present, right, total, strict=True):
+        by_class[c] = exact(k, n, tail)
+    together = [exact(k, n, tail / len(present)) for k, n in zip(right, total, strict=True)]
+    draws = np.random.default_rng(seed).beta(right + 0.5, total - right + 0.5, size=(resamples, len(total)))
+    spread, drawn = _spread((right / total)[None]), _spread(draws)
+    return {
+        "accuracy": exact(right.sum(), total.sum(), tail),
+        "per_class": by_class,
+        "worst_class": Interval(*(min(getattr(i, side) for i in together) for side in ("value", "low", "high"))),
+        **{name: _drawn(spread[name], drawn[name], tail) for name in ("std", "nstd")},
+    }
+
+
+def exact(k: int, n: int, tail: float) -> Interval:
+    """Clopper and Pearson's interval of k of n, with a probability of `tail` beyond each limit."""
+    low = float(betaincinv(k, n - k + 1, tail)) if k else 0.0
+    high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
+    return Interval(float(k / n), low, high)
 
 
 def _counts(correct, labels, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -135,22 +146,13 @@ def _array(name: str, value) -> np.ndarray:
     return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
-def _statistics(right: np.ndarray, total: np.ndarray) -> dict[str, np.ndarray]:
-    """Each statistic of each resample: right (resamples, classes), total (classes,), all classes with images."""
-    per_class = right / total
+def _spread(per_class: np.ndarray) -> dict[str, np.ndarray]:
+    """Of each row of accuracies, (rows, classes)."""
     mean, std = per_class.mean(1), per_class.std(1)
-    return {
-        "accuracy": right.sum(1) / total.sum(),
-        "per_class": per_class,
-        "worst_class": per_class.min(1),
-        "std": std,
-        "nstd": np.divide(std, mean, out=np.full_like(std, np.nan), where=mean > 0),
-    }
+    return {"std": std, "nstd": np.divide(std, mean, out=np.full_like(std, np.nan), where=mean > 0)}
 
 
-def _interval(value: np.ndarray, resampled: np.ndarray, tails: tuple[float, float]) -> Interval:
-    value, resampled = float(value[0]), resampled[~np.isnan(resampled)]
-    if math.isnan(value) or resampled.size == 0:
-        return Interval(value, math.nan, math.nan)
-    low, high = np.quantile(resampled, tails)
-    return Interval(value, float(low), float(high))
+def _drawn(value: np.ndarray, draws: np.ndarray, tail: float) -> Interval:
+    if math.isnan(value[0]):
+        return Interval(math.nan, math.nan, math.nan)
+    return Interval(float(value[0]), *map(float, np.quantile(draws, (tail, 1 - tail))))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .. import engine
-from ..common import checks
+from ..common import checks, troubles
+from ..common.processes import refuse_several
 from .class_accuracy import ClassAccuracy, summary
-from .named_attacks import batches, plans, resolve_device, survivors
+from .named_attacks import Plan, batches, plans, resolve_device, survivors
 
 __all__ = ["ClassAccuracy", "evaluate"]
 
@@ -34,20 +35,44 @@ def evaluate(
         precision: "fp32", or "bf16" or "fp16" (autocast); AutoAttack takes no fp16.
         seed: of the random starts; batch b draws the same noise in every call.
         restarts: random starts of "pgdK" and "cwK"; an image is lost when any of them turns it.
-    Returns: {attack: ClassAccuracy}.
+    Returns: {attack: ClassAccuracy}; `no_gradient` counts the images that an attack could not work on.
+    Warns: HamWarning where the model is not what attacks rely on (see docs/troubleshooting.md).
     Raises: TypeError, ValueError naming the argument; ImportError for "autoattack" without torchattacks.
     """
+    refuse_several(model)
     wanted = plans(attacks, eps=eps, step_size=step_size, norm=norm, restarts=restarts)
     autoattack = any(plan.is_autoattack for plan in wanted.values())  # whose losses would vanish in fp16
     checks.choice("precision", precision, engine.JUDGING_PRECISIONS if autoattack else engine.PRECISIONS)
     device = resolve_device(model, device)
+    found = accuracies(model, loader, wanted, device=device, precision=precision, seed=seed, look=True)
+    tell_no_gradient({name: a.no_gradient for name, a in found.items()}, next(iter(found.values())).n)
+    return found
+
+
+def accuracies(
+    model: nn.Module, loader: Iterable, wanted: Mapping[str, Plan], *, device: torch.device, precision: str, seed: int,
+    look: bool = False,
+) -> dict[str, ClassAccuracy]:  # fmt: skip
+    """`evaluate` of a model that has been looked at, or is now (`look`)."""
     flags: dict[str, list[Tensor]] = {name: [] for name in wanted}
+    no_gradient = dict.fromkeys(wanted, 0)
     labels, classes = [], 0
     with engine.attack_mode(model):
         for b, x, y in batches(loader, device):
+            if look and b == 0:
+                engine.first_look(model, x, y)
             labels.append(y)
             for name, plan in wanted.items():
-                correct, classes = survivors(model, x, y, plan, seed=seed, batch=b, precision=precision)
-                flags[name].append(correct)
+                found = survivors(model, x, y, plan, seed=seed, batch=b, precision=precision)
+                flags[name].append(found.correct)
+                no_gradient[name] += found.no_gradient
+                classes = found.classes
     y = torch.cat(labels).cpu()
-    return {name: summary(torch.cat(parts).cpu(), y, classes) for name, parts in flags.items()}
+    return {name: summary(torch.cat(parts).cpu(), y, classes, no_gradient[name]) for name, parts in flags.items()}
+
+
+def tell_no_gradient(rows: Mapping[str, int], n: int) -> None:
+    """One warning for all attacks."""
+    if blind := [name for name, k in rows.items() if k]:
+        most = max(rows.values())
+        troubles.warn("attack_without_gradient", attack=", ".join(blind), rows=most, n=n)

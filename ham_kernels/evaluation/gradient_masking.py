@@ -60,6 +60,7 @@ def masking(
     pgd = PGD(eps, step_size, STEPS, norm)
     device = resolve_device(model, device)
     bench = _Bench(model, _first(loader, images, device), precision, seed)
+    engine.first_look(model, *bench.batches[0])
     with engine.attack_mode(model):
         plain = bench.after(pgd)
         todo = (
@@ -193,8 +194,8 @@ class _Bench:
         correct = []
         for b, (x, y) in enumerate(self.batches):
             target = self.model if attacked is None else attacked
-            active, at = walk(target, x, y, pgd, seed=self.seed, batch=b, precision=self.precision)
-            z = at[pgd.steps] if attacked is None else logits_at(self.model, active.x_adv, self.precision)
+            attack, at = walk(target, x, y, pgd, seed=self.seed, batch=b, precision=self.precision)
+            z = at[pgd.steps] if attacked is None else logits_at(self.model, attack.rows.x_adv, self.precision)
             self.classes = z.shape[1]
             correct.append(correct_rows(z, y))
         return _joined(correct)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import engine
-from ..attack.pgd import PGD, ActiveSet, Attack
+from ..attack.pgd import PGD, Attack
 from ..common import checks
 from . import autoattack
 from .class_accuracy import correct_rows
@@ -87,25 +88,31 @@ def resolve_device(model: nn.Module, device: torch.device | str | None) -> torch
 def batches(loader: Iterable, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(number, x, y) of each batch, checked and on the device. A loader without a batch raises ValueError."""
     b = -1
-    for b, (x, y) in enumerate(loader):
-        checks.batch(x, y)
+    for b, batch in enumerate(loader):
+        x, y = checks.pair("loader", batch)
         yield b, x.to(device), y.to(device)
     if b < 0:
         raise ValueError("loader: gave no batch")
 
 
 # ---------------------------------------------------------------- running
+class Survivors(NamedTuple):
+    correct: Tensor  # (n,) bool, the rows that the model in eval mode still classifies correctly
+    classes: int  # that the model knows
+    no_gradient: int = 0  # rows whose attack began without a gradient to follow
+
+
 def survivors(
     model: nn.Module, x: Tensor, y: Tensor, plan: Plan, *, seed: int, batch: int, precision: str
-) -> tuple[Tensor, int]:
-    """(n,) bool, the rows that the model in eval mode still classifies correctly; and how many classes it knows.
+) -> Survivors:
+    """What one batch is worth under an attack.
 
     A row counts as lost when any restart ends on a wrong class. Later restarts attack the rows left over; the noise
     of a row depends on its place in the batch, not on which others are left.
     """
     if plan.is_autoattack:
-        return autoattack.survivors(model, x, y, plan.pgd, seed=seed + batch, precision=precision)
-    _, at = walk(model, x, y, plan.pgd, seed=seed, batch=batch, precision=precision)
+        return Survivors(*autoattack.survivors(model, x, y, plan.pgd, seed=seed + batch, precision=precision))
+    attack, at = walk(model, x, y, plan.pgd, seed=seed, batch=batch, precision=precision)
     z = at[plan.pgd.steps]
     correct = correct_rows(z, y)
     for restart in range(1, plan.restarts):
@@ -115,14 +122,14 @@ def survivors(
         step = batch + restart * RESTART_STRIDE
         _, at = walk(model, x, y, plan.pgd, seed=seed, batch=step, precision=precision, rows=rows)
         correct[rows] = correct_rows(at[plan.pgd.steps], y[rows])
-    return correct, z.shape[1]
+    return Survivors(correct, z.shape[1], attack.guard.no_gradient)
 
 
 def walk(
     model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, *, seed: int, batch: int, precision: str,
     look_at: Collection[int] = (), rows: Tensor | None = None,
-) -> tuple[ActiveSet, dict[int, Tensor]]:  # fmt: skip
-    """One attack on a model in attack_mode: where it ended, and the logits at x^k for each k of `look_at` and k = K.
+) -> tuple[Attack, dict[int, Tensor]]:  # fmt: skip
+    """One attack on a model in attack_mode, at its end, and the logits at x^k for each k of `look_at` and k = K.
 
     A look at x^k for k < K costs nothing: the attack computes those logits itself. The data are judged (one read)
     before this returns. `rows` restricts the attack to some rows; they start where they would start among all.
@@ -138,7 +145,7 @@ def walk(
     seen[pgd.steps] = final = logits_at(model, attack.rows.x_adv, precision)
     attack.guard.logits(final)
     attack.guard.read()
-    return attack.rows, seen
+    return attack, seen
 
 
 @torch.no_grad()

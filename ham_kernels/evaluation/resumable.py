@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 
 from .. import engine
 from ..common import checks
+from ..common.processes import refuse_several
 from .class_accuracy import Interval, intervals
+from .evaluate import tell_no_gradient
 from .named_attacks import Plan, batches, plans, resolve_device, survivors
 from .partial_results import FlagStore, fingerprint_of_batch, fingerprint_of_model
 
@@ -26,7 +28,7 @@ def judge(
     norm: str = "linf", restarts: int = 1, device: torch.device | str | None = None, precision: str = "fp32",
     seed: int = 0, store: str | Path | None = None, identity: dict | None = None, progress: Progress | None = None,
 ) -> dict[str, dict]:  # fmt: skip
-    """What a model is worth under each attack, with bootstrap intervals, from one flag per image.
+    """What a model is worth under each attack, with intervals, from one flag per image.
 
     The flags made so far go to `store` every few seconds, and whatever stops the run: the next one with the same
     model, data and settings goes on from there, and its result is the same to the last flag. Flags belong to the
@@ -43,12 +45,14 @@ def judge(
         identity: what else the flags belong to, JSON-ready (sha256 of a checkpoint, name and part of a data set).
         progress: called as progress(attack, images done, images in all) after each batch; the last is None as long
             as it is not known. What it raises stops the run, after the flags are written.
-    Returns: {attack: {"settings", "n", "seconds", "correct", "accuracy", "per_class", "worst_class", "std", "nstd"}},
-        ready for JSON: "correct" has one character, 0 or 1, per image in the loader's order; each statistic is
-        {"value", "low", "high"} (95 % percentile bootstrap, see `intervals`), null where there is nothing to measure.
+    Returns: {attack: {"settings", "n", "seconds", "correct", "no_gradient", "accuracy", "per_class", "worst_class",
+        "std", "nstd"}}, ready for JSON: "correct" has one character, 0 or 1, per image in the loader's order;
+        "no_gradient" counts the images whose attack began without a gradient to follow; each statistic is {"value",
+        "low", "high"} (95 %, see `intervals`), null where there is nothing to measure.
     Raises: TypeError, ValueError, FileNotFoundError naming the argument, before work starts where possible;
         ImportError for "autoattack" without torchattacks.
     """
+    refuse_several(model)
     wanted = plans(attacks, eps=eps, step_size=step_size, norm=norm, restarts=restarts)
     checks.integer("classes", classes, 2)
     checks.integer("seed", seed, 0)
@@ -77,6 +81,7 @@ class _Run:
     images: int | None = None  # how many there are, as far as known
     order: list[str] | None = None  # fingerprints of the batches, after the first attack
     labels: Tensor | None = None
+    looked: bool = False  # at the model
 
     def attack(self, plan: Plan) -> dict:
         settings = plan.settings() | {
@@ -88,8 +93,11 @@ class _Run:
         finally:
             self.shelf.save(now=True)
         correct = "".join(batch["correct"] for batch in entry["batches"])
+        no_gradient = sum(batch.get("no_gradient", 0) for batch in entry["batches"])
+        tell_no_gradient({plan.name: no_gradient}, len(correct))
         return {
             "settings": settings, "n": len(correct), "seconds": entry["seconds"], "correct": correct,
+            "no_gradient": no_gradient,
             **as_json(intervals(np.frombuffer(correct.encode(), np.uint8) == ord("1"), self.labels, self.classes)),
         }  # fmt: skip
 
@@ -105,8 +113,11 @@ class _Run:
                 images += len(y)
                 if b >= len(done) or done[b]["data"] != order[b]:
                     del done[b:]
+                    if not self.looked:
+                        engine.first_look(self.model, x, y)
+                        self.looked = True
                     start = time.perf_counter()
-                    done.append({"data": order[b], "correct": self._flags(x, y, plan, b)})
+                    done.append({"data": order[b], **self._flags(x, y, plan, b)})
                     entry["seconds"] = (entry["seconds"] if b else 0.0) + time.perf_counter() - start
                     self.shelf.save()
                 if self.progress is not None:
@@ -116,11 +127,12 @@ class _Run:
             raise _changed()
         self.order, self.labels, self.images = order, torch.cat(labels), images
 
-    def _flags(self, x: Tensor, y: Tensor, plan: Plan, b: int) -> str:
-        correct, classes = survivors(self.model, x, y, plan, seed=self.seed, batch=b, precision=self.precision)
-        if classes != self.classes:
-            raise ValueError(f"classes: got {self.classes}; the model gives logits of {classes}")
-        return "".join(map(str, correct.int().tolist()))
+    def _flags(self, x: Tensor, y: Tensor, plan: Plan, b: int) -> dict[str, str | int]:
+        found = survivors(self.model, x, y, plan, seed=self.seed, batch=b, precision=self.precision)
+        if found.classes != self.classes:
+            raise ValueError(f"classes: got {self.classes}; the model gives logits of {found.classes}")
+        flags = {"correct": "".join(map(str, found.correct.int().tolist()))}
+        return flags | ({"no_gradient": found.no_gradient} if found.no_gradient else {})
 
 
 def as_json(statistics: dict[str, Interval | list[Interval]]) -> dict:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from weakref import WeakSet
+
 import torch
 from torch import Tensor, nn
 
 from ..attack.pgd import PGD, draw_seed
-from ..common import checks
+from ..common import checks, troubles
+from ..common.processes import refuse_several
+from ..engine import look_once
 from .ham import HAM
 from .objective import Objective
 from .pgd_at import PGDAT
 from .settings import Method
+
+_told: WeakSet[nn.Module] = WeakSet()  # that an attack on them had no gradient
 
 
 def loss(
@@ -29,14 +35,25 @@ def loss(
         steps: K.  norm: "linf" or "l2".
         generator: draws the seed of the random start; None takes torch's default generator.
     Returns: 0-dim loss. The attack runs in eval mode, the loss in the mode that the model is in. Where no row is left
-        to train on, the loss is 0 and its backward() gives no parameter a gradient. `start_epoch` has no effect.
+        to train on, the loss is 0 and so is every gradient. `start_epoch` has no effect.
     Raises: TypeError, ValueError naming the argument.
     """
     checks.batch(x, y)
+    refuse_several(model)
+    if torch.is_inference_mode_enabled():
+        raise ValueError(troubles.text("inference_mode"))
     objective = method if isinstance(method, Objective) else Objective(method, PGD(eps, step_size, steps, norm))
+    if objective.pgd.steps:
+        look_once(model, x, y)
     examples = objective.examples(model, x, y, seed=draw_seed(generator), step=0)
-    if examples.n_kept == 0:
-        return torch.zeros((), device=x.device, requires_grad=True)
+    if examples.no_gradient and model not in _told:
+        _told.add(model)
+        troubles.warn("attack_without_gradient", attack=objective.method.title, rows=examples.no_gradient, n=len(y))
+    if examples.n_kept == 0:  # a zero that depends on the parameters: GradScaler refuses a step without any gradient
+        return sum(
+            (p.sum() * 0.0 for p in model.parameters() if p.requires_grad),
+            torch.zeros((), device=x.device, requires_grad=True),
+        )
     return objective.loss(model, examples)
 
 

@@ -32,6 +32,7 @@ class Examples:
     max_step: Tensor | None = None  # (n_kept,), largest step of the logits, where steps are tracked
     hard: Tensor | None = None  # (n,) bool, the flags of the look; None where nothing was screened
     hard_counts: Sequence[int] | None = None  # of each batch, where several were attacked as one
+    no_gradient: int = 0  # rows whose attack began without a gradient to follow
 
     @property
     def n_kept(self) -> int:
@@ -61,7 +62,7 @@ def mine(
         if not method.early_drop:
             attack.steps(pgd.steps)
             attack.guard.read()
-            return _examples(attack.rows, len(y))
+            return _examples(attack.rows, len(y), attack.guard.no_gradient)
         before = _screen(attack, method)
         hard, z = attack.look()
         order, count = _ops.compact(hard)
@@ -73,7 +74,7 @@ def mine(
         if n_finished:
             attack.keep(index)
             attack.steps(pgd.steps - method.screen_steps)
-    found = {"n_hard": sum(counts), "hard": hard, "hard_counts": counts}
+    found = {"n_hard": sum(counts), "hard": hard, "hard_counts": counts, "no_gradient": attack.guard.no_gradient}
     if method.easy != "drop":
         if n_finished:
             _put_back(whole, attack.rows, index.long())
@@ -85,8 +86,8 @@ def mine(
     return replace(_examples(kept, len(y)), index=index, **found)
 
 
-def _examples(rows: ActiveSet, n: int) -> Examples:
-    return Examples(rows.x_adv, rows.x, rows.y, None, n, n, max_step=rows.max_step)
+def _examples(rows: ActiveSet, n: int, no_gradient: int = 0) -> Examples:
+    return Examples(rows.x_adv, rows.x, rows.y, None, n, n, max_step=rows.max_step, no_gradient=no_gradient)
 
 
 def _of_each(flags: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -174,6 +175,7 @@ def split(examples: Examples, sizes: Sequence[int]) -> list[Examples]:
 
     parts = {name: cut(name, kept) for name in ("x_adv", "x", "y", "index", "max_step")}
     parts |= {"hard": cut("hard", sizes), "n": sizes, "n_hard": hard}
+    parts["no_gradient"] = [examples.no_gradient] + [0] * (len(sizes) - 1)  # counted for all of them
     parts |= {name: cut(name, gone[::-1])[::-1] for name in ("rest", "rest_x")}  # those of the last batch first
     return [
         replace(examples, hard_counts=None, **{name: part[b] for name, part in parts.items()})

@@ -32,15 +32,6 @@ def in_groups(batches: Iterator, size: int) -> Iterator[list]:
         yield group
 
 
-def unpack(batch) -> tuple[Tensor, Tensor]:
-    """(x, y) of a batch. Raises: TypeError, ValueError."""
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-        raise TypeError(f"train_loader: gave {type(batch).__name__}; each batch must be a pair (x, y)")
-    x, y = batch
-    checks.batch(x, y)
-    return x, y
-
-
 def check_group(batches: Sequence[tuple[Tensor, Tensor]], home: torch.device | None) -> None:
     """Pairs (x, y), images of one size and type, all on `home`. Raises: TypeError, ValueError naming x, y, batches."""
     if not batches:

@@ -5,29 +5,61 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor, nn
 
 
 class WeightAverage:
-    """avg = decay * avg + (1 - decay) * model after each update, BatchNorm statistics included.
+    """avg += (1 - d) * (model - avg) after each update, BatchNorm statistics included.
 
-    torch's AveragedModel keeps its counter on the device and reads it at every update; this does not.
+    After update t (from 1) d is the smaller of `decay` and (1 + t) / (10 + t), so that the average forgets the weights
+    that it started from, also in a short training. torch's AveragedModel keeps its counter on the device and reads it
+    at every update; this does not.
+
+    Raises: ValueError where the model cannot be copied or its average cannot be written, before anything is trained.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._average = get_ema_multi_avg_fn(decay)
+        self.decay = decay
+        self.updates: int | None = 0  # None: a state of before, whose average never had a lower decay
+        try:
+            self.model = _copy_of(model)
+            self._follow(model, 0.0)  # what would fail after an update fails now
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"ema_decay: this model cannot be averaged ({type(error).__name__}: {reason}); train it without"
+            ) from error
+
+    def update(self, model: nn.Module) -> None:
+        decay = self.decay
+        if self.updates is not None:
+            self.updates += 1
+            decay = min(decay, (1 + self.updates) / (10 + self.updates))
+        self._follow(model, 1 - decay)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        ours, theirs = _tensors(self.model), _tensors(model)
-        floats = [(a, b) for a, b in zip(ours, theirs, strict=True) if a.is_floating_point()]
-        self._average([a for a, _ in floats], [b for _, b in floats], None)
-        for a, b in zip(ours, theirs, strict=True):
+    def _follow(self, model: nn.Module, share: float) -> None:
+        pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
+        floats = [(a, b) for a, b in pairs if a.is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], share)
+        for a, b in pairs:
             if not a.is_floating_point():  # counters
                 a.copy_(b)
 
 
-def _tensors(model: nn.Module) -> list[torch.Tensor]:
+def _copy_of(model: nn.Module) -> nn.Module:
+    """In eval mode, frozen, each buffer with memory of its own."""
+    # what a layer computes from its parameters (weight_norm of old keeps `weight` so) is no leaf, and not copied
+    computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    copied = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed}).eval()
+    for p in copied.parameters():
+        p.requires_grad_(False)
+    for m in copied.modules():
+        for name, b in list(m._buffers.items()):
+            if b is not None and any(k == 0 for k in b.stride()):
+                m._buffers[name] = b.clone(memory_format=torch.contiguous_format)
+    return copied
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]

@@ -19,6 +19,7 @@ class StepReport:
     stopwatch: Stopwatch = field(repr=False)
     n_kept: int | None = None  # rows trained on: n_hard, those that round_to adds, those that stop or jump
     batches: int = 1  # of the loader in this step; more where a group takes one update
+    no_gradient: int = 0  # rows whose attack began without a gradient to follow; of a group in its first report
 
     def __post_init__(self):
         if self.n_kept is None:
@@ -49,6 +50,7 @@ class EpochReport:
     val_ema: dict[str, ClassAccuracy] | None = None
     n_kept: int = 0  # rows trained on
     mined: bool = False  # rows were screened or weighed
+    no_gradient: int = 0  # rows whose attack began without a gradient to follow
     watch: dict[str, int] | None = None  # after a one-step epoch: of `rows` training images, how many resist what
 
     @property
@@ -86,6 +88,7 @@ class RunningEpoch:
         report.n += step.n
         report.n_hard += step.n_hard
         report.n_kept += step.n_kept
+        report.no_gradient += step.no_gradient
         report.skipped += step.batches * (step.n_kept == 0)
         report.seconds += seconds
 

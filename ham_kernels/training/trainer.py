@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from ..attack.pgd import PGD
-from ..common import checks
-from ..engine import Engine, EngineOptions, NonFiniteError, Stopwatch, model_device
-from ..evaluation import ClassAccuracy, evaluate
+from ..common import checks, troubles
+from ..common.processes import refuse_several
+from ..engine import Engine, EngineOptions, NonFiniteError, Stopwatch, look_once, model_device, note_resting
+from ..evaluation import ClassAccuracy
+from ..evaluation.evaluate import accuracies
 from ..evaluation.named_attacks import plans
 from ..methods.objective import EpochEnd
 from ..methods.settings import Method
-from .batches import check_group, first_of_epoch, in_groups, rest_of_epoch, unpack
+from .batches import check_group, first_of_epoch, in_groups, rest_of_epoch
 from .ema import WeightAverage
 from .phases import Phases
 from .reports import EpochReport, RunningEpoch, StepReport
-from .update import Updater
+from .update import Updater, undone_on_error
 
 VAL_ATTACKS = ("clean", "pgd20")
 
@@ -68,6 +70,7 @@ class Trainer:
     ):  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}; it must be a torch.nn.Module")
+        refuse_several(model)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: got {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
         own = {id(p) for p in model.parameters()}
@@ -81,6 +84,7 @@ class Trainer:
         if ema_decay is not None and checks.real("ema_decay", ema_decay, 0.0, 1.0) == 1.0:
             raise ValueError("ema_decay: got 1.0; it must be below 1, or the average would never move")
         self.model = model if device is None else model.to(device)
+        note_resting(model)  # before a first evaluation of the user's puts all of it into eval mode
         self.device = torch.device(device) if device is not None else model_device(model) or torch.device("cpu")
         self.engine = Engine(options, self.device)
         self._update = Updater(optimizer, self.engine, self.device)
@@ -90,6 +94,7 @@ class Trainer:
         self.steps_done = 0  # names the noise of the next step
         self.history: list[EpochReport] = []
         self._running: RunningEpoch | None = None  # the epoch under way
+        self._told = False  # of an attack without a gradient
 
     @property
     def method(self) -> Method:
@@ -133,12 +138,17 @@ class Trainer:
         method = objective.method
         stopwatch = Stopwatch(batches[0][0].device)
         x, y = batches[0] if len(batches) == 1 else (torch.cat(parts) for parts in zip(*batches, strict=True))
+        if torch.is_inference_mode_enabled():
+            raise ValueError(troubles.text("inference_mode"))
         x = self.engine.place(self.model, x, self.ema_model)
+        if objective.pgd.steps:
+            look_once(self.model, x, y)
         sizes = [len(y)] if method.group_updates == "one" else [len(labels) for _, labels in batches]
-        examples = objective.group_examples(
-            self.model, x, y, sizes, seed=self.seed, step=self.steps_done, engine=self.engine
-        )
-        reports = []
+        with undone_on_error(self.model, objective):
+            examples = objective.group_examples(
+                self.model, x, y, sizes, seed=self.seed, step=self.steps_done, engine=self.engine
+            )
+        reports, together = [], len(batches) // len(examples)
         for part in examples:
             loss = 0.0
             if part.n_kept:
@@ -146,10 +156,15 @@ class Trainer:
                 if self._ema is not None and self._averages:
                     self._ema.update(self.model)
             reports.append(
-                StepReport(loss, part.n, part.n_hard, stopwatch.stop(), part.n_kept, len(batches) // len(examples))
+                StepReport(loss, part.n, part.n_hard, stopwatch.stop(), part.n_kept, together, part.no_gradient)
             )
             stopwatch = Stopwatch(x.device)
         self.steps_done += len(batches)
+        if examples[0].no_gradient and not self._told:
+            self._told = True  # epochs count the further ones
+            troubles.warn(
+                "attack_without_gradient", attack="the attack of the training", rows=examples[0].no_gradient, n=len(y)
+            )
         return reports
 
     # ------------------------------------------------------------ epochs
@@ -168,7 +183,7 @@ class Trainer:
                 passed over: by `set_position(batches)` where the loader has it, else by drawing and dropping them.
                 The first batch of an epoch that takes one-step attacks is drawn once more at its end.
             val_loader: evaluated after each epoch under `val_attacks`, raw weights and weight average.
-            scheduler: stepped once after each epoch.
+            scheduler: stepped once after each epoch. One of a metric (ReduceLROnPlateau) is stepped in on_epoch_end.
             on_epoch_end: called with each EpochReport.
             on_batch_end: called with each StepReport. What it raises ends fit; a later fit, or one after
                 load_state_dict, goes on with the next batch.
@@ -182,7 +197,13 @@ class Trainer:
                 f"start_epoch: is {self.method.start_epoch}, beyond epochs={epochs}, so {self.method.name} would never "
                 "start; lower it, or train by the method of the warm-up"
             )
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise TypeError(
+                "scheduler: is a ReduceLROnPlateau, which wants a metric; step it in on_epoch_end, such as "
+                "on_epoch_end=lambda report: scheduler.step(report.loss)"
+            )
         self._check_loaders(train_loader, val_loader, val_attacks, epochs)
+        self._check_average(train_loader, epochs)
         while self.epoch < epochs:
             report = self._train_epoch(train_loader, self.epoch + 1, on_batch_end)
             if val_loader is not None:
@@ -249,7 +270,7 @@ class Trainer:
         self.history.append(report)
 
     def _unpacked(self, batch) -> tuple[Tensor, Tensor]:
-        x, y = unpack(batch)
+        x, y = checks.pair("train_loader", batch)
         return x.to(self.device), y.to(self.device)
 
     # ------------------------------------------------------------ validation
@@ -270,10 +291,18 @@ class Trainer:
                 f"val_loader: is an iterator, which is spent after one of {passes} passes; give a list or a DataLoader"
             )
 
+    def _check_average(self, train_loader, epochs: int) -> None:
+        """Warns where the training ends before its weight average is as slow as it was asked to be."""
+        if self._ema is None or not hasattr(train_loader, "__len__"):
+            return
+        group = self.method.group if self.method.group_updates == "one" else 1
+        updates, span = epochs * len(train_loader) // group, 1 / (1 - self._ema.decay)
+        if updates < span:
+            troubles.warn("short_for_its_average", decay=self._ema.decay, span=round(span), updates=updates)
+
     def _judged(self, model: nn.Module, loader: Iterable, attacks: Sequence[str]) -> dict[str, ClassAccuracy]:
-        return evaluate(
-            model, loader, attacks, **self._budget(), device=self.device, precision=self.precision, seed=self.seed
-        )
+        wanted = plans(attacks, **self._budget())
+        return accuracies(model, loader, wanted, device=self.device, precision=self.precision, seed=self.seed)
 
     def _budget(self) -> dict[str, Any]:
         return {"eps": self._pgd.eps, "step_size": self._pgd.step_size, "norm": self._pgd.norm}
@@ -290,6 +319,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self._ema is None else self.ema_model.state_dict(),
             "averages": self._averages,
+            "ema_updates": None if self._ema is None else self._ema.updates,
             "loss_scale": self._update.state_dict(),
             **self._phases.state_dict(),
             "epoch": self.epoch,
@@ -318,6 +348,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         if self._ema is not None:
             self.ema_model.load_state_dict(state["ema"])
+            self._ema.updates = state.get("ema_updates")
         self._averages = state.get("averages", True)
         self._update.load_state_dict(state.get("loss_scale"))
         self.epoch, self.steps_done = state["epoch"], state["steps_done"]

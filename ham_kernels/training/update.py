@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..common import checks
-from ..engine import Engine, NonFiniteError, attack_mode, start_read, update_mode
+from ..common import checks, troubles
+from ..engine import Engine, NonFiniteError, attack_mode, note_resting, start_read, update_mode
 from ..engine.graphs import Captured, CaptureError, ambient
 from ..methods.mining import Examples
 from ..methods.objective import Objective
 
 Read = Callable[[], list[float]]  # waits for the loss
 
+SMALLEST_SCALE = 2.0**-20  # of the loss in fp16: 36 halvings from the first
 GRAPH_FROM = 2  # a number of rows is captured when it comes for the second time
 
 
@@ -38,23 +40,24 @@ class Updater:
             else:
                 self._scaler.step(self.optimizer)
                 self._scaler.update()
+                if (scale := self._scaler.get_scale()) < SMALLEST_SCALE:
+                    raise NonFiniteError(troubles.text("loss_scale_gone", scale=scale))
         return value
 
     def _gradients(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool) -> float:
-        """Forward and backward; undone where the loss is not finite."""
-        buffers = [*model.buffers(), *objective.buffers()]
-        before = [torch.empty_like(b) for b in buffers]
-        _copy(before, buffers)  # BatchNorm's statistics move in the forward, before the loss is judged
-        try:
-            read = self._replayed(model, objective, examples, freeze_bn)
-            (value,) = (read or self._eager(model, objective, examples, freeze_bn))()
-            if not math.isfinite(value):
-                _judge_labels(model, examples)
-                raise NonFiniteError(f"model: the training loss is {value}; nothing was updated")
-        except BaseException:
-            self.optimizer.zero_grad(set_to_none=True)
-            _copy(buffers, before)
-            raise
+        """Forward and backward; undone where loss or gradient is not finite."""
+        with undone_on_error(model, objective):  # BatchNorm's statistics move in the forward, before it is judged
+            try:
+                read = self._replayed(model, objective, examples, freeze_bn)
+                value, size = (read or self._eager(model, objective, examples, freeze_bn))()
+                if not math.isfinite(value):
+                    _judge_labels(model, examples)
+                    raise NonFiniteError(f"model: the training loss is {value}; nothing was updated")
+                if not math.isfinite(size) and not all(bool(g.isfinite().all()) for g in _gradients_of(model)):
+                    raise NonFiniteError(troubles.text("weight_gradient_not_finite", loss=value))
+            except BaseException:
+                self.optimizer.zero_grad(set_to_none=True)
+                raise
         return value
 
     def _eager(
@@ -64,9 +67,13 @@ class Updater:
             with self._engine.autocast(examples.x_adv.device):
                 loss = objective.loss(model, examples)
             self.optimizer.zero_grad(set_to_none=True)
-            read = start_read(loss.detach().reshape(1))  # arrives while the device is busy with the backward
+            if not loss.requires_grad:
+                raise ValueError(troubles.text("nothing_to_train"))
             (loss if self._scaler is None else self._scaler.scale(loss)).backward()
-        return read
+        if not any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):
+            raise ValueError(troubles.text("nothing_to_train"))
+        judged = _gradients_of(model) if self._scaler is None else []  # the scaler skips what is not finite
+        return start_read(_loss_and_size(loss, judged))
 
     def _replayed(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool):
         """Loss of a replay where there is a graph for so many rows, else None. There is no padding: rows are exact."""
@@ -76,9 +83,10 @@ class Updater:
         graphs.follow(model)
         x, parameters = examples.x_adv, list(model.parameters())
         learned = tuple(p.requires_grad for p in parameters)
+        resting = frozenset(map(id, note_resting(model)))
         key = (
             "update", x.shape, x.stride(), x.dtype, examples.n, examples.weights is None, freeze_bn, objective, learned,
-            ambient(x.device),
+            resting, ambient(x.device),
         )  # fmt: skip
         reached = graphs.shared.setdefault("reached", {})
         if graphs.sighting(key) < GRAPH_FROM or key not in reached or not graphs.has_room_for(key):
@@ -125,7 +133,7 @@ class _Graphed(Captured):
                 gradients[p] = torch.zeros_like(p)
         has_gradient = set(reached)
         self._gradients = [(p, gradients[p] if p in has_gradient else None) for p in model.parameters()]
-        self._loss = torch.zeros(1, device=examples.x_adv.device)
+        self._loss = torch.zeros(2, device=examples.x_adv.device)
         written = [gradients[p] for p in reached]
 
         def run() -> None:
@@ -134,15 +142,14 @@ class _Graphed(Captured):
                 with engine.autocast(examples.x_adv.device):
                     loss = objective.loss(model, stays)
                 loss.backward()
-            self._loss.copy_(loss.detach().reshape(1))
+            self._loss.copy_(_loss_and_size(loss, written))
 
-        buffers = [*model.buffers(), *objective.buffers()]
-        before = [b.clone() for b in buffers]
         self._set_gradients()
+        moved = Buffers(model, objective)
         try:
             self.capture("update", run)
         finally:
-            _copy(buffers, before)  # the runs before the capture moved them
+            moved.undo()  # by the runs before the capture
 
     def update(self, examples: Examples) -> Read:
         self.load({name: getattr(examples, name) for name in _LOOKED_AT})
@@ -163,6 +170,54 @@ def _judge_labels(model: nn.Module, examples: Examples) -> None:
     with attack_mode(model), torch.no_grad():
         classes = model(examples.x_adv[:1]).shape[1]
     checks.data_facts(0.0, 1.0, *map(float, examples.y.aminmax()), classes)
+
+
+def _gradients_of(model: nn.Module) -> list[Tensor]:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return [g._values() if g.is_sparse else g for g in gradients]
+
+
+@torch.no_grad()
+def _loss_and_size(loss: Tensor, gradients: list[Tensor]) -> Tensor:
+    """(2,) fp32: the loss, and the largest norm of a gradient, which is NaN or infinite where one of its entries is.
+
+    A norm may also overflow; a finite one settles the matter, and nearly all are.
+    """
+    norms = [n.to(loss.device, torch.float32) for n in torch._foreach_norm(gradients)] if gradients else []
+    size = torch.stack(norms).amax() if norms else loss.new_zeros(())
+    return torch.stack([loss.detach().float(), size.float()])
+
+
+# ---------------------------------------------------------------- buffers
+class Buffers:
+    """Buffers of modules as they are now."""
+
+    def __init__(self, *modules: nn.Module):
+        self._slots = [
+            (m, name, b) for top in modules for m in top.modules() for name, b in m._buffers.items() if b is not None
+        ]
+        # a view that repeats its memory cannot be written in place, so that it cannot have moved either
+        self._here = [b for _, _, b in self._slots if not any(k == 0 for k in b.stride() if b.numel() > 1)]
+        self._values = [torch.empty_like(b) for b in self._here]
+        _copy(self._values, self._here)
+
+    def undo(self) -> None:
+        """Puts back values, and the tensors that a forward has replaced by others."""
+        for m, name, b in self._slots:
+            if m._buffers[name] is not b:
+                m._buffers[name] = b
+        _copy(self._here, self._values)
+
+
+@contextmanager
+def undone_on_error(*modules: nn.Module) -> Iterator[None]:
+    """Buffers are as before where anything raises inside."""
+    before = Buffers(*modules)
+    try:
+        yield
+    except BaseException:
+        before.undo()
+        raise
 
 
 @torch.no_grad()

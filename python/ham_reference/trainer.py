@@ -44,7 +44,7 @@ class HAMTrainer:
         self.start_epoch, self.freeze_bn, self.seed = start_epoch, freeze_bn, seed
         self.ema_decay = ema_decay
         self.ema_model = None if ema_decay is None else copy.deepcopy(model).eval()
-        self.epoch, self.steps_done, self.history = 0, 0, []
+        self.epoch, self.steps_done, self.updates, self.history = 0, 0, 0, []
 
     def train_step(self, x, y, epoch):
         start = time.perf_counter()
@@ -79,9 +79,11 @@ class HAMTrainer:
     @torch.no_grad()
     def average(self):
         theirs = self.model.state_dict()
+        self.updates += 1
+        decay = min(self.ema_decay, (1 + self.updates) / (10 + self.updates))  # forgets the start
         for name, average in self.ema_model.state_dict().items():
             if average.is_floating_point():
-                average.copy_(self.ema_decay * average + (1 - self.ema_decay) * theirs[name])
+                average.copy_(decay * average + (1 - decay) * theirs[name])
             else:
                 average.copy_(theirs[name])
 
