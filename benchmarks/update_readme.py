@@ -1,5 +1,5 @@
-"""Writes the sections of README.md and docs/results.md that are made: measured ones from benchmarks/results/, and the
-table of methods from the registry. --check only compares.
+"""Writes the made sections of README.md and docs/: measured ones from benchmarks/results/, the table of methods
+from the registry, and the messages from their table. --check only compares.
 
 A section lies between <!-- NAME: ... --> and <!-- NAME: end -->. Reports of `ham` are copied to benchmarks/results/
 (data.json, table.md, figures), results of benchmarks land there by their --out.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from readme import measured
 from readme.methods_table import methods
+from readme.troubles import troubles
 
 ROOT = Path(__file__).resolve().parents[1]
 Sections = Mapping[str, Callable[[Path], str]]
@@ -36,6 +37,7 @@ PAGES: dict[Path, Sections] = {
         "kernels": measured.kernels,
         "costs": measured.costs,
     },
+    ROOT / "docs" / "troubleshooting.md": {"troubles": troubles},
 }
 
 

@@ -142,7 +142,7 @@ def take_step(model: nn.Module, rows: ActiveSet, pgd: PGD, engine: Engine, measu
     if half:
         z_grad = _lifted(z_grad).to(logits.dtype)
     if not logits.requires_grad:
-        raise ValueError(troubles.text("no_way_to_the_images"))
+        raise troubles.error("no_way_to_the_images")
     (grad,) = torch.autograd.grad(logits, point, z_grad)
     if measure:
         rows.largest = largest_entries(grad)

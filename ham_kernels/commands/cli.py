@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from ..common.processes import refuse_several
 from ..common.provenance import package_version
 
 USAGE = """usage: ham COMMAND [options]        (ham COMMAND --help shows the options)
@@ -44,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ham: no command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
+        if command not in ("doctor", "build"):
+            refuse_several()
         return _COMMANDS[command](rest)
     except KeyboardInterrupt:
         print(f"ham {command}: interrupted", file=sys.stderr)

@@ -24,10 +24,22 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def main(argv: list[str]) -> int:
-    """Prints the report. Returns 1 where a GPU is present and the CUDA extension is not loaded, else 0."""
+    """Prints the report. Returns 1 where there is a GPU and the CUDA extension is not loaded, or for a faulty model."""
     parser = argparse.ArgumentParser(prog="ham doctor", description="Shows which backend each op uses, and why.")
     parser.add_argument("--json", action="store_true", help="the same report as JSON")
+    parser.add_argument(
+        "--model", metavar="MODULE:FUNCTION",
+        help="looks at a model instead: what would make attacks on it blind, or its accuracies worthless. FUNCTION "
+        "takes nothing and returns the model (a class will do); MODULE is found from this folder",
+    )  # fmt: skip
+    parser.add_argument("--input", default="3x32x32", metavar="CxHxW", help="the size of its images (default: 3x32x32)")
     arguments = parser.parse_args(argv)
+    if arguments.model is not None:
+        from .model_doctor import look_at
+
+        found = look_at(arguments.model, arguments.input)
+        print(json.dumps(found, indent=2) if arguments.json else "\n".join(found["lines"]))
+        return 0 if found["ok"] else 1
 
     report = collect()
     print(json.dumps(report, indent=2) if arguments.json else as_text(report))

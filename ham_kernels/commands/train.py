@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..common import checks, files
+from ..common.one_class import answers_one_class
 from ..runs.checkpoints import random_states, set_random_states
 from ..runs.folder import RunFolder, metrics_of
 from ..runs.resume_rules import check_unchanged, noted
@@ -182,11 +183,16 @@ class _Job:
                 raise _Paused
 
     def _keep_best(self, report: EpochReport) -> bool:
-        """Writes best.pt and best_ema.pt where validation says so; the earlier of two equal epochs stays."""
+        """Writes best.pt and best_ema.pt where validation says so; the earlier of two equal epochs stays.
+
+        A model that answers one class for all images is none of the best, whatever its accuracy.
+        """
         improved = False
         models = {"best": (self.trainer.model, report.val), "best_ema": (self.trainer.ema_model, report.val_ema)}
         for weights, (model, judged) in models.items():
-            if judged is not None and self._score(judged) > self.best.get(weights, -1.0):
+            if judged is None or answers_one_class(judged["clean"].per_class) is not None:
+                continue
+            if self._score(judged) > self.best.get(weights, -1.0):
                 self.best[weights] = self._score(judged)
                 state = {"model": model.state_dict(), "epoch": report.epoch, "score": self.best[weights]}
                 self.run.save_best(weights, state)

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import TypeVar
+
+Error = TypeVar("Error", bound=Exception)
 
 
 class HamWarning(UserWarning):
@@ -68,7 +71,7 @@ TROUBLES: dict[str, Trouble] = {
         "do not take their accuracy for robustness",
     ),
     "one_answer": Trouble(
-        "model: answers class {answer} for all of {n} images of several classes",
+        "model: answers class {answer} for (nearly) all of {n} images of several classes",
         "The model has not learned, its weights are random, or the images are not normalised as in its training.",
         "do not rank it",
     ),
@@ -128,9 +131,22 @@ TROUBLES: dict[str, Trouble] = {
 
 
 def text(name: str, **facts) -> str:
-    """The words of a trouble, for an error or a log."""
+    """The words of a trouble."""
     trouble = TROUBLES[name]
     return f"{trouble.says}; {trouble.remedy}".format(**facts)
+
+
+def told(name: str, **facts) -> dict[str, str]:
+    """A trouble with all that is known of it, JSON-ready."""
+    parts = vars(TROUBLES[name])
+    return {"name": name} | {part: words.format(**facts) for part, words in parts.items()}
+
+
+def error(name: str, kind: type[Error] = ValueError, **facts) -> Error:
+    """An exception with the words of a trouble; `trouble` of it is (name, facts)."""
+    made = kind(text(name, **facts))
+    made.trouble = (name, facts)
+    return made
 
 
 def warn(name: str, **facts) -> None:

@@ -7,7 +7,7 @@ which ties them together). Nothing here knows an attack or a method.
 """
 
 from .engine import PLAIN, Engine, plain
-from .first_look import first_look, look_once
+from .first_look import ROWS, findings, first_look, look_once, runnable
 from .host_reads import BatchGuard, NonFiniteError, Stopwatch, largest_entries, start_read
 from .memory import keep_freed_memory, return_freed_memory
 from .modes import JUDGING_PRECISIONS, PRECISIONS, attack_mode, autocast, model_device, note_resting, update_mode
@@ -17,6 +17,7 @@ __all__ = [
     "JUDGING_PRECISIONS",
     "PLAIN",
     "PRECISIONS",
+    "ROWS",
     "BatchGuard",
     "Engine",
     "EngineError",
@@ -26,6 +27,7 @@ __all__ = [
     "Stopwatch",
     "attack_mode",
     "autocast",
+    "findings",
     "first_look",
     "keep_freed_memory",
     "largest_entries",
@@ -34,6 +36,7 @@ __all__ = [
     "note_resting",
     "plain",
     "return_freed_memory",
+    "runnable",
     "start_read",
     "update_mode",
 ]

@@ -82,13 +82,13 @@ def runnable(model: nn.Module, x: Tensor):
             raise
         weights = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
         images = str(x.dtype).removeprefix("torch.")
-        raise TypeError(troubles.text("dtype", weights=weights, images=images)) from error
+        raise troubles.error("dtype", TypeError, weights=weights, images=images) from error
 
 
 def refuse_inference_tensors(model: nn.Module) -> None:
     """Raises: ValueError where no gradient can ever pass these weights."""
     if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
-        raise ValueError(troubles.text("inference_weights"))
+        raise troubles.error("inference_weights")
 
 
 def _gradient(z: Tensor, y: Tensor, point: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def _gradient(z: Tensor, y: Tensor, point: Tensor) -> Tensor:
         loss = nn.functional.cross_entropy(z.float(), y, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, point, allow_unused=True)
     if gradient is None:
-        raise ValueError(troubles.text("no_way_to_the_images"))
+        raise troubles.error("no_way_to_the_images")
     return gradient
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import engine
 from ..common import checks, troubles
+from ..common.one_class import answers_one_class
 from ..common.processes import refuse_several
 from .class_accuracy import ClassAccuracy, summary
 from .named_attacks import Plan, batches, plans, resolve_device, survivors
@@ -46,6 +47,8 @@ def evaluate(
     device = resolve_device(model, device)
     found = accuracies(model, loader, wanted, device=device, precision=precision, seed=seed, look=True)
     tell_no_gradient({name: a.no_gradient for name, a in found.items()}, next(iter(found.values())).n)
+    if "clean" in found and (answer := answers_one_class(found["clean"].per_class)) is not None:
+        troubles.warn("one_answer", answer=answer, n=found["clean"].n)
     return found
 
 

@@ -41,7 +41,7 @@ def loss(
     checks.batch(x, y)
     refuse_several(model)
     if torch.is_inference_mode_enabled():
-        raise ValueError(troubles.text("inference_mode"))
+        raise troubles.error("inference_mode")
     objective = method if isinstance(method, Objective) else Objective(method, PGD(eps, step_size, steps, norm))
     if objective.pgd.steps:
         look_once(model, x, y)

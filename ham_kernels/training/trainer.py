@@ -139,7 +139,7 @@ class Trainer:
         stopwatch = Stopwatch(batches[0][0].device)
         x, y = batches[0] if len(batches) == 1 else (torch.cat(parts) for parts in zip(*batches, strict=True))
         if torch.is_inference_mode_enabled():
-            raise ValueError(troubles.text("inference_mode"))
+            raise troubles.error("inference_mode")
         x = self.engine.place(self.model, x, self.ema_model)
         if objective.pgd.steps:
             look_once(self.model, x, y)

@@ -41,7 +41,7 @@ class Updater:
                 self._scaler.step(self.optimizer)
                 self._scaler.update()
                 if (scale := self._scaler.get_scale()) < SMALLEST_SCALE:
-                    raise NonFiniteError(troubles.text("loss_scale_gone", scale=scale))
+                    raise troubles.error("loss_scale_gone", NonFiniteError, scale=scale)
         return value
 
     def _gradients(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool) -> float:
@@ -54,7 +54,7 @@ class Updater:
                     _judge_labels(model, examples)
                     raise NonFiniteError(f"model: the training loss is {value}; nothing was updated")
                 if not math.isfinite(size) and not all(bool(g.isfinite().all()) for g in _gradients_of(model)):
-                    raise NonFiniteError(troubles.text("weight_gradient_not_finite", loss=value))
+                    raise troubles.error("weight_gradient_not_finite", NonFiniteError, loss=value)
             except BaseException:
                 self.optimizer.zero_grad(set_to_none=True)
                 raise
@@ -68,10 +68,10 @@ class Updater:
                 loss = objective.loss(model, examples)
             self.optimizer.zero_grad(set_to_none=True)
             if not loss.requires_grad:
-                raise ValueError(troubles.text("nothing_to_train"))
+                raise troubles.error("nothing_to_train")
             (loss if self._scaler is None else self._scaler.scale(loss)).backward()
         if not any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):
-            raise ValueError(troubles.text("nothing_to_train"))
+            raise troubles.error("nothing_to_train")
         judged = _gradients_of(model) if self._scaler is None else []  # the scaler skips what is not finite
         return start_read(_loss_and_size(loss, judged))
 

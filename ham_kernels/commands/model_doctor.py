@@ -1,0 +1,66 @@
+"""`ham doctor --model MODULE:FUNCTION`: the first look at a user's model, on random images."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..common import troubles
+from ..engine import ROWS, attack_mode, findings, model_device, runnable
+
+CLEAN = "nothing: its outputs repeat, and gradients reach every image"
+
+
+def look_at(name: str, size: str) -> dict[str, Any]:
+    """What is wrong with a model: {"ok", "model", "lines", "findings": [{"name", "says", "cause", "remedy"}]}.
+
+    The images are random, so that nothing here depends on what the model has learned. Raises: ValueError, TypeError,
+    ImportError naming the argument.
+    """
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
+        raise ValueError(f"--input: got {size!r}; it must be like 3x32x32")
+    model = model_named(name)
+    device = model_device(model) or torch.device("cpu")
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(ROWS, *map(int, size.split("x")), generator=g).to(device)
+    try:
+        with attack_mode(model), runnable(model, x), torch.no_grad():
+            y = model(x).argmax(1)  # rows that are not fooled
+        found = findings(model, x, y)
+    except (TypeError, ValueError) as error:
+        if not hasattr(error, "trouble"):
+            raise
+        found = [error.trouble]
+    told = [troubles.told(n, **facts) for n, facts in found]
+    parameters = sum(p.numel() for p in model.parameters())
+    lines = [f"{name}: {type(model).__name__}, {parameters:,} parameters, {ROWS} random images {size}"]
+    for entry in told:
+        lines += [f"  found   {entry['says']}", f"  cause   {entry['cause']}", f"  remedy  {entry['remedy']}"]
+    lines += [] if told else [f"  found   {CLEAN}"]
+    return {"ok": not told, "model": name, "lines": lines, "findings": told}
+
+
+def model_named(name: str) -> nn.Module:
+    """The model that MODULE:FUNCTION makes, in eval mode."""
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise ValueError(f"--model: got {name!r}; it must be MODULE:FUNCTION, such as my_net:make_model")
+    sys.path.insert(0, os.getcwd())
+    try:
+        make = getattr(importlib.import_module(module), function, None)
+    except ImportError as error:
+        raise ImportError(f"--model: {module} cannot be imported ({error})") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(make):
+        raise ValueError(f"--model: {module} has no function {function!r}")
+    model = make if isinstance(make, nn.Module) else make()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"--model: {name} gave {type(model).__name__}; it must be a torch.nn.Module")
+    return model.eval()
