@@ -15,6 +15,7 @@ from torch import Tensor
 from ..common import checks
 from ._layout import as_layout, row_layout
 from ._library import jit, on_device_of, register, tl, triton
+from .l2 import add_squares, move, row_norm, row_ratio, row_shrink, shorten
 
 
 def pgd_step_reference(
@@ -35,10 +36,8 @@ def pgd_step_reference(
     step_size = step_size if step_rows is None else step_rows.view(column)
     old, adv, clean, grad = adv, adv.float(), clean.float(), grad.float()
     if l2:
-        grad = grad.where(grad.isfinite(), 0.0)
-        length = _row_norm(grad).view(column)
-        delta = adv - clean + grad * (step_size / length)
-        new = clean + delta * (eps / _row_norm(delta).view(column)).clamp_max(1.0)
+        delta = adv - clean + move(grad.where(grad.isfinite(), 0.0), step_size)
+        new = clean + shorten(delta, eps)
     else:
         new = torch.sign(grad).mul_(step_size).add_(adv)  # sign(NaN) is 0: such a pixel stays where it is
         new = torch.clamp(new, clean - eps, clean + eps)
@@ -66,10 +65,6 @@ def _active_rows(index: Tensor | None, count: Tensor | None, m: int, n: int):
     if count is None or device.type == "cpu":
         return (source, rows), None
     return (source, rows.clamp(0, n - 1)), count > 0
-
-
-def _row_norm(t: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(t.flatten(1), dim=1).clamp_min(1e-12)
 
 
 @jit
@@ -130,35 +125,35 @@ def _pgd_l2_kernel(
     x_ptr += row * x_row_stride
     grad_ptr += i.to(tl.int64) * grad_row_stride
 
-    total = tl.zeros([BLOCK_SIZE], tl.float32)
+    zero = tl.zeros([BLOCK_SIZE], tl.float32)
+    low, middle, high = zero, zero, zero
     for start in range(0, numel, BLOCK_SIZE):
         offset = start + tl.arange(0, BLOCK_SIZE)
-        g = _finite_grad(grad_ptr, offset, offset < numel)
-        total += g * g
-    scale = step_size / tl.maximum(tl.sqrt(tl.sum(total)), 1e-12)
+        low, middle, high = add_squares(low, middle, high, _finite_grad(grad_ptr, offset, offset < numel))
+    k_grad, length = row_norm(low, middle, high)
+    scale = row_ratio(step_size, length)
 
-    total = tl.zeros([BLOCK_SIZE], tl.float32)
+    low, middle, high = zero, zero, zero
+    for start in range(0, numel, BLOCK_SIZE):
+        offset = start + tl.arange(0, BLOCK_SIZE)
+        _, delta = _moved(adv_ptr, x_ptr, grad_ptr, offset, offset < numel, k_grad, scale)
+        low, middle, high = add_squares(low, middle, high, delta)
+    k, length = row_norm(low, middle, high)
+    shrink = row_shrink(eps, k, length)
+
     for start in range(0, numel, BLOCK_SIZE):
         offset = start + tl.arange(0, BLOCK_SIZE)
         mask = offset < numel
-        delta = _moved(adv_ptr, x_ptr, grad_ptr, offset, mask, scale)
-        total += delta * delta
-    shrink = tl.minimum(eps / tl.maximum(tl.sqrt(tl.sum(total)), 1e-12), 1.0)
-
-    for start in range(0, numel, BLOCK_SIZE):
-        offset = start + tl.arange(0, BLOCK_SIZE)
-        mask = offset < numel
-        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        adv = x + _moved(adv_ptr, x_ptr, grad_ptr, offset, mask, scale) * shrink
-        adv = tl.minimum(tl.maximum(adv, lo), hi)
+        x, delta = _moved(adv_ptr, x_ptr, grad_ptr, offset, mask, k_grad, scale)
+        adv = tl.minimum(tl.maximum(x + delta * k * shrink, lo), hi)
         tl.store(adv_ptr + offset, adv.to(adv_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
-def _moved(adv_ptr, x_ptr, grad_ptr, offset, mask, scale):
+def _moved(adv_ptr, x_ptr, grad_ptr, offset, mask, k_grad, scale):
     adv = tl.load(adv_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    return adv - x + _finite_grad(grad_ptr, offset, mask) * scale
+    return x, adv - x + _finite_grad(grad_ptr, offset, mask) * k_grad * scale
 
 
 @jit
