@@ -16,7 +16,10 @@ pytest.importorskip("triton")
 from ham_kernels.ops._layout import as_layout, row_layout
 from ham_kernels.ops.pgd import pgd_step_launch, pgd_step_reference
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy, which interprets, on sums that are meant to overflow
+]
 
 SHAPES = [
     (0, 3, 8, 8),  # no rows

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..common import checks
 from ._layout import as_layout, row_layout
 from ._library import jit, on_device_of, register, tl, triton
-from .l2 import add_squares, row_norm, row_shrink, shorten
+from .l2 import LARGEST, add_squares, row_norm, row_shrink, shorten
 
 
 def jump_reference(
@@ -119,7 +119,7 @@ def jump(
 
     Args:
         x_adv, x, before: images (n, ...) of one dtype (fp32, fp16, bf16), any strides: the points now, the clean
-            images, and the points one step earlier. x_adv is changed.
+            images, and the points one step earlier. x_adv is changed; no two of its elements may share memory.
         stays: (n,) bool, rows that stay where they are (hard ones, whose attack goes on).
         factor: >= 0.
         eps: >= 0 in units of the images; a float, or a tensor (n,) with one value per row.
@@ -127,11 +127,12 @@ def jump(
     Raises: TypeError, ValueError naming the argument.
     """
     checks.images("x_adv", x_adv)
+    checks.own_memory("x_adv", x_adv)
     checks.same("x", x, "x_adv", x_adv)
     checks.same("before", before, "x_adv", x_adv)
     checks.row_flags("stays", stays, x_adv)
     l2 = checks.norm(norm)
-    factor = checks.real("factor", factor)
+    factor = min(checks.real("factor", factor), LARGEST)
     eps, eps_rows = checks.per_row("eps", eps, x)
     checks.limits(lo, hi)
     torch.ops.ham_kernels.jump_(x_adv.detach(), x.detach(), before.detach(), stays, factor, eps, eps_rows, lo, hi, l2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ._library import jit, tl
 
 LARGEST = torch.finfo(torch.float32).max
-_SMALLEST = torch.finfo(torch.float32).tiny  # a scaled length is at least 2**-23, or 0
+_SMALLEST = torch.finfo(torch.float32).tiny  # a scaled length is 0 or at least 2**-23
 
 
 def scaled(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,8 +28,11 @@ def scaled(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ratio(numerator: float | Tensor, length: Tensor) -> Tensor:
-    """numerator / length, finite also where the length is 0: the vector that it multiplies is 0 there."""
-    return (numerator / length.clamp_min(_SMALLEST)).clamp_max(LARGEST)
+    """numerator / length, finite also where the length is 0: the vector that it multiplies is 0 there.
+
+    At most 2**126, so that a scaled row, whose entries are below 2, does not become infinite.
+    """
+    return (numerator / length.clamp_min(_SMALLEST)).clamp_max(2.0**126)
 
 
 def move(t: Tensor, distance: float | Tensor) -> Tensor:
@@ -69,7 +72,7 @@ def row_norm(low, middle, high):
 @jit
 def row_ratio(numerator, length):
     """As `ratio`."""
-    return tl.minimum(numerator / tl.maximum(length, 1.1754943508222875e-38), 3.4028234663852886e38)
+    return tl.minimum(numerator / tl.maximum(length, 1.1754943508222875e-38), 8.507059173023462e37)
 
 
 @jit

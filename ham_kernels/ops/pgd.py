@@ -210,22 +210,29 @@ def pgd_step(
     """One PGD step in place (Madry et al., ICLR 2018): move along the gradient, project, clip. Returns x_adv.
 
     linf: x_adv + step_size * sign(grad), projected on |x_adv - x| <= eps. A NaN in grad moves nothing.
-    l2:   x_adv + step_size * grad / |grad|, projected on |x_adv - x| <= eps, norms per row. A NaN or an infinity
-          in grad counts as 0.
+    l2:   x_adv + step_size * grad / |grad|, projected on |x_adv - x| <= eps, norms per row: a full step whatever
+          the size of grad, down to the smallest denormal number (which counts as 0 only under
+          torch.set_flush_denormal), and none where grad is 0. A NaN or an infinity in grad counts as 0.
     A NaN in the images comes out as one on the CPU, as `lo` on CUDA.
     Nothing is differentiated through: x_adv may be a leaf that requires grad.
 
     Args:
-        x_adv, x: images (n, ...) of one dtype (fp32, fp16, bf16), any strides; x_adv is changed.
+        x_adv, x: images (n, ...) of one dtype (fp32, fp16, bf16), any strides. x_adv is changed; no two of its
+            elements may share memory, as those of an expanded tensor do. x may be x_adv itself; other overlaps of
+            x_adv with x or grad are right on the CPU only.
         grad: (m, ...) in fp32, fp16 or bf16. Without index m = n. With index it is compact: row i belongs to
             row index[i] of x, and m <= len(index).
         eps, step_size: floats >= 0 in units of the images, or tensors (n,) with one value per row of x.
         index: int32 (k,), distinct rows of x. Rows not named stay as they are.
-        count: int32 (1,) on the device of x: only the first `count` entries are active (never read on the host).
+        count: int32 (1,) on the device of x, in 0..m: only the first `count` rows of grad are active.
+            Entries of index and count are read, and checked, on the CPU only. On a GPU that would wait for it: there
+            a negative count is 0, one beyond m is m, a row named twice ends at one of its steps or, in part, at
+            each, and an index outside x is undefined.
         lo, hi: range of valid pixels.  norm: "linf" or "l2".
     Raises: TypeError, ValueError naming the argument.
     """
     checks.images("x_adv", x_adv)
+    checks.own_memory("x_adv", x_adv)
     checks.same("x", x, "x_adv", x_adv)
     l2 = checks.norm(norm)
     checks.step_gradient(grad, x, index, count)
