@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ham_reference.noise import uniform
 
-# one rounding (Triton's interpreter truncates to bf16), and half of the smallest number, or a few of fp32
+# One rounding (Triton's interpreter truncates to bf16), and the smallest number (in bf16 the smallest that is not
+# denormal: the interpreter garbles those below), or a few of fp32.
 UNIT = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-SMALLEST = {torch.float32: 1e-43, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-132}
+SMALLEST = {torch.float32: 1e-43, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126}
 ONE = 2.0**-22  # two roundings in fp32
 SUM = 4e-6  # a length, a logarithm or a cosine in fp32, relative
 
@@ -130,9 +131,9 @@ def about(t: Tensor, relative: float, absolute, dtype=torch.float32) -> tuple[Te
     """Bounds around t, which overflows where fp32 does."""
     off = relative * t.abs() + absolute
     lower, upper = rounded(t - off, t + off, dtype)
-    beyond = t.abs() > 3.4e38
-    infinite = t.float().double()
-    return infinite.where(beyond & (t < 0), lower), infinite.where(beyond & (t > 0), upper)
+    beyond, most = t.abs() > 3.4e38, torch.finfo(torch.float32).max
+    lower, upper = (side.where(~beyond, t.float().double()) for side in (lower, upper))
+    return lower.clamp_max(most).where(t.isfinite(), lower), upper.clamp_min(-most).where(t.isfinite(), upper)
 
 
 def margin(z, y, prev, max_step, space) -> list:

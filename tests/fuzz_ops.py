@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), *(str(Path(__file__).parents[1] / name) for name in ("", "python"))]
-if not torch.cuda.is_available():  # before Triton is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # before Triton is imported
 
 from fuzz_formulas import (
     cross_entropy,
@@ -43,18 +43,20 @@ from ham_kernels.ops.margin import margin_stats_launch
 from ham_kernels.ops.pgd import pgd_step_launch
 from ham_kernels.ops.weights import step_size_weights_launch, weighted_cross_entropy_launch
 
-# so that kernels can be reached under the name of the module, which the op hides
+# by the name of the module, which in the package is that of the op
 random_start_launch = sys.modules["ham_kernels.ops.random_start"].random_start_launch
 
 GRADIENTS = (1e-45, 1e-42, 1e-40, 1e-38, 1e-30, 1e-20, 1e-13, 1e-6, 1.0, 1.0, 1.0, 1e6, 1e13, 1e19, 1e30, 3e38)
-RADII = (0.0, 1e-38, 1e-20, 1e-12, 1e-4, 8 / 255, 8 / 255, 0.1, 0.5, 0.5, 3.0, 1e4, 1e10, 1e20, 3e38, 1e300)
+# The interpreter takes a number that is denormal in fp32 for one of fp64.
+RADII = (0.0, 1.2e-38, 1e-20, 1e-12, 1e-4, 8 / 255, 8 / 255, 0.1, 0.5, 0.5, 3.0, 1e4, 1e10, 1e20, 3e38, 1e300)
 LIMITS = ((0.0, 1.0),) * 6 + ((-1.0, 2.0), (0.2, 0.8), (-1e4, 1e4), (0, 255))
 
 
 class Case:
     """The random choices of one call."""
 
-    def __init__(self, seed: int, number: int, device: str):
+    def __init__(self, seed: int, number: int, device: str, kernels: bool):
+        self.kernels = kernels and device == "cpu"
         self.random = random.Random(f"{seed} {number}")
         torch.manual_seed(self.random.getrandbits(40))
         self.device, self.name = torch.device(device), ""
@@ -126,8 +128,11 @@ def numbers(value) -> tuple[float, torch.Tensor | None]:
     return (0.0, value.float()) if isinstance(value, torch.Tensor) else (min(value, 3.4e38), None)
 
 
-def in_interpreter(case: Case) -> bool:
-    return case.device.type == "cpu" and _library.TRITON[0] and os.environ.get("TRITON_INTERPRET") == "1"
+def in_interpreter(case: Case, *tensors: torch.Tensor) -> bool:
+    """Whether the kernel is to be run too. The interpreter garbles the denormal numbers of bf16."""
+    tiny = torch.finfo(torch.bfloat16).tiny
+    denormal = any(((t != 0) & (t.abs() < tiny)).any() for t in tensors if t.dtype == torch.bfloat16)
+    return case.kernels and _library.TRITON[0] and os.environ["TRITON_INTERPRET"] == "1" and not denormal
 
 
 # ---------------------------------------------------------------- one call of each op: what is wrong with it
@@ -140,17 +145,14 @@ def pgd_call(case: Case):
     wanted = pgd_target(x_adv, x, grad, eps, step, active, lo, hi, norm)
     tensors = [case.laid(t) for t in (x_adv, x, grad)]
 
+    def public(a, x, g):
+        ops.pgd_step(a, x, g, eps, step, **active, lo=lo, hi=hi, norm=norm)
+
     def launch(a, x, g):
         (e, e_rows), (s, s_rows) = numbers(eps), numbers(step)
         pgd_step_launch(a, x, g, active.get("index"), active.get("count"), e, s, e_rows, s_rows, lo, hi, norm == "l2")
 
-    yield from in_place(
-        case,
-        tensors,
-        wanted,
-        launch,
-        lambda a, x, g: ops.pgd_step(a, x, g, eps, step, **active, lo=lo, hi=hi, norm=norm),
-    )
+    yield from in_place(case, tensors, wanted, public, launch)
 
 
 def jump_call(case: Case):
@@ -161,17 +163,18 @@ def jump_call(case: Case):
     wanted = jump_target(x_adv, x, before, stays, factor, eps, lo, hi, norm)
     tensors, stays = [case.laid(t) for t in (x_adv, x, before)], stays.to(case.device)
 
+    def public(a, x, b):
+        ops.jump(a, x, b, stays, factor, eps, lo=lo, hi=hi, norm=norm)
+
     def launch(a, x, b):
         jump_launch(a, x, b, stays, factor, *numbers(eps), lo, hi, norm == "l2")
 
-    yield from in_place(
-        case, tensors, wanted, launch, lambda a, x, b: ops.jump(a, x, b, stays, factor, eps, lo=lo, hi=hi, norm=norm)
-    )
+    yield from in_place(case, tensors, wanted, public, launch)
 
 
-def in_place(case, tensors, wanted, launch, public):
+def in_place(case, tensors, wanted, public, launch):
     """Both ways to change tensors[0] into what is wanted; the others must stay."""
-    for name, run in (("op", public), *((("kernel", launch),) if in_interpreter(case) else ())):
+    for name, run in (("op", public), *((("kernel", launch),) if in_interpreter(case, *tensors) else ())):
         given = [case.laid(t) if i == 0 else t for i, t in enumerate(tensors)]
         kept = [t.clone() for t in given[1:]]
         run(*given)
@@ -186,7 +189,7 @@ def start_call(case: Case):
     seed, step = case.one(0, -1, case.random.randint(-(2**63), 2**63 - 1)), case.one(0, case.random.getrandbits(31))
     wanted, there = start_target(x, eps, seed, step, lo, hi, norm), case.laid(x)
     yield "op", ends(ops.random_start(there, eps, seed=seed, step=step, lo=lo, hi=hi, norm=norm), *wanted)
-    if in_interpreter(case):
+    if in_interpreter(case, x):
         launched = random_start_launch(there, *numbers(eps), seed, step, lo, hi, norm == "l2")
         yield "kernel", ends(launched, *wanted)
 
@@ -276,11 +279,11 @@ CALLS = (pgd_call,) * 8 + (jump_call,) * 4 + (start_call,) * 3
 CALLS += (margin_call, margin_call, weights_call, cross_entropy_call, compact_call) + (refused_call,) * 4
 
 
-def run(calls: int, seed: int, device: str = "cpu", only: int | None = None) -> tuple[Counter, list[str]]:
-    """(how many calls of each kind, what was wrong)."""
+def run(calls: int, seed: int, device="cpu", only: int | None = None, kernels_every=1) -> tuple[Counter, list[str]]:
+    """(how many calls of each kind, what was wrong); on a CPU the kernel is run at each `kernels_every`-th number."""
     kinds, wrong = Counter(), []
     for number in range(calls) if only is None else [only]:
-        case = Case(seed, number, device)
+        case = Case(seed, number, device, number % kernels_every == 0)
         call = case.random.choice(CALLS)
         kinds[call.__name__] += 1
         try:

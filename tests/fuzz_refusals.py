@@ -41,17 +41,26 @@ def REFUSALS(case) -> dict[str, tuple[Bad, type, str]]:
         "a sliding window": x.flatten()[: n + c * h * w - 1].unfold(0, c * h * w, 1).view(n, c, h, w),
     }  # fmt: skip
 
+    images = {"x": x, "eps": 0.1, "norm": norm}
+
     def pgd(**change):
-        return Bad(
-            ops.pgd_step, **{"x_adv": x.clone(), "x": x, "grad": x, "eps": 0.1, "step_size": 0.1, "norm": norm} | change
-        )
+        return Bad(ops.pgd_step, **images | {"x_adv": x.clone(), "grad": x, "step_size": 0.1} | change)
 
     def jump(**change):
-        base = {"x_adv": x.clone(), "x": x, "before": x, "stays": steps > 0.5, "factor": 1.0, "eps": 0.1, "norm": norm}
-        return Bad(ops.jump, **base | change)
+        more = {"x_adv": x.clone(), "before": x, "stays": steps > 0.5, "factor": 1.0}
+        return Bad(ops.jump, **images | more | change)
 
     def start(**change):
-        return Bad(ops.random_start, **{"x": x, "eps": 0.1, "seed": 1, "norm": norm} | change)
+        return Bad(ops.random_start, **images | {"seed": 1} | change)
+
+    def margin(**change):
+        return Bad(ops.margin_stats, **{"logits": z, "y": y} | change)
+
+    def weights(**change):
+        return Bad(ops.step_size_weights, **{"max_step": steps, "lam": 1.0} | change)
+
+    def cross_entropy(**change):
+        return Bad(ops.weighted_cross_entropy, **{"logits": z, "y": y} | change)
 
     def count(value):
         return torch.tensor([value], dtype=torch.int32, device=device)
@@ -81,11 +90,11 @@ def REFUSALS(case) -> dict[str, tuple[Bad, type, str]]:
         "random_start, eps": (start(eps=bad_number), ValueError, "eps"),
         "random_start, seed": (start(seed=case.one(2**63, -(2**63) - 1)), ValueError, "seed"),
         "random_start, step": (start(step=case.one(-1, 2**31)), ValueError, "step"),
-        "margin_stats, prev": (Bad(ops.margin_stats, logits=z, y=y, prev=z[1:]), ValueError, "prev"),
-        "margin_stats, labels": (Bad(ops.margin_stats, logits=z, y=y.int()), TypeError, "y"),
-        "margin_stats, rows of max_step": (Bad(ops.margin_stats, logits=z, y=y, max_step=steps[1:]), ValueError, "max_step"),
-        "step_size_weights, lam": (Bad(ops.step_size_weights, max_step=steps, lam=bad_number), ValueError, "lam"),
-        "weighted_cross_entropy, weights": (Bad(ops.weighted_cross_entropy, logits=z, y=y, weights=steps[1:]), ValueError, "weights"),
+        "margin_stats, prev": (margin(prev=z[1:]), ValueError, "prev"),
+        "margin_stats, labels": (margin(y=y.int()), TypeError, "y"),
+        "margin_stats, rows of max_step": (margin(max_step=steps[1:]), ValueError, "max_step"),
+        "step_size_weights, lam": (weights(lam=bad_number), ValueError, "lam"),
+        "weighted_cross_entropy, weights": (cross_entropy(weights=steps[1:]), ValueError, "weights"),
         "compact, dtype": (Bad(ops.compact, flags=steps), TypeError, "flags"),
         "compact, shape": (Bad(ops.compact, flags=z > 0), ValueError, "flags"),
     }  # fmt: skip
@@ -95,14 +104,14 @@ def REFUSALS(case) -> dict[str, tuple[Bad, type, str]]:
             "pgd_step, a row outside": (pgd(index=outside), ValueError, "index"),
             "pgd_step, a negative count": (pgd(count=count(case.one(-1, -(2**31)))), ValueError, "count"),
             "pgd_step, count beyond x": (pgd(count=count(case.one(n + 1, 2**31 - 1))), ValueError, "count"),
-            "pgd_step, count beyond grad": (pgd(grad=x[:less], index=index, count=count(less + 1)), ValueError, "count"),
+            "pgd_step, count beyond grad": (pgd(grad=x[:less], index=index, count=count(n)), ValueError, "count"),
             "pgd_step, values of eps": (pgd(eps=bad_values), ValueError, "eps"),
             "pgd_step, values of step_size": (pgd(step_size=bad_values), ValueError, "step_size"),
             "jump, values of eps": (jump(eps=bad_values), ValueError, "eps"),
             "random_start, values of eps": (start(eps=bad_values), ValueError, "eps"),
-            "margin_stats, values of max_step": (Bad(ops.margin_stats, logits=z, y=y, max_step=bad_values), ValueError, "max_step"),
-            "step_size_weights, values": (Bad(ops.step_size_weights, max_step=bad_values, lam=1.0), ValueError, "max_step"),
-            "margin_stats, a label": (Bad(ops.margin_stats, logits=z, y=y - classes), ValueError, "y"),
-            "weighted_cross_entropy, a label": (Bad(ops.weighted_cross_entropy, logits=z, y=y + classes), ValueError, "y"),
+            "margin_stats, values of max_step": (margin(max_step=bad_values), ValueError, "max_step"),
+            "step_size_weights, values": (weights(max_step=bad_values), ValueError, "max_step"),
+            "margin_stats, a label": (margin(y=y - classes), ValueError, "y"),
+            "weighted_cross_entropy, a label": (cross_entropy(y=y + classes), ValueError, "y"),
         }  # fmt: skip
     return found
