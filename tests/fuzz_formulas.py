@@ -33,6 +33,11 @@ def ends(got: Tensor, lower: Tensor, upper: Tensor) -> str:
     return f"{int(wrong.sum())} of {wrong.numel()} wrong, at {i} {got[i]!r}, not in [{lower[i]!r}, {upper[i]!r}]"
 
 
+def compared(got, wanted) -> str:
+    """`wanted`: (lower, upper) for each result, None where nothing is promised."""
+    return "; ".join(filter(None, (ends(g, *w) for g, w in zip(got, wanted, strict=True) if w is not None)))
+
+
 def rounded(lower: Tensor, upper: Tensor, dtype) -> tuple[Tensor, Tensor]:
     unit, smallest = UNIT[dtype], SMALLEST[dtype]
     return lower - unit * lower.abs() - smallest, upper + unit * upper.abs() + smallest

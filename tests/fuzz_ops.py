@@ -23,16 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))  # before Triton is imported
 
-from fuzz_formulas import (
-    cross_entropy,
-    ends,
-    jump_target,
-    margin,
-    pgd_target,
-    start_target,
-    step_weights,
-)
-from fuzz_refusals import REFUSALS
+from fuzz_formulas import compared, cross_entropy, ends, jump_target, margin, pgd_target, start_target, step_weights
+from fuzz_refusals import refusals
 from helpers import DTYPES, LAYOUTS, in_layout
 
 from ham_kernels import ops
@@ -255,14 +247,9 @@ def compact_call(case: Case):
         yield name, "" if right else f"{int(count)} of {len(yes)} flags, or their order"
 
 
-def compared(got, wanted) -> str:
-    """`wanted`: (lower, upper) or exact for each result."""
-    return "; ".join(filter(None, (ends(g, *w) for g, w in zip(got, wanted, strict=True) if w is not None)))
-
-
 def refused_call(case: Case):
     """A call that must be refused."""
-    name, (run, error, argument) = case.random.choice(list(REFUSALS(case).items()))
+    name, (run, error, argument) = case.random.choice(list(refusals(case).items()))
     case.name = f"refusal of {name}"
     kept = run.x_adv.clone()
     try:

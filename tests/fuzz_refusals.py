@@ -20,7 +20,7 @@ class Bad:
         self.op(**self.arguments)
 
 
-def REFUSALS(case) -> dict[str, tuple[Bad, type, str]]:
+def refusals(case) -> dict[str, tuple[Bad, type, str]]:
     """{name: (call, type of the error, argument that it names)}; what takes a look at the data on the CPU only."""
     n, c, h, w = (case.random.randint(2, 6) for _ in range(4))
     dtype, device = case.one(torch.float32, torch.float16, torch.bfloat16), case.device
