@@ -93,9 +93,9 @@ def test_bad_folders(tmp_path):
         load(tmp_path)
     with pytest.raises(ValueError, match=r"needs train/ and test/"):
         load(write_folder(tmp_path / "a", ["train/cat/0.png"]))
-    with pytest.raises(ValueError, match=r"has images in \['all', 'train'\]"):
+    with pytest.raises(ValueError, match=r"has the folder cat .* beside train"):
         load(write_folder(tmp_path / "b", ["train/cat/0.png", "cat/0.png"]))
-    with pytest.raises(ValueError, match=r"has images directly in test, train; each needs class folders"):
+    with pytest.raises(ValueError, match=r"has images directly in .*each part needs class folders"):
         load(write_folder(tmp_path / "c", ["train/0.png", "test/0.png"]))
     with pytest.raises(ValueError, match=r"has class 'images' in its test part but not in train/"):
         load(write_folder(tmp_path / "d", ["train/cat/0.png", "val/images/0.png"]))

@@ -18,8 +18,9 @@ from ..common.files import write_atomically
 from ..evaluation.named_attacks import plans
 from ..runs.folder import RunFolder
 from ..runs.settings import EvaluateSettings, TrainSettings
+from . import run_images
 from .evaluation_text import verdict
-from .from_settings import device_of, facts_of, images_of, load_model, trained_model
+from .from_settings import device_of, load_model, trained_model
 from .progress import on_terminal, say
 
 FORMAT = 1
@@ -46,10 +47,9 @@ def evaluate_run(path: str | Path, settings: EvaluateSettings | None = None, *, 
     device = device_of(settings.device)
     other = None if settings.transfer_from is None else _other_model(settings.transfer_from, run, device)
     states = {kind: run.load_weights(kind) for kind in _kinds(settings, run, told)}
-    images = images_of(told)
-    run.check_data_facts(facts_of(images))  # other images may be split anew, and test what was trained on
-    if settings.part not in images.counts:
+    if settings.part not in run.data_facts()["counts"]:
         raise ValueError(f"part: got {settings.part!r}, but {run.path} was trained without validation images")
+    images, *_ = run_images.find(told, run, settings.path)  # not others, which would be split anew
     with run.alone("evaluation/.lock"):
         judges = [
             _Judge(run, kind, state, told, settings, how, images, other, device, quiet)

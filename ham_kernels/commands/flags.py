@@ -38,7 +38,7 @@ class Train:
     config: Path | None = None
     """TOML file of settings, such as the config.toml of another run; flags override it."""
     resume: Path | None = None
-    """Go on with this run, as its config.toml says; the only other flags then are --until-epoch N and --quiet."""
+    """Go on with this run, as its config.toml says; the other flags then are --until-epoch N, --path and --quiet."""
     quiet: bool = False
     method: Annotated[str, _METHOD] = "ham"
     settings: TrainSettings = field(default_factory=TrainSettings)
@@ -97,6 +97,8 @@ class Resume:
 
     resume: Path
     """Run folder."""
+    path: str | None = None
+    """Where its images lie now, if they have moved; they must be the same."""
     until_epoch: int | None = None
     """Pause after this epoch."""
     quiet: bool = False

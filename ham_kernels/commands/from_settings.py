@@ -1,8 +1,7 @@
-"""From settings to images, model, optimiser and trainer: the one place where names become objects."""
+"""From settings to model, optimiser and trainer: the one place where names become objects."""
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,42 +27,6 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise ValueError(f"device: got {name!r}; torch finds {torch.cuda.device_count()} CUDA devices here")
     return device
-
-
-def images_of(settings: TrainSettings) -> data.ImageSet | data.FileSet:
-    """The data set, cut to size, with its validation images set aside (the same ones for every seed)."""
-    d = settings.data
-    images = data.load(d.dataset, d.path, root=d.root, download=d.download, size=d.size)
-    if images.y_val is not None:  # a part of its own
-        return images.subset(d.train_images, d.test_images)
-    train = None if d.train_images is None else d.train_images + d.val_images
-    images = images.subset(train, d.test_images)
-    n = images.counts["train"]
-    if d.val_images >= n:
-        raise ValueError(
-            f"val_images: got {d.val_images}, but there are {n} training images to take them from (0 for none)"
-        )
-    return images.hold_out(d.val_images) if d.val_images else images
-
-
-def facts_of(images: data.ImageSet | data.FileSet) -> dict:
-    """What a run notes of its images: classes, channels, counts, and a digest of pixels (or file names) and labels."""
-    digest = hashlib.sha256()
-    for part in images.counts:
-        inputs, y = images.part(part)
-        digest.update(
-            inputs.contiguous().numpy() if isinstance(inputs, torch.Tensor) else "\n".join(_below(inputs)).encode()
-        )
-        digest.update(y.numpy())
-    return {
-        "classes": list(images.classes), "channels": images.channels, "counts": images.counts,
-        "sha256": digest.hexdigest(),
-    }  # fmt: skip
-
-
-def _below(files: list[str]) -> list[str]:
-    """PART/CLASS/NAME of each file: a data set may move as a whole."""
-    return ["/".join(Path(file).parts[-3:]) for file in files]
 
 
 def check_takes(model: nn.Module, name: str, loader) -> None:

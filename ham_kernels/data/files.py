@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..common import checks
 from .batches import EpochLoader, epoch_generator, mixed_seed
+from .listing import shown
 from .table import AUGMENTATIONS
 
 # shorter side before the centre crop, as torchvision's references do it: 256 for 224
@@ -117,11 +120,15 @@ class _Decoder:
 
 def open_image(file, data: bytes | None = None):
     """A file (or its bytes) as an RGB PIL image. ValueError naming the file where it is none."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         image = Image.open(file if data is None else io.BytesIO(data))
-        if image.mode.startswith("I;16"):  # PIL's conversion would clip at 255
+        # PIL scales what is finer than 8 bits in a PGM to 16, and keeps it as 32
+        sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
+        with contextlib.suppress(ArithmeticError, LookupError, SyntaxError, TypeError, struct.error):  # damaged EXIF
+            ImageOps.exif_transpose(image, in_place=True)
+        if sixteen:  # PIL's conversion would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ValueError("32-bit grey values have no fixed white; convert it to 8 or 16 bits")
@@ -130,7 +137,7 @@ def open_image(file, data: bytes | None = None):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"path: {file} is not a readable image ({error})") from error
+        raise ValueError(f"path: {shown(str(file))} is not a readable image ({error})") from error
 
 
 def decode(file, data: bytes | None = None, size: int | None = None) -> Tensor:

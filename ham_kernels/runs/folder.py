@@ -1,7 +1,7 @@
 """A run's folder: what it was told, on what it ran, how it went, and the weights it left.
 
 config.toml         resolved settings
-data.json           classes, channels, images of each part
+data.json           classes, channels, images of each part and class, where they lay
 environment.json    versions, machine, commit, and when it was worked on
 status.json         running, interrupted, finished or failed
 metrics.jsonl       one line per epoch
@@ -102,16 +102,28 @@ class RunFolder:
     def settings(self) -> TrainSettings:
         return from_toml(self.path / "config.toml", TrainSettings())
 
-    def set_data_facts(self, facts: dict[str, Any]) -> None:
-        """Notes what the images are; a run that goes on must find them as they were. Raises: ValueError."""
-        if (self.path / "data.json").exists():
+    def has_begun(self) -> bool:
+        """Whether it knows its images."""
+        return (self.path / "data.json").exists()
+
+    def set_data_facts(self, facts: dict[str, Any], places: dict[str, Any]) -> None:
+        """Notes what the images are and where they lie; a run that goes on must find them as they were.
+
+        Raises: ValueError.
+        """
+        if self.has_begun():
             self.check_data_facts(facts)
-        self.write_json("data.json", facts)
+        self.write_json("data.json", {**facts, "places": places})
+
+    def places(self) -> dict[str, Any]:
+        """{"path", "root"}, where given: as config.toml had it first ("named") and has it ("given"), and the absolute
+        one. Empty for a run that has not begun, or of a time when none were kept."""
+        return self.data_facts().get("places", {}) if self.has_begun() else {}
 
     def check_data_facts(self, facts: dict[str, Any]) -> None:
         """Raises: ValueError where the images are not those that the run was trained on."""
         before = self.data_facts()
-        wrong = [k for k in facts if facts[k] != before.get(k)]
+        wrong = [k for k in facts if k in before and facts[k] != before[k]]
         if wrong:
             raise ValueError(
                 f"data: {self.path} was trained on other images: {wrong[0]} was {before.get(wrong[0])}, "
@@ -119,9 +131,10 @@ class RunFolder:
             )
 
     def data_facts(self) -> dict[str, Any]:
-        """{"classes": names, "channels", "counts": images of each part, "sha256"}. Raises: FileNotFoundError."""
+        """{"classes": names, "channels", "counts": images of each part, "class_counts": of each class in them (not in
+        runs of before), "sha256" of pixels (of file names) and labels, "places"}. Raises: FileNotFoundError."""
         path = self.path / "data.json"
-        if not path.exists():
+        if not self.has_begun():
             raise FileNotFoundError(f"run: {self.path} has not begun to train (it has no data.json)")
         return json.loads(path.read_text())
 

@@ -205,6 +205,8 @@ class EvaluateSettings:
     """Budget, in units of images in [0, 1]."""
     step_size: Annotated[float | None, Ge(0), _RUNS] = None
     """Of one attack step."""
+    path: str | None = None
+    """Where the run's images lie now, if they have moved; they must be the same."""
     part: Literal["test", "val", "train"] = "test"
     images: Annotated[int | None, Ge(1)] = None
     """Judge only so many images of the part, class shares kept."""
