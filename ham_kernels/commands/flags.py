@@ -12,7 +12,7 @@ import tyro
 from ..methods import names
 from ..methods.settings import with_name
 from ..runs.config_file import from_toml, read_toml
-from ..runs.presets import preset, rescaled
+from ..runs.presets import for_folder, preset, rescaled
 from ..runs.settings import EvaluateSettings, TrainSettings
 
 T = TypeVar("T")
@@ -142,8 +142,12 @@ def _base(argv: list[str]) -> TrainSettings:
     if config is not None:
         from_toml(config, TrainSettings(), of_flag)  # judges keys and types before anything is made of them
     path = _seen(argv, "--path") or get(told, "data", "path")
-    dataset = _seen(argv, "--dataset") or get(told, "data", "dataset") or ("cifar10" if path else "digits")
-    base = preset(dataset)
+    dataset = _seen(argv, "--dataset") or get(told, "data", "dataset")
+    if path and not dataset:
+        numbers = {key: _number(argv, told, key) for key in ("size", "train_images", "batch_size")}
+        base = for_folder(str(path), **numbers)
+    else:
+        base = preset(dataset or "digits")
     if config is not None:
         own_epochs = get(told, "optim", "epochs")
         base = from_toml(config, rescaled(base, own_epochs) if own_epochs else base, of_flag)
@@ -153,6 +157,16 @@ def _base(argv: list[str]) -> TrainSettings:
         return base if epochs is None else rescaled(base, int(epochs))
     except ValueError:  # tyro and check() say what is wrong with it
         return base
+
+
+def _number(argv: list[str], told: dict[str, Any], key: str) -> int | None:
+    """A setting of images as it is given; None where it is not, or is no count (tyro and check() say what is wrong)."""
+    given = _seen(argv, f"--{key.replace('_', '-')}")
+    given = get(told, "data", key) if given is None else given
+    try:
+        return max(int(given), 0) or None
+    except (TypeError, ValueError):
+        return None
 
 
 def get(sections: dict[str, Any], section: str, key: str) -> Any:

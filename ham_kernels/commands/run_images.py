@@ -66,15 +66,12 @@ def find(
     facts = facts_of(images, now["path"], named)
     if run is not None and run.has_begun():
         run.check_data_facts(facts)
-    places = {
-        name: {
-            "named": before.get(name, {}).get("named", given),
-            "given": given,
-            "absolute": os.path.abspath(now[name]),
-        }
-        for name in _PLACES
-        if (given := getattr(settings.data, name)) is not None and now[name] is not None
-    }
+    places = {}
+    for name in _PLACES:
+        if now[name] is not None:
+            given = getattr(settings.data, name)
+            first = before.get(name, {}).get("named", given)
+            places[name] = {"named": first, "given": given, "absolute": os.path.abspath(now[name])}
     return images, facts, places
 
 
@@ -84,8 +81,8 @@ def _gone(run: RunFolder, path: str, before: dict[str, Any]) -> str:
     lines = config.read_text(encoding="utf-8").splitlines()
     line = next((i for i, text in enumerate(lines, 1) if text.split("=")[0].strip() == "path"), None)
     return (
-        f"path: {path}, where the images of {run.path} lay ({also}), does not exist; say where they are now by --path, or "
-        f"in {shlex.quote(str(config))}, line {line}: {lines[line - 1] if line else 'path'}"
+        f"path: {path}, where the images of {run.path} lay ({also}), does not exist; say where they are now by --path, "
+        f"or in {shlex.quote(str(config))}, line {line}: {lines[line - 1] if line else 'path'}"
     )
 
 

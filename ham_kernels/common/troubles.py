@@ -55,6 +55,11 @@ TROUBLES: dict[str, Trouble] = {
         "Epochs and learning rates of the presets are meant for hundreds of updates an epoch.",
         "give a smaller --batch-size with a smaller --lr, or more --epochs",
     ),
+    "no_workers": Trouble(
+        "workers: {workers} processes cannot be started ({error})",
+        "Their locks lie in shared memory (/dev/shm), which is full, or too many files are open.",
+        "free or enlarge the shared memory (docker run --shm-size), or decode in this process by --workers 0",
+    ),
     "folder_twice": Trouble(
         "path: {path}: {one} and {other} are the same folder",
         "Links lead to one folder in two ways, or in a circle; its images would count twice, perhaps as two classes.",

@@ -14,9 +14,8 @@ from . import idx, layout, listing
 from .cache import cached
 from .files import decode
 from .listing import IMAGE_SUFFIXES, Listing
-from .sets import CROP_SIZE, FileSet, ImageSet, pick, stratified
-
-IN_MEMORY = 64  # pixels per side up to which images of one size are kept as tensors
+from .sets import FileSet, ImageSet, pick, stratified
+from .table import CROP_SIZE, IN_MEMORY
 
 # the classes; and for each part the positions in a list of names, and the labels
 Arranged = tuple[tuple[str, ...], dict[str, tuple[Tensor, Tensor]]]
@@ -109,8 +108,8 @@ def _from_folder(path: Path, names: list[str], arranged: Arranged, size: int | N
 
 def _from_tar(path: Path, size: int | None) -> ImageSet:
     found = Listing()
-    read = ((name, listing.shown(f"{path}:{name}"), content) for name, content in listing.in_tar(path, found))
-    images = _decoded(path, read, size)
+    contents = ((name, listing.shown(f"{path}:{name}"), read()) for name, read in listing.in_tar(path, found))
+    images = _decoded(path, contents, size)
     if len(images) < len(found.images):
         raise ValueError(f"path: {path} holds {len(found.images) - len(images)} images twice; pack it anew")
     classes, parts = _arranged(path, found)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import lzma
 import os
 import stat
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from ..common import troubles
@@ -119,35 +121,45 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error}, {tar.offset} bytes from its beginning: cut short or damaged") from error
 
 
-def in_tar(path: Path, found: Listing) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of each image of a tar, in its order; what is seen on the way is noted in `found`.
-
-    Raises: ValueError naming the tar that cannot be read.
-    """
-    folders = []
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        with tarfile.open(path, tarinfo=_Header) as tar:
-            for member in tar:
-                name = PurePosixPath(member.name)
-                hidden = any(part.startswith(".") for part in name.parts)  # a "." is no part of a name
-                if member.isdir():
-                    found.left_out[HIDDEN] += name.name.startswith(".")
-                    folders += [] if hidden else [name.as_posix()]
-                    continue
-                if hidden or not member.isreg():
-                    # what lies in a hidden folder is counted with it
-                    found.left_out[HIDDEN if hidden else "links"] += not hidden or name.name.startswith(".")
-                    continue
-                folders += [above.as_posix() for above in name.parents]
-                what = kind(name.name)
-                if what is not None:
-                    found.left_out[what] += 1
-                    continue
-                found.images.append((name.as_posix(), member.size, int(member.mtime)))
-                yield name.as_posix(), tar.extractfile(member).read()
+        yield
     except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(
             f"path: {path} is not a readable tar ({error}); give a folder or tar of class folders"
         ) from error
+
+
+def _content(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    with _readable(path):
+        return tar.extractfile(member).read()
+
+
+def in_tar(path: Path, found: Listing) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """(name, what reads its content) of each image of a tar, in its order; what is seen on the way is noted in `found`.
+
+    Raises: ValueError naming the tar that cannot be read.
+    """
+    folders = []
+    with _readable(path), tarfile.open(path, tarinfo=_Header) as tar:
+        for member in tar:
+            name = PurePosixPath(member.name)
+            hidden = any(part.startswith(".") for part in name.parts)  # a "." is no part of a name
+            if member.isdir():
+                found.left_out[HIDDEN] += name.name.startswith(".")
+                folders += [] if hidden else [name.as_posix()]
+                continue
+            if hidden or not member.isreg():
+                # what lies in a hidden folder is counted with it
+                found.left_out[HIDDEN if hidden else "links"] += not hidden or name.name.startswith(".")
+                continue
+            folders += [above.as_posix() for above in name.parents]
+            what = kind(name.name)
+            if what is not None:
+                found.left_out[what] += 1
+                continue
+            found.images.append((name.as_posix(), member.size, int(member.mtime)))
+            yield name.as_posix(), partial(_content, path, tar, member)
     _check_utf8(path, folders)
     found.end(dict.fromkeys(folders))

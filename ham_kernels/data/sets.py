@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..common import checks
+from .table import CROP_SIZE
 
 PARTS = ("train", "val", "test")
-CROP_SIZE = 224  # ImageNet's usual one
 
 
 class _Parts:

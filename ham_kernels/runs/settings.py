@@ -28,9 +28,11 @@ class DataSettings:
     """Images."""
 
     dataset: str = "digits"
-    """digits, cifar10, cifar100, svhn, fashion_mnist, imagenette, imagenette32; for --path whose preset (cifar10's)."""
+    """digits, cifar10, cifar100, svhn, fashion_mnist, imagenette, imagenette32; with --path, whose preset is used
+    as it is (without it, settings that fit the folder)."""
     path: str | None = None
-    """A folder or tar of images to use instead: train/CLASS/NAME and test/CLASS/NAME, or CLASS/NAME (a fifth tests)."""
+    """A folder or tar of images to use instead: train/CLASS/NAME and test/CLASS/NAME, or CLASS/NAME (a fifth tests);
+    or a folder of IDX files."""
     root: str = "data"
     """Where named data sets lie, or are downloaded to."""
     download: bool = True
