@@ -17,7 +17,7 @@ from ..common import provenance
 from ..common.files import write_atomically
 from ..evaluation.named_attacks import plans
 from ..runs.folder import RunFolder
-from ..runs.settings import EvaluateSettings, TrainSettings
+from ..runs.settings import EvaluateSettings, TrainSettings, check_step
 from . import run_images
 from .evaluation_text import verdict
 from .from_settings import device_of, load_model, trained_model
@@ -39,8 +39,10 @@ def evaluate_run(path: str | Path, settings: EvaluateSettings | None = None, *, 
     settings = settings or EvaluateSettings()
     settings.check()
     run = RunFolder.open(path)
+    run.check_writable("run")
     told = run.settings()
     how = _how(settings, told)
+    check_step(how["step_size"], how["norm"])
     plans(settings.attacks, restarts=settings.restarts, **{k: how[k] for k in ("eps", "step_size", "norm")})
     if settings.masking and 0 in (how["eps"], how["step_size"]):
         raise ValueError("eps: got 0 for it or step_size; there is no gradient to examine, give --no-masking")

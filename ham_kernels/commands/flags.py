@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ..methods import names
 from ..methods.settings import with_name
@@ -184,4 +185,27 @@ def _seen(argv: list[str], flag: str) -> str | None:
 
 def _cli(kind: type[T], argv: list[str], prog: str, default: T | None = None) -> T:
     given = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,), **given)
+    return tyro.cli(kind, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,), registry=_REGISTRY, **given)
+
+
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _floats(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
+    """Numbers may be fractions, as papers write budgets: --eps 8/255."""
+    if info.type is not float:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1, metavar="FLOAT", instance_from_str=lambda words: number(words[0]),
+        is_instance=lambda value: isinstance(value, int | float), str_from_instance=lambda value: [str(value)],
+    )  # fmt: skip
+
+
+def number(word: str) -> float:
+    """0.1, 1e-3 or 8/255. Raises: ValueError."""
+    above, slash, below = word.partition("/")
+    try:
+        return float(above) / float(below) if slash else float(above)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"got {word!r}; it must be a number, or a fraction such as 8/255") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,6 +28,18 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise ValueError(f"device: got {name!r}; torch finds {torch.cuda.device_count()} CUDA devices here")
     return device
+
+
+def check_before_data(settings: TrainSettings, device: torch.device) -> None:
+    """What can be refused before a data set is read or fetched: the model's name, and settings that exclude each other.
+
+    Raises: TypeError, ValueError naming the setting; EngineError.
+    """
+    if settings.model.name not in models.names():
+        model_of(settings, 2, 3)  # tells which names are close
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # given when the trainer is made
+        trainer_of(settings, nn.Linear(1, 1), device)
 
 
 def check_takes(model: nn.Module, name: str, loader) -> None:

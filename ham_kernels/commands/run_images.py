@@ -78,7 +78,7 @@ def find(
 def _gone(run: RunFolder, path: str, before: dict[str, Any]) -> str:
     also = before["path"]["absolute"] if "path" in before else os.path.abspath(path)
     config = run.path / "config.toml"
-    lines = config.read_text(encoding="utf-8").splitlines()
+    lines = config.read_text(encoding="utf-8-sig").splitlines()
     line = next((i for i, text in enumerate(lines, 1) if text.split("=")[0].strip() == "path"), None)
     return (
         f"path: {path}, where the images of {run.path} lay ({also}), does not exist; say where they are now by --path, "

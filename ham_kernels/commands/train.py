@@ -20,7 +20,7 @@ from ..runs.settings import TrainSettings
 from ..training.reports import EpochReport, StepReport
 from ..training.trainer import Trainer
 from . import run_images
-from .from_settings import check_takes, device_of, loaders_of, model_of, scheduler_of, trainer_of
+from .from_settings import check_before_data, check_takes, device_of, loaders_of, model_of, scheduler_of, trainer_of
 from .progress import TrainProgress, duration, say
 from .signals import Stopped, StopRequest
 
@@ -35,6 +35,7 @@ def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool
     if not isinstance(settings, TrainSettings):
         raise TypeError(f"settings: got {settings!r}; it must be TrainSettings, such as ham_kernels.preset('digits')")
     settings.check()
+    RunFolder("runs" if out is None else out).check_writable()
     if out is not None:
         RunFolder(out).check_free()
     job = _Job(settings)
@@ -54,6 +55,7 @@ def resume(
     if until_epoch is not None:
         checks.integer("until_epoch", until_epoch, 1)
     run = RunFolder.open(out)
+    run.check_writable("run")
     settings = run.settings()
     settings.check()
     return _Job(settings, run, None if path is None else str(path)).work_in(run, quiet, until_epoch)
@@ -78,6 +80,7 @@ class _Job:
     def __init__(self, settings: TrainSettings, run: RunFolder | None = None, path: str | None = None):
         self.settings = settings
         device = device_of(settings.run.device)
+        check_before_data(settings, device)
         images, self.facts, self.places = run_images.find(settings, run, path)
         self.trainer = trainer_of(settings, model_of(settings, len(images.classes), images.channels), device)
         self.scheduler = scheduler_of(settings, self.trainer)

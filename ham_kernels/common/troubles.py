@@ -60,6 +60,16 @@ TROUBLES: dict[str, Trouble] = {
         "Their locks lie in shared memory (/dev/shm), which is full, or too many files are open.",
         "free or enlarge the shared memory (docker run --shm-size), or decode in this process by --workers 0",
     ),
+    "cache_not_written": Trouble(
+        "cache: {file} could not be written ({error})",
+        "The folder of decoded images is read-only, or its disk is full.",
+        "the next start decodes again; give another --root to avoid it",
+    ),
+    "cache_damaged": Trouble(
+        "cache: {file} is damaged ({error})",
+        "Decoded images on disk were changed or cut short; the source is there all the same.",
+        "writing it anew, there is nothing to do",
+    ),
     "folder_twice": Trouble(
         "path: {path}: {one} and {other} are the same folder",
         "Links lead to one folder in two ways, or in a circle; its images would count twice, perhaps as two classes.",

@@ -68,6 +68,15 @@ class RunFolder:
             if (self.path / name).exists():
                 raise FileExistsError(f"out: {self.path} holds {name} of something else; give another folder")
 
+    def check_writable(self, name: str = "out") -> None:
+        """Raises: PermissionError naming the folder, where nothing can be written into it. `name` is the argument."""
+        place = self.path.absolute()
+        while not place.exists():
+            place = place.parent
+        if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+            what = "give another folder" if name == "out" else "copy the run to where it can be written"
+            raise PermissionError(f"{name}: {self.path} cannot be written, as {place} is read-only here; {what}")
+
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
         """An existing run. Raises: FileNotFoundError naming the folder."""

@@ -169,6 +169,7 @@ class TrainSettings:
         field_types.check(self)
         for section in dataclasses.fields(self):
             field_types.check(getattr(self, section.name), f"{section.name}.")
+        check_step(self.attack.step_size, self.attack.norm)
         optim, method = self.optim, self.method
         method.attack_steps(self.attack.steps)
         if len(optim.milestones) != len(optim.lr_decay):
@@ -232,6 +233,19 @@ class EvaluateSettings:
         field_types.check(self)
         if not self.attacks:
             raise ValueError("attacks: got none; give at least one, such as clean pgd20")
+        if self.transfer_from is not None and not self.masking:
+            raise ValueError(
+                f"transfer_from: got {self.transfer_from} with masking off, which alone uses it; leave one of them out"
+            )
+
+
+def check_step(step_size: float, norm: str) -> None:
+    """A step of more than white from black is a mistake in the unit. Raises: ValueError."""
+    if norm == "linf" and step_size > 1:
+        raise ValueError(
+            f"step_size: got {step_size:g}, but images are in [0, 1]; it must be at most 1 under linf (did you mean "
+            f"{step_size:g}/255?)"
+        )
 
 
 def lr_factor(optim: OptimSettings, epoch: int) -> float:
