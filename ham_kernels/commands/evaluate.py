@@ -116,7 +116,7 @@ class _Judge:
         self.result: dict[str, Any] = {}
         self.identity = {
             "weights": kind, "checkpoint_sha256": state["sha256"], "epoch": state["epoch"],
-            "dataset": told.data.path or told.data.dataset, "part": settings.part, "images": of_part, **how,
+            "dataset": run.source(), "part": settings.part, "images": of_part, **how,
         }  # fmt: skip
 
     def work(self) -> None:

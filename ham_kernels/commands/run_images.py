@@ -65,7 +65,7 @@ def find(
     named = before.get("path", {}).get("named", settings.data.path) or now["path"]
     facts = facts_of(images, now["path"], named)
     if run is not None and run.has_begun():
-        run.check_data_facts(facts)
+        run.check_data_facts(facts, now["path"])
     places = {}
     for name in _PLACES:
         if now[name] is not None:
@@ -89,25 +89,29 @@ def _gone(run: RunFolder, path: str, before: dict[str, Any]) -> str:
 def facts_of(images: data.ImageSet | data.FileSet, path: str | None = None, named: str | None = None) -> dict[str, Any]:
     """What a run notes of its images: classes, channels, counts, and a digest of pixels (or file names) and labels.
 
+    Of files also one of the sizes of all and the bytes of some, since reading all takes as long as an epoch.
+
     Args:
         path: where class folders were read.
         named: the path that the digest takes them to lie at; None: where they do.
     """
-    digest, sizes = hashlib.sha256(), hashlib.sha256()
+    digest, held = hashlib.sha256(), hashlib.sha256()
     for part in images.counts:
         inputs, y = images.part(part)
         if isinstance(inputs, torch.Tensor):
             digest.update(inputs.contiguous().numpy())
         else:
             digest.update("\n".join(_below(inputs, path, named)).encode("utf-8", "surrogateescape"))
-            sizes.update(" ".join(str(os.path.getsize(file)) for file in inputs).encode())
+            held.update(" ".join(str(os.path.getsize(file)) for file in inputs).encode())
+            for file in inputs[:: len(inputs) // 50 + 1]:
+                held.update(Path(file).read_bytes())
         digest.update(y.numpy())
     facts = {
         "classes": list(images.classes), "channels": images.channels, "counts": images.counts,
         "class_counts": {part: list(counts.values()) for part, counts in images.class_counts.items()},
         "sha256": digest.hexdigest(),
     }  # fmt: skip
-    return facts if isinstance(images, data.ImageSet) else {**facts, "file_sizes_sha256": sizes.hexdigest()}
+    return facts if isinstance(images, data.ImageSet) else {**facts, "files_sha256": held.hexdigest()}
 
 
 def _below(files: Sequence[str], path: str | None, named: str | None) -> list[str]:

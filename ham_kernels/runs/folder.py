@@ -129,13 +129,14 @@ class RunFolder:
         one. Empty for a run that has not begun, or of a time when none were kept."""
         return self.data_facts().get("places", {}) if self.has_begun() else {}
 
-    def check_data_facts(self, facts: dict[str, Any]) -> None:
-        """Raises: ValueError where the images are not those that the run was trained on."""
+    def check_data_facts(self, facts: dict[str, Any], where: str | None = None) -> None:
+        """Raises: ValueError where the images (of the path `where`) are not those that the run was trained on."""
         before = self.data_facts()
         wrong = [k for k in facts if k in before and facts[k] != before[k]]
         if wrong:
+            argument = "data" if where is None else f"path: {where}"
             raise ValueError(
-                f"data: {self.path} was trained on other images: {wrong[0]} was {before.get(wrong[0])}, "
+                f"{argument}: {self.path} was trained on other images: {wrong[0]} was {before.get(wrong[0])}, "
                 f"now it is {facts[wrong[0]]}"
             )
 
@@ -146,6 +147,11 @@ class RunFolder:
         if not self.has_begun():
             raise FileNotFoundError(f"run: {self.path} has not begun to train (it has no data.json)")
         return json.loads(path.read_text())
+
+    def source(self) -> str:
+        """The path or the name of its data set, as the run was told it first."""
+        data = self.settings().data
+        return self.places().get("path", {}).get("named") or data.path or data.dataset
 
     # ------------------------------------------------------------ how it goes
     def begin_session(self, from_epoch: int, from_batch: int = 0) -> None:
