@@ -157,7 +157,7 @@ class _Decoder:
 
 def open_image(file, data: bytes | None = None):
     """A file (or its bytes) as an RGB PIL image. ValueError naming the file where it is none."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         image = Image.open(file if data is None else io.BytesIO(data))
@@ -174,7 +174,8 @@ def open_image(file, data: bytes | None = None):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"path: {shown(str(file))} is not a readable image ({error})") from error
+        reason = "of no format that Pillow reads" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"path: {shown(str(file))} is not a readable image ({reason})") from error
 
 
 def decode(file, data: bytes | None = None, size: int | None = None) -> Tensor:

@@ -43,17 +43,17 @@ class Listing:
     def end(self, folders: Iterable[str]) -> Listing:
         """Sorted, and `empty` told from all folders there are."""
         self.images.sort()
-        filled = {str(above) for name in self.names for above in PurePosixPath(name).parents}
+        direct = {PurePosixPath(folder) for folder in {name.rpartition("/")[0] for name in self.names}}
+        filled = {str(above) for folder in direct for above in (folder, *folder.parents)}
         self.empty = sorted(f for f in folders if f not in filled and str(PurePosixPath(f).parent) in filled)
         return self
 
 
 def kind(name: str) -> str | None:
-    """None for an image, else what `left_out` counts it as."""
-    path = PurePosixPath(name)
-    if path.name.startswith("."):
+    """None for an image's file name, else what `left_out` counts it as."""
+    if name.startswith("."):
         return HIDDEN
-    suffix = path.suffix.lower()
+    suffix = os.path.splitext(name)[1].lower()
     return None if suffix in IMAGE_SUFFIXES else suffix or "no suffix"
 
 
@@ -63,27 +63,29 @@ def of_folder(path: Path) -> Listing:
     found, folders = Listing(), []
     reached: dict[tuple[int, int], str] = {}
     for folder, subfolders, files in os.walk(path, followlinks=True, onerror=_cannot_be_read):
-        here = os.path.relpath(folder, path)
+        here = Path(os.path.relpath(folder, path)).as_posix()
         about = os.stat(folder)
         before = reached.setdefault((about.st_dev, about.st_ino), here)
         if before != here:
             raise ValueError(troubles.text("folder_twice", path=path, one=before, other=here))
-        folders.append(PurePosixPath(here).as_posix())
+        folders.append(here)
         found.left_out[HIDDEN] += sum(name.startswith(".") for name in subfolders)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in files:
             what = kind(name)
-            file = Path(folder, name)
             if what is not None:
                 found.left_out[what] += 1
                 continue
             try:
-                about = file.stat()
+                about = os.stat(os.path.join(folder, name))
             except OSError as error:
+                file = shown(os.path.join(folder, name))
                 raise ValueError(f"path: {file} cannot be read ({error.strerror}); mend or remove it") from error
             if not stat.S_ISREG(about.st_mode):
-                raise ValueError(f"path: {file} is named like an image and is no file; rename or remove it")
-            found.images.append((file.relative_to(path).as_posix(), about.st_size, about.st_mtime_ns))
+                raise ValueError(
+                    f"path: {shown(os.path.join(folder, name))} is named like an image and is no file; rename or remove it"
+                )
+            found.images.append((name if here == "." else f"{here}/{name}", about.st_size, about.st_mtime_ns))
     _check_utf8(path, folders)
     return found.end(folders)
 
@@ -126,8 +128,9 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        reason = str(error).split("\n")[0].rstrip(":")  # not what each way of unpacking says
         raise ValueError(
-            f"path: {path} is not a readable tar ({error}); give a folder or tar of class folders"
+            f"path: {path} is not a readable tar ({reason}); give a folder or tar of class folders"
         ) from error
 
 
