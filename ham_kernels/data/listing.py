@@ -82,9 +82,8 @@ def of_folder(path: Path) -> Listing:
                 file = shown(os.path.join(folder, name))
                 raise ValueError(f"path: {file} cannot be read ({error.strerror}); mend or remove it") from error
             if not stat.S_ISREG(about.st_mode):
-                raise ValueError(
-                    f"path: {shown(os.path.join(folder, name))} is named like an image and is no file; rename or remove it"
-                )
+                file = shown(os.path.join(folder, name))
+                raise ValueError(f"path: {file} is named like an image and is no file; rename or remove it")
             found.images.append((name if here == "." else f"{here}/{name}", about.st_size, about.st_mtime_ns))
     _check_utf8(path, folders)
     return found.end(folders)
