@@ -45,7 +45,7 @@ def trained(path: str, *more: str):
 def test_the_log_names_classes_and_counts(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "set")
-    with pytest.warns(HamWarning, match=r"batch_size: an epoch has 3 batches \(12 images, 4 a batch\), fewer than 10"):
+    with pytest.warns(HamWarning, match=r"batch_size: an epoch has fewer than 10 batches \(3: 12 images, 4 a batch\)"):
         train_command.train(parse_train(["--path", "set", *SHORT]).settings, "run")
     assert "2 classes, images to train/val/test 12/4/4: a 6/2/2, b 6/2/2" in capsys.readouterr().out
     facts = json.loads((tmp_path / "run/data.json").read_text())
@@ -257,6 +257,13 @@ def test_folders_that_cannot_be_written_are_named(moved, monkeypatch):
         evaluate_run("run", EvaluateSettings(**JUDGE), quiet=True)
     with pytest.raises(PermissionError, match=r"^run: run cannot be written"):
         train_command.resume("run", quiet=True)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"^out: .*file/run cannot be written \(.*; give another folder"):
+        RunFolder.create(tmp_path / "file/run", told())
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_final_weights_do_not_hang_on_the_early_check(tmp_path, monkeypatch):

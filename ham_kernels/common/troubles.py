@@ -51,7 +51,7 @@ TROUBLES: dict[str, Trouble] = {
         "the model cannot learn them; take more training images (train_images) or fewer to validate (val_images)",
     ),
     "few_batches": Trouble(
-        "batch_size: an epoch has {batches} batches ({images} images, {size} a batch), fewer than 10",
+        "batch_size: an epoch has fewer than 10 batches ({batches}: {images} images, {size} a batch)",
         "Epochs and learning rates of the presets are meant for hundreds of updates an epoch.",
         "give a smaller --batch-size with a smaller --lr, or more --epochs",
     ),

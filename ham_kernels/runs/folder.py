@@ -47,7 +47,10 @@ class RunFolder:
         run = cls(path)
         run.check_free()
         aside = run.path / f".config.{os.getpid()}.partial"
-        write_atomically(aside, to_toml(settings).encode())
+        try:
+            write_atomically(aside, to_toml(settings).encode())
+        except OSError as error:
+            raise OSError(f"out: {run.path} cannot be written ({error}); give another folder") from error
         try:
             os.link(aside, run.path / "config.toml")  # unlike a rename it fails where another process was faster
         except FileExistsError:
