@@ -26,7 +26,8 @@ from readme.output import aligned, write_json
 from tqdm import tqdm
 
 from ham_kernels import data, report
-from ham_kernels.commands.from_settings import device_of, images_of, loaders_of
+from ham_kernels.commands.from_settings import device_of, loaders_of
+from ham_kernels.commands.run_images import images_of
 
 # what differs between the bundled digits and natural images; every value is an option
 DIGITS = {

@@ -162,10 +162,10 @@ def test_output_is_plain_where_nobody_watches(tmp_path):
     assert "\r" not in out
     assert "\x1b" not in out
     lines = out.splitlines()
-    assert len(lines) == 2 + 4 + 1
-    assert lines[2].startswith("epoch 1/4  pgd_at   loss ")
+    assert len(lines) == 3 + 4 + 1
+    assert lines[3].startswith("epoch 1/4  pgd_at   loss ")
     for word in ("hard", "images/s", "val clean", "pgd2", "left"):
-        assert word in lines[4]
+        assert word in lines[5]
 
 
 def test_help_is_there_at_once(tmp_path):

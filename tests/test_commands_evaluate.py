@@ -96,7 +96,7 @@ def test_loading_a_model_leaves_the_generators_alone(run):
 def test_evaluation_agrees_with_the_python_function(run):
     import ham_kernels as ham_package
     from ham_kernels import data
-    from ham_kernels.commands.from_settings import images_of
+    from ham_kernels.commands.run_images import images_of
 
     evaluate_run(run, EvaluateSettings(("best",), ("pgd3",), masking=False, analyses=False), quiet=True)
     found = json.loads((run / "evaluation/best.json").read_text())["attacks"]["pgd3"]

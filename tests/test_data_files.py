@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +18,7 @@ from pictures import SPLIT, write_folder, write_photos, write_tar
 from PIL import Image
 
 from ham_kernels import data
+from ham_kernels.data import files as data_files
 
 
 def load(path: Path, **how):
@@ -93,9 +96,9 @@ def test_bad_folders(tmp_path):
         load(tmp_path)
     with pytest.raises(ValueError, match=r"needs train/ and test/"):
         load(write_folder(tmp_path / "a", ["train/cat/0.png"]))
-    with pytest.raises(ValueError, match=r"has images in \['all', 'train'\]"):
+    with pytest.raises(ValueError, match=r"has the folder cat .* beside train"):
         load(write_folder(tmp_path / "b", ["train/cat/0.png", "cat/0.png"]))
-    with pytest.raises(ValueError, match=r"has images directly in test, train; each needs class folders"):
+    with pytest.raises(ValueError, match=r"has images directly in .*each part needs class folders"):
         load(write_folder(tmp_path / "c", ["train/0.png", "test/0.png"]))
     with pytest.raises(ValueError, match=r"has class 'images' in its test part but not in train/"):
         load(write_folder(tmp_path / "d", ["train/cat/0.png", "val/images/0.png"]))
@@ -236,6 +239,37 @@ def test_workers_do_not_hold_the_interpreter(photos):
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=60, env=env
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+@pytest.mark.slow
+def test_workers_need_no_room_in_shared_memory(photos):
+    """A container has 64 MB of it; a loader whose workers find it full would wait for ever."""
+    within = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=512k tmpfs /dev/shm && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*within, "true"], capture_output=True).returncode:
+        pytest.skip("no right to mount in a namespace of its own")
+    folder = Path(photos.files_train[0]).parents[2]
+    code = textwrap.dedent(f"""
+        import time
+        from ham_kernels import data
+        images = data.load("digits", {str(folder)!r}, cache=False)
+        for x, y in data.loaders(images, 5, augment="crop", size=200, workers=2).train:
+            time.sleep(0.5)  # so that the next ones are ready
+            print(x.nbytes // 4, flush=True)
+    """)
+    env = environment(Path(__file__).resolve().parents[1], OMP_NUM_THREADS="1")
+    done = subprocess.run([*within, sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=env)
+    assert done.stdout == "600000\n600000\n", done.stderr
+
+
+def test_workers_that_cannot_be_started_are_told(photos, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data_files.DataLoader, "__iter__", full)
+    with pytest.raises(OSError, match=r"^workers: 2 processes cannot be started .*shared memory.*--workers 0"):
+        next(iter(data.part_loader(photos, "test", 2, workers=2)))
+    with pytest.raises(OSError, match="No space left"):
+        next(iter(data.part_loader(photos, "test", 2)))
 
 
 @pytest.mark.gpu

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 import ham_kernels as ham
 from ham_kernels import data
-from ham_kernels.commands.from_settings import device_of, facts_of, scheduler_of
+from ham_kernels.commands.from_settings import device_of, scheduler_of
+from ham_kernels.commands.run_images import facts_of
 from ham_kernels.common.files import write_atomically
 from ham_kernels.engine import Stopwatch
 from ham_kernels.methods import HAM, PGDAT
@@ -94,7 +95,7 @@ class Competitor:
         if name == FOREIGN:  # no method of ham's: reports take it as they find it
             told = to_dict(settings) | {"method": {"name": name}}
             write_atomically(self.run.path / "config.toml", tomli_w.dumps(told).encode())
-        self.run.set_data_facts(facts_of(images))
+        self.run.set_data_facts(facts_of(images), {})
         self.run.begin_session(*self.trainer.position)
 
     def go_on_from(self, other: Competitor) -> Competitor:

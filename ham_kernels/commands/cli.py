@@ -77,7 +77,7 @@ def _train(argv: list[str]) -> int:
 
     try:
         if isinstance(wanted, flags.Resume):
-            train.resume(wanted.resume, until_epoch=wanted.until_epoch, quiet=wanted.quiet)
+            train.resume(wanted.resume, path=wanted.path, until_epoch=wanted.until_epoch, quiet=wanted.quiet)
         else:
             train.train(wanted.settings, wanted.out, quiet=wanted.quiet)
     except Stopped as error:

@@ -17,9 +17,10 @@ from ..common import provenance
 from ..common.files import write_atomically
 from ..evaluation.named_attacks import plans
 from ..runs.folder import RunFolder
-from ..runs.settings import EvaluateSettings, TrainSettings
+from ..runs.settings import EvaluateSettings, TrainSettings, check_step
+from . import run_images
 from .evaluation_text import verdict
-from .from_settings import device_of, facts_of, images_of, load_model, trained_model
+from .from_settings import device_of, load_model, trained_model
 from .progress import Heartbeat, on_terminal, say
 
 FORMAT = 1
@@ -38,18 +39,19 @@ def evaluate_run(path: str | Path, settings: EvaluateSettings | None = None, *, 
     settings = settings or EvaluateSettings()
     settings.check()
     run = RunFolder.open(path)
+    run.check_writable("run")
     told = run.settings()
     how = _how(settings, told)
+    check_step(how["step_size"], how["norm"])
     plans(settings.attacks, restarts=settings.restarts, **{k: how[k] for k in ("eps", "step_size", "norm")})
     if settings.masking and 0 in (how["eps"], how["step_size"]):
         raise ValueError("eps: got 0 for it or step_size; there is no gradient to examine, give --no-masking")
     device = device_of(settings.device)
     other = None if settings.transfer_from is None else _other_model(settings.transfer_from, run, device)
     states = {kind: run.load_weights(kind) for kind in _kinds(settings, run, told)}
-    images = images_of(told)
-    run.check_data_facts(facts_of(images))  # other images may be split anew, and test what was trained on
-    if settings.part not in images.counts:
+    if settings.part not in run.data_facts()["counts"]:
         raise ValueError(f"part: got {settings.part!r}, but {run.path} was trained without validation images")
+    images, *_ = run_images.find(told, run, settings.path)  # not others, which would be split anew
     with run.alone("evaluation/.lock"):
         judges = [
             _Judge(run, kind, state, told, settings, how, images, other, device, quiet)
@@ -114,7 +116,7 @@ class _Judge:
         self.result: dict[str, Any] = {}
         self.identity = {
             "weights": kind, "checkpoint_sha256": state["sha256"], "epoch": state["epoch"],
-            "dataset": told.data.path or told.data.dataset, "part": settings.part, "images": of_part, **how,
+            "dataset": run.source(), "part": settings.part, "images": of_part, **how,
         }  # fmt: skip
 
     def work(self) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ..methods import names
 from ..methods.settings import with_name
 from ..runs.config_file import from_toml, read_toml
-from ..runs.presets import preset, rescaled
+from ..runs.presets import for_folder, preset, rescaled
 from ..runs.settings import EvaluateSettings, TrainSettings
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ class Train:
     config: Path | None = None
     """TOML file of settings, such as the config.toml of another run; flags override it."""
     resume: Path | None = None
-    """Go on with this run, as its config.toml says; the only other flags then are --until-epoch N and --quiet."""
+    """Go on with this run, as its config.toml says; the other flags then are --until-epoch N, --path and --quiet."""
     quiet: bool = False
     method: Annotated[str, _METHOD] = "ham"
     settings: TrainSettings = field(default_factory=TrainSettings)
@@ -97,6 +98,8 @@ class Resume:
 
     resume: Path
     """Run folder."""
+    path: str | None = None
+    """Where its images lie now, if they have moved; they must be the same."""
     until_epoch: int | None = None
     """Pause after this epoch."""
     quiet: bool = False
@@ -140,8 +143,12 @@ def _base(argv: list[str]) -> TrainSettings:
     if config is not None:
         from_toml(config, TrainSettings(), of_flag)  # judges keys and types before anything is made of them
     path = _seen(argv, "--path") or get(told, "data", "path")
-    dataset = _seen(argv, "--dataset") or get(told, "data", "dataset") or ("cifar10" if path else "digits")
-    base = preset(dataset)
+    dataset = _seen(argv, "--dataset") or get(told, "data", "dataset")
+    if path and not dataset:
+        numbers = {key: _number(argv, told, key) for key in ("size", "train_images", "batch_size")}
+        base = for_folder(str(path), **numbers)
+    else:
+        base = preset(dataset or "digits")
     if config is not None:
         own_epochs = get(told, "optim", "epochs")
         base = from_toml(config, rescaled(base, own_epochs) if own_epochs else base, of_flag)
@@ -151,6 +158,16 @@ def _base(argv: list[str]) -> TrainSettings:
         return base if epochs is None else rescaled(base, int(epochs))
     except ValueError:  # tyro and check() say what is wrong with it
         return base
+
+
+def _number(argv: list[str], told: dict[str, Any], key: str) -> int | None:
+    """A setting of images as it is given; None where it is not, or is no count (tyro and check() say what is wrong)."""
+    given = _seen(argv, f"--{key.replace('_', '-')}")
+    given = get(told, "data", key) if given is None else given
+    try:
+        return max(int(given), 0) or None
+    except (TypeError, ValueError):
+        return None
 
 
 def get(sections: dict[str, Any], section: str, key: str) -> Any:
@@ -168,4 +185,27 @@ def _seen(argv: list[str], flag: str) -> str | None:
 
 def _cli(kind: type[T], argv: list[str], prog: str, default: T | None = None) -> T:
     given = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,), **given)
+    return tyro.cli(kind, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,), registry=_REGISTRY, **given)
+
+
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _floats(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
+    """Numbers may be fractions, as papers write budgets: --eps 8/255."""
+    if info.type is not float:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1, metavar="FLOAT", instance_from_str=lambda words: number(words[0]),
+        is_instance=lambda value: isinstance(value, int | float), str_from_instance=lambda value: [str(value)],
+    )  # fmt: skip
+
+
+def number(word: str) -> float:
+    """0.1, 1e-3 or 8/255. Raises: ValueError."""
+    above, slash, below = word.partition("/")
+    try:
+        return float(above) / float(below) if slash else float(above)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"got {word!r}; it must be a number, or a fraction such as 8/255") from error

@@ -1,8 +1,8 @@
-"""From settings to images, model, optimiser and trainer: the one place where names become objects."""
+"""From settings to model, optimiser and trainer: the one place where names become objects."""
 
 from __future__ import annotations
 
-import hashlib
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,40 +30,16 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def images_of(settings: TrainSettings) -> data.ImageSet | data.FileSet:
-    """The data set, cut to size, with its validation images set aside (the same ones for every seed)."""
-    d = settings.data
-    images = data.load(d.dataset, d.path, root=d.root, download=d.download, size=d.size)
-    if images.y_val is not None:  # a part of its own
-        return images.subset(d.train_images, d.test_images)
-    train = None if d.train_images is None else d.train_images + d.val_images
-    images = images.subset(train, d.test_images)
-    n = images.counts["train"]
-    if d.val_images >= n:
-        raise ValueError(
-            f"val_images: got {d.val_images}, but there are {n} training images to take them from (0 for none)"
-        )
-    return images.hold_out(d.val_images) if d.val_images else images
+def check_before_data(settings: TrainSettings, device: torch.device) -> None:
+    """What can be refused before a data set is read or fetched: the model's name, and settings that exclude each other.
 
-
-def facts_of(images: data.ImageSet | data.FileSet) -> dict:
-    """What a run notes of its images: classes, channels, counts, and a digest of pixels (or file names) and labels."""
-    digest = hashlib.sha256()
-    for part in images.counts:
-        inputs, y = images.part(part)
-        digest.update(
-            inputs.contiguous().numpy() if isinstance(inputs, torch.Tensor) else "\n".join(_below(inputs)).encode()
-        )
-        digest.update(y.numpy())
-    return {
-        "classes": list(images.classes), "channels": images.channels, "counts": images.counts,
-        "sha256": digest.hexdigest(),
-    }  # fmt: skip
-
-
-def _below(files: list[str]) -> list[str]:
-    """PART/CLASS/NAME of each file: a data set may move as a whole."""
-    return ["/".join(Path(file).parts[-3:]) for file in files]
+    Raises: TypeError, ValueError naming the setting; EngineError.
+    """
+    if settings.model.name not in models.names():
+        model_of(settings, 2, 3)  # tells which names are close
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # given when the trainer is made
+        trainer_of(settings, nn.Linear(1, 1), device)
 
 
 def check_takes(model: nn.Module, name: str, loader) -> None:

@@ -17,8 +17,9 @@ from ..runs.folder import RunFolder
 from ..runs.settings import TrainSettings
 from .experiments import Cell, cells
 from .flags import Sweep
-from .from_settings import device_of, images_of, model_of
+from .from_settings import device_of, model_of
 from .progress import duration, say
+from .run_images import images_of
 from .signals import StopRequest
 
 WARM_UPS = "warm-ups"  # one level deeper than the runs, so that reports of the folder leave them out

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..common import checks, files
+from ..common import checks, files, troubles
 from ..common.one_class import answers_one_class
 from ..runs.checkpoints import random_states, set_random_states
 from ..runs.folder import RunFolder, metrics_of
@@ -20,7 +20,8 @@ from ..runs.resume_rules import check_unchanged, noted
 from ..runs.settings import TrainSettings
 from ..training.reports import EpochReport, StepReport
 from ..training.trainer import Trainer
-from .from_settings import check_takes, device_of, facts_of, images_of, loaders_of, model_of, scheduler_of, trainer_of
+from . import run_images
+from .from_settings import check_before_data, check_takes, device_of, loaders_of, model_of, scheduler_of, trainer_of
 from .progress import TrainProgress, duration, say
 from .signals import Stopped, StopRequest
 
@@ -35,25 +36,30 @@ def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool
     if not isinstance(settings, TrainSettings):
         raise TypeError(f"settings: got {settings!r}; it must be TrainSettings, such as ham_kernels.preset('digits')")
     settings.check()
+    RunFolder("runs" if out is None else out).check_writable()
     if out is not None:
         RunFolder(out).check_free()
     job = _Job(settings)
     return job.work_in(_new_folder(settings) if out is None else RunFolder.create(out, settings), quiet)
 
 
-def resume(out: str | Path, *, until_epoch: int | None = None, quiet: bool = False) -> Trainer:
+def resume(
+    out: str | Path, *, path: str | Path | None = None, until_epoch: int | None = None, quiet: bool = False
+) -> Trainer:
     """Goes on with the run in `out` from its newest intact checkpoint, on a CPU to the same final weights, bit by bit,
     with as many threads.
 
     A run that is finished, or done up to `until_epoch`, is returned as it is.
+    path: where its images lie now, if they have moved; they must be the same.
     Raises: as `train` does; CheckpointError if no checkpoint is intact.
     """
     if until_epoch is not None:
         checks.integer("until_epoch", until_epoch, 1)
     run = RunFolder.open(out)
+    run.check_writable("run")
     settings = run.settings()
     settings.check()
-    return _Job(settings).work_in(run, quiet, until_epoch)
+    return _Job(settings, run, None if path is None else str(path)).work_in(run, quiet, until_epoch)
 
 
 def _new_folder(settings: TrainSettings) -> RunFolder:
@@ -72,14 +78,17 @@ class _Paused(Exception):
 class _Job:
     """Everything a run is made of."""
 
-    def __init__(self, settings: TrainSettings):
+    def __init__(self, settings: TrainSettings, run: RunFolder | None = None, path: str | None = None):
         self.settings = settings
         device = device_of(settings.run.device)
-        images = images_of(settings)
-        self.facts = facts_of(images)
+        check_before_data(settings, device)
+        images, self.facts, self.places = run_images.find(settings, run, path)
         self.trainer = trainer_of(settings, model_of(settings, len(images.classes), images.channels), device)
         self.scheduler = scheduler_of(settings, self.trainer)
         self.loaders = loaders_of(settings, images, device)
+        batches, size = len(self.loaders.train), settings.data.batch_size
+        if settings.data.path is not None and batches < 10:
+            troubles.warn("few_batches", batches=batches, size=size, images=images.counts["train"])
         check_takes(self.trainer.model, settings.model.name, self.loaders.test)
         self.stop = StopRequest()
         self.best: dict[str, float] = {}
@@ -94,7 +103,7 @@ class _Job:
 
     def _work_in(self, run: RunFolder, quiet: bool, until_epoch: int | None) -> Trainer:
         self.run = run
-        run.set_data_facts(self.facts)
+        run.set_data_facts(self.facts, self.places)
         found = run.checkpoints.load_newest(set_aside=True)
         if found is not None:
             self._take_over(found[1])
@@ -238,6 +247,7 @@ class _Job:
             f"{self.run.path}: {images}, {s.model.name} ({millions:.2f} M parameters), "
             f"{s.method.describe(s.warm_up.name)}"
         )
+        say(run_images.task_in_words(self.facts))
         say(
             f"eps {s.attack.eps:g}, step {s.attack.step_size:g}, K {s.attack.steps}, {s.attack.norm}; {s.optim.epochs} "
             f"epochs of {len(self.loaders.train)} batches on {trainer.device}, {s.run.precision}, seed {s.run.seed}"

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from ..common import files
+from ..common import files, troubles
 from .sets import ImageSet
 
-VERSION = 3  # of what a file holds, and of how class folders are read and resized
+VERSION = 4  # of what a file holds, and of how class folders are read and resized
 
 
 def cached(folder: Path | None, source: Path, size: int | None, state: list, build: Callable[[], ImageSet]) -> ImageSet:
@@ -51,16 +50,18 @@ def _read(file: Path) -> ImageSet | None:
     try:
         held = files.load(file)
         fields = {name: t for name, t in held.items() if isinstance(t, Tensor)}
-        return ImageSet(held["name"], tuple(held["classes"]), **fields)
+        also = {"left_out": dict(held["left_out"]), "empty": tuple(held["empty"])}
+        return ImageSet(held["name"], tuple(held["classes"]), **fields, **also)
     except (OSError, KeyError, TypeError, ValueError) as error:  # the source is there all the same
         reason = str(error).split("\n")[0]
-        warnings.warn(f"cache: {file} is damaged ({type(error).__name__}: {reason}); writing it anew", stacklevel=2)
+        troubles.warn("cache_damaged", file=file, error=f"{type(error).__name__}: {reason}")
         return None
 
 
 def _write(file: Path, images: ImageSet) -> None:
     tensors = {f"{kind}_{part}": getattr(images, f"{kind}_{part}") for part in images.counts for kind in "xy"}
     try:
-        files.save(file, {"name": images.name, "classes": list(images.classes), **tensors})
+        told = {"name": images.name, "classes": list(images.classes), "left_out": dict(images.left_out)}
+        files.save(file, {**told, "empty": list(images.empty), **tensors})
     except (OSError, RuntimeError) as error:  # a full or read-only disk; the images are there all the same
-        warnings.warn(f"cache: {file} could not be written ({error}); the next start decodes again", stacklevel=2)
+        troubles.warn("cache_not_written", file=file, error=error)

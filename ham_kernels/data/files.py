@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..common import checks
+from ..common import checks, troubles
 from .batches import EpochLoader, epoch_generator, mixed_seed
+from .listing import shown
 from .table import AUGMENTATIONS
 
 # shorter side before the centre crop, as torchvision's references do it: 256 for 224
@@ -58,18 +62,54 @@ class FileBatches(EpochLoader):
             sampler=range(first, len(self)),
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
+            collate_fn=_as_it_is,  # or tensors would be made of arrays in the worker
             generator=generator,  # or it would draw from torch's global one
         )
-        for batch in loader:
+        for batch in self._iterate(loader):
             if isinstance(batch, _Unreadable):  # raised in a worker it would arrive behind the worker's traceback
                 raise ValueError(batch.message)
-            x, y = (t.to(self.device, non_blocking=True) for t in batch)
+            x, y = (t.to(self.device, non_blocking=True) for t in batch.tensors())
             yield torch.div(x, self._white), y
+
+    def _iterate(self, loader: DataLoader) -> Iterator[_Batch | _Unreadable]:
+        try:
+            yield from loader
+        except OSError as error:
+            # locks and queues of worker processes need some shared memory and files, however little
+            if self.workers and error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.EACCES):
+                raise OSError(troubles.text("no_workers", workers=self.workers, error=error)) from error
+            raise
 
 
 @dataclass
 class _Unreadable:
     message: str
+
+    def pin_memory(self) -> _Unreadable:
+        return self
+
+
+@dataclass
+class _Batch:
+    """Images uint8 (b, 3, size, size) and labels.
+
+    A worker sends arrays, through its pipe. Tensors would go through shared memory, of which containers have 64 MB: a
+    worker that finds it full loses its batch, and the loader waits for it for ever.
+    """
+
+    x: np.ndarray | Tensor
+    y: np.ndarray | Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        return torch.as_tensor(self.x), torch.as_tensor(self.y)
+
+    def pin_memory(self) -> _Batch:
+        """Called by the loader's thread, for a GPU."""
+        return _Batch(*(t.pin_memory() for t in self.tensors()))
+
+
+def _as_it_is(item: _Batch | _Unreadable) -> _Batch | _Unreadable:
+    return item
 
 
 @dataclass
@@ -84,13 +124,13 @@ class _EpochOfBatches(Dataset):
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch_size)
 
-    def __getitem__(self, b: int) -> tuple[Tensor, Tensor] | _Unreadable:
+    def __getitem__(self, b: int) -> _Batch | _Unreadable:
         rows = self.order[b * self.batch_size : (b + 1) * self.batch_size]
         try:
             x = torch.stack([self.decoder.image(row, self.epoch) for row in rows.tolist()])
         except ValueError as error:
             return _Unreadable(str(error))
-        return x, self.decoder.y[rows]
+        return _Batch(x.numpy(), self.decoder.y[rows].numpy())
 
 
 class _Decoder:
@@ -117,11 +157,15 @@ class _Decoder:
 
 def open_image(file, data: bytes | None = None):
     """A file (or its bytes) as an RGB PIL image. ValueError naming the file where it is none."""
-    from PIL import Image
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         image = Image.open(file if data is None else io.BytesIO(data))
-        if image.mode.startswith("I;16"):  # PIL's conversion would clip at 255
+        # PIL scales what is finer than 8 bits in a PGM to 16, and keeps it as 32
+        sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
+        with contextlib.suppress(ArithmeticError, LookupError, SyntaxError, TypeError, struct.error):  # damaged EXIF
+            ImageOps.exif_transpose(image, in_place=True)
+        if sixteen:  # PIL's conversion would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ValueError("32-bit grey values have no fixed white; convert it to 8 or 16 bits")
@@ -130,7 +174,8 @@ def open_image(file, data: bytes | None = None):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"path: {file} is not a readable image ({error})") from error
+        reason = "of no format that Pillow reads" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"path: {shown(str(file))} is not a readable image ({reason})") from error
 
 
 def decode(file, data: bytes | None = None, size: int | None = None) -> Tensor:

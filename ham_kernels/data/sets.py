@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..common import checks
+from .table import CROP_SIZE
 
 PARTS = ("train", "val", "test")
-CROP_SIZE = 224  # ImageNet's usual one
 
 
 class _Parts:
@@ -37,6 +37,12 @@ class _Parts:
         """Images of each part that there is."""
         labels = {part: getattr(self, f"y_{part}") for part in PARTS}
         return {part: len(y) for part, y in labels.items() if y is not None}
+
+    @property
+    def class_counts(self) -> dict[str, dict[str, int]]:
+        """{part: {class: images of it}} of each part that there is."""
+        counts = {part: torch.bincount(self.labels(part), minlength=len(self.classes)).tolist() for part in self.counts}
+        return {part: dict(zip(self.classes, n, strict=True)) for part, n in counts.items()}
 
     def subset(self, train: int | None, test: int | None, seed: int = 0):
         """At most so many images of the training and test part, drawn at random by seed, class shares kept."""
@@ -83,6 +89,8 @@ class ImageSet(_Parts):
     y_test: Tensor
     x_val: Tensor | None = None
     y_val: Tensor | None = None
+    left_out: dict[str, int] = field(default_factory=dict)  # files where it was read that are no images, by kind
+    empty: tuple[str, ...] = ()  # folders where it was read without an image
 
     def __post_init__(self):
         for part in self.counts:
@@ -113,6 +121,8 @@ class FileSet(_Parts):
     files_val: list[str] | None = None
     y_val: Tensor | None = None
     size: int = CROP_SIZE  # height and width that loaders crop to
+    left_out: dict[str, int] = field(default_factory=dict)  # files where it was read that are no images, by kind
+    empty: tuple[str, ...] = ()  # folders where it was read without an image
 
     def __post_init__(self):
         checks.integer("size", self.size, 1)

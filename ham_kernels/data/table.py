@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 AUGMENTATIONS = ("none", "crop", "crop+flip")
+CROP_SIZE = 224  # of files, ImageNet's usual one
+IN_MEMORY = 64  # pixels per side up to which images of one size are kept as tensors
 
 
 @dataclass(frozen=True)

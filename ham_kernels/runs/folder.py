@@ -1,7 +1,7 @@
 """A run's folder: what it was told, on what it ran, how it went, and the weights it left.
 
 config.toml         resolved settings
-data.json           classes, channels, images of each part
+data.json           classes, channels, images of each part and class, where they lay
 environment.json    versions, machine, commit, and when it was worked on
 status.json         running, interrupted, finished or failed
 metrics.jsonl       one line per epoch
@@ -47,7 +47,10 @@ class RunFolder:
         run = cls(path)
         run.check_free()
         aside = run.path / f".config.{os.getpid()}.partial"
-        write_atomically(aside, to_toml(settings).encode())
+        try:
+            write_atomically(aside, to_toml(settings).encode())
+        except OSError as error:
+            raise OSError(f"out: {run.path} cannot be written ({error}); give another folder") from error
         try:
             os.link(aside, run.path / "config.toml")  # unlike a rename it fails where another process was faster
         except FileExistsError:
@@ -71,6 +74,15 @@ class RunFolder:
         for name in ("checkpoints", "metrics.jsonl", "status.json", "data.json"):
             if (self.path / name).exists():
                 raise FileExistsError(f"out: {self.path} holds {name} of something else; give another folder")
+
+    def check_writable(self, name: str = "out") -> None:
+        """Raises: PermissionError naming the folder, where nothing can be written into it. `name` is the argument."""
+        place = self.path.absolute()
+        while not place.exists():
+            place = place.parent
+        if place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+            what = "give another folder" if name == "out" else "copy the run to where it can be written"
+            raise PermissionError(f"{name}: {self.path} cannot be written, as {place} is read-only here; {what}")
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -106,28 +118,47 @@ class RunFolder:
     def settings(self) -> TrainSettings:
         return from_toml(self.path / "config.toml", TrainSettings())
 
-    def set_data_facts(self, facts: dict[str, Any]) -> None:
-        """Notes what the images are; a run that goes on must find them as they were. Raises: ValueError."""
-        if (self.path / "data.json").exists():
-            self.check_data_facts(facts)
-        self.write_json("data.json", facts)
+    def has_begun(self) -> bool:
+        """Whether it knows its images."""
+        return (self.path / "data.json").exists()
 
-    def check_data_facts(self, facts: dict[str, Any]) -> None:
-        """Raises: ValueError where the images are not those that the run was trained on."""
+    def set_data_facts(self, facts: dict[str, Any], places: dict[str, Any]) -> None:
+        """Notes what the images are and where they lie; a run that goes on must find them as they were.
+
+        Raises: ValueError.
+        """
+        if self.has_begun():
+            self.check_data_facts(facts)
+        self.write_json("data.json", {**facts, "places": places})
+
+    def places(self) -> dict[str, Any]:
+        """{"path", "root"}, where given: as config.toml had it first ("named") and has it ("given"), and the absolute
+        one. Empty for a run that has not begun, or of a time when none were kept."""
+        return self.data_facts().get("places", {}) if self.has_begun() else {}
+
+    def check_data_facts(self, facts: dict[str, Any], where: str | None = None) -> None:
+        """Raises: ValueError where the images (of the path `where`) are not those that the run was trained on."""
         before = self.data_facts()
-        wrong = [k for k in facts if facts[k] != before.get(k)]
+        wrong = [k for k in facts if k in before and facts[k] != before[k]]
         if wrong:
+            argument = "data" if where is None else f"path: {where}"
             raise ValueError(
-                f"data: {self.path} was trained on other images: {wrong[0]} was {before.get(wrong[0])}, "
+                f"{argument}: {self.path} was trained on other images: {wrong[0]} was {before.get(wrong[0])}, "
                 f"now it is {facts[wrong[0]]}"
             )
 
     def data_facts(self) -> dict[str, Any]:
-        """{"classes": names, "channels", "counts": images of each part, "sha256"}. Raises: FileNotFoundError."""
+        """{"classes": names, "channels", "counts": images of each part, "class_counts": of each class in them (not in
+        runs of before), "sha256" of pixels (of file names) and labels, "places"}. Raises: FileNotFoundError."""
         path = self.path / "data.json"
-        if not path.exists():
+        if not self.has_begun():
             raise FileNotFoundError(f"run: {self.path} has not begun to train (it has no data.json)")
         return json.loads(path.read_text())
+
+    def source(self) -> str:
+        """The path or the name of its data set, as the run was told it first."""
+        data = self.settings().data
+        return self.places().get("path", {}).get("named") or data.path or data.dataset
 
     # ------------------------------------------------------------ how it goes
     def begin_session(self, from_epoch: int, from_batch: int = 0) -> None:

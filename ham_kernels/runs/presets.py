@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..data.table import SETS
+from ..data.glance import glance
+from ..data.table import CROP_SIZE, IN_MEMORY, SETS
 from ..methods.ham import HAM
 from .settings import (
     AttackSettings,
@@ -60,6 +61,35 @@ def preset(dataset: str, epochs: int | None = None) -> TrainSettings:
         raise ValueError(f"dataset: got {dataset!r}; allowed are {', '.join(PRESETS)}")
     settings = PRESETS[dataset]
     return settings if epochs is None else rescaled(settings, epochs)
+
+
+def for_folder(
+    path: str, size: int | None = None, train_images: int | None = None, batch_size: int | None = None
+) -> TrainSettings:
+    """Settings that fit a folder or tar of images; `preset("cifar10")` where it cannot be read.
+
+    Of images above 64 pixels those of imagenette, at the images' own size where that is below 224; of IDX files those
+    of fashion_mnist, without flips, since they are often of digits; else those of cifar10, with the small CNN up to 16
+    pixels. At most a tenth of the training images validate. The learning rate follows the batch size.
+
+    Args: size, train_images, batch_size: as the user gave them.
+    """
+    found = glance(path)
+    if found is None:
+        return PRESETS["cifar10"]
+    pixels = size or found.pixels
+    s = PRESETS["fashion_mnist" if found.idx else "imagenette" if pixels > IN_MEMORY else "cifar10"]
+    told = {"val_images": min(s.data.val_images, min(found.train, train_images or found.train) // 10)}
+    if found.idx:
+        told["augment"] = "crop"
+    elif found.varied or pixels > IN_MEMORY:
+        told["size"] = min(pixels, CROP_SIZE) if not found.tar or pixels <= IN_MEMORY else None
+    lr = s.optim.lr
+    if pixels <= 16:
+        lr = PRESETS["digits"].optim.lr
+        s = replace(s, model=replace(s.model, name="small_cnn"))
+    lr *= (batch_size or s.data.batch_size) / s.data.batch_size
+    return replace(s, data=replace(s.data, **told), optim=replace(s.optim, lr=lr))
 
 
 def rescaled(settings: TrainSettings, epochs: int) -> TrainSettings:

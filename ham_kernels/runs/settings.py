@@ -28,9 +28,11 @@ class DataSettings:
     """Images."""
 
     dataset: str = "digits"
-    """digits, cifar10, cifar100, svhn, fashion_mnist, imagenette, imagenette32; for --path whose preset (cifar10's)."""
+    """digits, cifar10, cifar100, svhn, fashion_mnist, imagenette, imagenette32; with --path, whose preset is used
+    as it is (without it, settings that fit the folder)."""
     path: str | None = None
-    """A folder or tar of images to use instead: train/CLASS/NAME and test/CLASS/NAME, or CLASS/NAME (a fifth tests)."""
+    """A folder or tar of images to use instead: train/CLASS/NAME and test/CLASS/NAME, or CLASS/NAME (a fifth tests);
+    or a folder of IDX files."""
     root: str = "data"
     """Where named data sets lie, or are downloaded to."""
     download: bool = True
@@ -167,6 +169,7 @@ class TrainSettings:
         field_types.check(self)
         for section in dataclasses.fields(self):
             field_types.check(getattr(self, section.name), f"{section.name}.")
+        check_step(self.attack.step_size, self.attack.norm)
         optim, method = self.optim, self.method
         method.attack_steps(self.attack.steps)
         if len(optim.milestones) != len(optim.lr_decay):
@@ -205,6 +208,8 @@ class EvaluateSettings:
     """Budget, in units of images in [0, 1]."""
     step_size: Annotated[float | None, Ge(0), _RUNS] = None
     """Of one attack step."""
+    path: str | None = None
+    """Where the run's images lie now, if they have moved; they must be the same."""
     part: Literal["test", "val", "train"] = "test"
     images: Annotated[int | None, Ge(1)] = None
     """Judge only so many images of the part, class shares kept."""
@@ -228,6 +233,19 @@ class EvaluateSettings:
         field_types.check(self)
         if not self.attacks:
             raise ValueError("attacks: got none; give at least one, such as clean pgd20")
+        if self.transfer_from is not None and not self.masking:
+            raise ValueError(
+                f"transfer_from: got {self.transfer_from} with masking off, which alone uses it; leave one of them out"
+            )
+
+
+def check_step(step_size: float, norm: str) -> None:
+    """A step of more than white from black is a mistake in the unit. Raises: ValueError."""
+    if norm == "linf" and step_size > 1:
+        raise ValueError(
+            f"step_size: got {step_size:g}, but images are in [0, 1]; it must be at most 1 under linf (did you mean "
+            f"{step_size:g}/255?)"
+        )
 
 
 def lr_factor(optim: OptimSettings, epoch: int) -> float:
