@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..report.text_format import attack_title
+from ..report.text_format import attack_title, distinct
 
 
 def verdict(result: dict[str, Any], run: Path) -> str:
@@ -71,8 +71,8 @@ def _masking(masked: dict[str, Any]) -> list[str]:
 
 
 def _worst(attack: dict[str, Any], classes: list[str]) -> str:
-    values = {name: c["value"] for name, c in zip(classes, attack["per_class"], strict=True) if c["value"] is not None}
-    return min(values, key=values.get)[:12]
+    values = {i: c["value"] for i, c in enumerate(attack["per_class"]) if c["value"] is not None}
+    return distinct(classes)[min(values, key=values.get)]
 
 
 def _interval(i: dict[str, float | None]) -> str:
