@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 NONE = "–"
@@ -57,7 +57,8 @@ def distinct(names: Sequence[str], length: int = 40) -> list[str]:
     for _ in names:  # those still alike share a longer beginning
         for alike in [name for name, count in Counter(out).items() if count > 1]:
             members = [i for i, name in enumerate(out) if name == alike]
-            start = max(0, len(os.path.commonprefix([whole[i] for i in members])) - BEFORE)
+            letters = zip(*(whole[i] for i in members), strict=False)
+            start = max(0, len(list(takewhile(lambda at: len(set(at)) == 1, letters))) - BEFORE)
             for i in members:
                 rest = f"…{whole[i][start:]}"
                 out[i] = rest if len(rest) <= length else f"{rest[: length - 1]}…"

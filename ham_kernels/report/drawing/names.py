@@ -1,4 +1,4 @@
-"""Names as figures can show them: cut so that they differ, in fonts that have their letters, else numbers with a key."""
+"""Names as figures can show them: cut so that they differ, in fonts that have their letters, else numbered."""
 
 from __future__ import annotations
 
