@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import data, evaluation
 from ..common import provenance
 from ..common.files import write_atomically
+from ..common.troubles import text
 from ..evaluation.named_attacks import plans
+from ..report.reading.evaluations import Attack
+from ..report.reading.flags import contradiction
+from ..report.reading.json_types import read_as
 from ..runs.folder import RunFolder
 from ..runs.settings import EvaluateSettings, TrainSettings
 from .evaluation_text import verdict
@@ -123,7 +129,7 @@ class _Judge:
         facts = provenance.machine()
         on = {"cpu": facts["cpu"], "gpu": facts["gpu"], "torch": torch.__version__, "commit": provenance.commit()}
         with self.progress as progress:
-            loader = self._loader(s.part, self.n)
+            loader = _Noted(self._loader(s.part, self.n))
             for attack in s.attacks:
                 name = f"{attack}-r{s.restarts}" if s.restarts > 1 and attack.startswith(("pgd", "cw")) else attack
                 if result["attacks"].get(name, {}).get("n", 0) >= self.n:
@@ -133,7 +139,7 @@ class _Judge:
                     device=self.device, store=self.run.path / "evaluation" / f".{self.stem}.flags.json",
                     identity=self.identity, progress=progress, **self.how,
                 )  # fmt: skip
-                result["attacks"][name] = {**found[attack], "on": on}
+                result["attacks"][name] = {**found[attack], **loader.noted, "on": on}
                 self.run.write_json(self.name, result)
             if s.masking:
                 self._once(result, "masking", self._masking_key(result), self._masking)
@@ -161,6 +167,7 @@ class _Judge:
             return
         if all(old.get(k) == v for k, v in self.identity.items()):
             self.result = {**old, **{k: v for k, v in fresh.items() if k != "attacks"}}
+            self._drop_altered()
             return
         epoch, have = old.get("epoch"), self.identity["epoch"]
         if isinstance(epoch, int) and epoch > have:
@@ -171,6 +178,13 @@ class _Judge:
             f"{self.path} is of epoch {epoch}, the weights are of epoch {have}: judged anew, the old file is {kept}",
             sys.stderr,
         )
+
+    def _drop_altered(self) -> None:
+        """Attacks whose accuracies do not follow from their flags are judged anew."""
+        for name, attack in list(self.result["attacks"].items()):
+            if why := contradiction(read_as(Attack, attack)):
+                say(text("flags_contradict", file=self.path, attack=name, why=why), sys.stderr)
+                del self.result["attacks"][name]
 
     def _later(self, epoch: int, have: int) -> str:
         """Why a damaged checkpoint's judgement stays."""
@@ -220,6 +234,26 @@ class _Judge:
     def _loader(self, part: str, count: int | None):
         images = self.images.limit(part, count)
         return data.part_loader(images, part, self.settings.batch_size, device=self.device, workers=self.workers)
+
+
+class _Noted:
+    """A loader; `noted` is what its images were once they have passed: {"labels", "images_sha256"}.
+
+    The digest is of pixels of 8 bits and labels, whatever the batch size and the device.
+    """
+
+    def __init__(self, loader: data.Batches | data.FileBatches):
+        self._loader, self.rows, self.noted = loader, loader.rows, {}
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        digest, labels = hashlib.sha256(), []
+        for x, y in self._loader:
+            digest.update((255 * x).round().to(torch.uint8).cpu().contiguous().numpy())
+            labels += y.tolist()
+            yield x, y
+        told = " ".join(map(str, labels))
+        digest.update(f"{tuple(x.shape[1:])} {told}".encode())
+        self.noted = {"labels": told, "images_sha256": digest.hexdigest()}
 
 
 class _Progress:

@@ -116,6 +116,16 @@ TROUBLES: dict[str, Trouble] = {
     # ------------------------------------------------------------ data
     # ------------------------------------------------------------ ops
     # ------------------------------------------------------------ runs and reports
+    "flags_contradict": Trouble(
+        "runs: {file}: what it states under {attack} does not follow from its flags, one per image ({why}); left out",
+        "The file was altered or cut short: accuracies, flags and labels are written together.",
+        "`ham evaluate` judges the run anew",
+    ),
+    "log_altered": Trouble(
+        "runs: {file} {why}; what follows is left out",
+        "The log was altered or cut short. Its lines have checksums, each of all lines before it.",
+        "`ham train --resume` writes the log anew from the newest checkpoint",
+    ),
     # ------------------------------------------------------------ machines
     "several_processes": Trouble(
         "WORLD_SIZE: is {world}, and one process trains and judges a model here",

@@ -62,7 +62,7 @@ def _slug(text: str) -> str:
 def _errors(section: Section, drawn: str = "Error bars") -> str:
     counts = {len(g["runs"]) for g in section["groups"]}
     several = "one standard deviation over seeds"
-    one = "the 95 % bootstrap interval over test images"
+    one = "the 95 % interval over test images"
     if counts == {1}:
         return f"{drawn}: {one} (one seed each)."
     return f"{drawn}: {several}." if 1 not in counts else f"{drawn}: {several}; with one seed, {one}."
@@ -107,8 +107,8 @@ def _differences(section: Section) -> str:
     if _mapped(section, "differences"):
         return f"{what} {MAPPED}"
     return (
-        f"{what} Error bars: standard deviation of the differences seed by seed; with one seed, or with other seeds "
-        "than the baseline's, both sides' spreads or intervals combined (squares added)."
+        f"{what} Error bars: standard deviation of the differences seed by seed; with one seed each and the same "
+        "images, a 95 % bootstrap interval of both answers in pairs; else both sides' spreads combined (squares added)."
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...common import line_sums, troubles
 from ...common.locks import held
 from ...methods.settings import Method
 from ...runs.config_file import method_of
@@ -45,6 +46,7 @@ class Epoch:
     seconds: float | None = None  # training only
     val: Mapping[str, Validation] | None = None
     val_ema: Mapping[str, Validation] | None = None
+    cpu_seconds: float | None = None  # of all threads, in the same time
     mined: bool | None = None  # rows were screened or weighed
 
     @property
@@ -66,7 +68,8 @@ class Run:
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     busy: bool = False  # a process works on it
-    others: list[str] = field(default_factory=list)  # evaluations of another budget, precision, part or seed
+    data: dict[str, Any] = field(default_factory=dict)  # of its images: classes, counts, digest
+    left_out: dict[str, str] = field(default_factory=dict)  # {evaluation: the part, budget, precision or seed it is of}
 
     def _scalar(self, section: str, key: str, kind: type | tuple[type, ...]) -> Any:
         """A setting, or None where it is not there or of another type."""
@@ -110,6 +113,12 @@ class Run:
             return Path(path).name
         named = self._scalar("data", "dataset", str)
         return named or next((e.dataset for e in self.evaluations.values() if e.dataset), None)
+
+    @property
+    def images(self) -> dict[str, str]:
+        """Digests of images and labels: of all parts ("all"), and of those judged ("test 200")."""
+        told = {f"{e.part} {a.n}": a.images_sha256 for e in self.evaluations.values() for a in e.attacks.values()}
+        return {what: digest for what, digest in {"all": self.data.get("sha256"), **told}.items() if digest}
 
     @property
     def planned_epochs(self) -> int | None:
@@ -160,8 +169,8 @@ class Run:
             out.append(("no training time: epochs are missing in metrics.jsonl", None))
         if not self.evaluations:
             what = "not evaluated"
-            if self.others:
-                what += f" on test images at its own budget in fp32 with seed 0 ({OTHERS}: {', '.join(self.others)})"
+            if self.left_out:
+                what += f" on test images at its own budget in fp32 with seed 0 ({OTHERS}: {', '.join(self.left_out)})"
             out.append((what, self._command(EVALUATE)))
         return out
 
@@ -179,10 +188,14 @@ def read_run(folder: str | Path) -> Run:
     run.config = read_mapping(folder / "config.toml", run.notes)
     run.environment = read_mapping(folder / "environment.json", run.notes)
     run.status = read_mapping(folder / "status.json", run.notes)
+    run.data = read_mapping(folder / "data.json", run.notes)
     run.epochs = _read_metrics(folder / "metrics.jsonl", run.notes)
     run.busy = held(folder / ".lock")
-    names = (path.name for path in (folder / "evaluation").glob("[!.]*.json"))
-    run.others = sorted(name for name in names if name.removesuffix(".json") not in WEIGHTS)
+    logged, told = run.epochs[-1].epoch if run.epochs else None, run.status.get("epoch")
+    if isinstance(told, int) and logged is not None and logged < told and not run.busy:
+        _tell_log(run.notes, f"ends at epoch {logged}, while status.json says that {told} are done")
+    others = sorted(path for path in (folder / "evaluation").glob("[!.]*.json") if path.stem not in WEIGHTS)
+    run.left_out = {path.name: _other(run, read_mapping(path, run.notes)) for path in others}
     for weights in WEIGHTS:
         _read_evaluation(run, weights)
     return run
@@ -203,6 +216,14 @@ def _read_evaluation(run: Run, weights: str) -> None:
             f"{_shown(path)} is of epoch {judged.epoch}, the run is at epoch {run.epochs[-1].epoch}: "
             f"`{run._command(EVALUATE)}`"
         )
+
+
+def _other(run: Run, raw: Mapping[str, Any]) -> str:
+    """In what an evaluation differs from those that a report shows."""
+    step = run._scalar("attack", "step_size", (int, float))
+    usual = {"part": "test", "eps": run.eps, "step_size": step, "precision": "fp32", "seed": 0}
+    apart = [key for key, value in usual.items() if key in raw and raw[key] != value]
+    return ", ".join(f"{key.replace('_', ' ')} {raw[key]}" for key in apart) or "another choice"
 
 
 # ---------------------------------------------------------------- files
@@ -236,12 +257,22 @@ def read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
     return value
 
 
+def _tell_log(notes: list[str], why: str) -> None:
+    notes.append(troubles.text("log_altered", file="metrics.jsonl", why=why))
+    troubles.warn("log_altered", file="metrics.jsonl", why=why)
+
+
 def _read_metrics(path: Path, notes: list[str]) -> list[Epoch]:
+    """Its epochs, up to the first line whose checksum is not that of what precedes it."""
     lines = (_bytes_of(path, notes) or b"").rstrip().split(b"\n")
     epochs: list[Epoch] = []
+    altered = line_sums.first_altered(lines)
     for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        if i == altered and line.endswith(b"}"):  # else torn
+            _tell_log(notes, f"line {i} is not as it was written, or lines before it are gone")
+            break
         try:
             epoch = read_as(Epoch, json.loads(line.decode("utf-8")))
         except MALFORMED as error:
