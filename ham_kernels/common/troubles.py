@@ -122,7 +122,7 @@ TROUBLES: dict[str, Trouble] = {
         "`ham evaluate` judges the run anew",
     ),
     "log_altered": Trouble(
-        "runs: {file} {why}; what follows is left out",
+        "runs: {file} {why}",
         "The log was altered or cut short. Its lines have checksums, each of all lines before it.",
         "`ham train --resume` writes the log anew from the newest checkpoint",
     ),

@@ -142,8 +142,14 @@ class Run:
     def seconds(self) -> float | None:
         """Training time of all epochs; None where an epoch is not in the log."""
         times = [e.seconds for e in self.epochs]
-        whole = [e.epoch for e in self.epochs] == list(range(1, len(times) + 1))
+        whole = [e.epoch for e in self.epochs] == list(range(1, len(times) + 1)) and not self.cut
         return sum(times) if times and whole and None not in times else None
+
+    @property
+    def cut(self) -> bool:
+        """Whether more epochs are done than the log holds."""
+        told = self.status.get("epoch")
+        return isinstance(told, int) and bool(self.epochs) and self.epochs[-1].epoch < told and not self.busy
 
     @property
     def sessions(self) -> list[dict[str, Any]]:
@@ -191,9 +197,9 @@ def read_run(folder: str | Path) -> Run:
     run.data = read_mapping(folder / "data.json", run.notes)
     run.epochs = _read_metrics(folder / "metrics.jsonl", run.notes)
     run.busy = held(folder / ".lock")
-    logged, told = run.epochs[-1].epoch if run.epochs else None, run.status.get("epoch")
-    if isinstance(told, int) and logged is not None and logged < told and not run.busy:
-        _tell_log(run.notes, f"ends at epoch {logged}, while status.json says that {told} are done")
+    if run.cut and not any(note.startswith("runs: metrics.jsonl") for note in run.notes):
+        told = f"while status.json says that {run.status['epoch']} are done"
+        _tell_log(run.notes, f"ends at epoch {run.epochs[-1].epoch}, {told}")
     others = sorted(path for path in (folder / "evaluation").glob("[!.]*.json") if path.stem not in WEIGHTS)
     run.left_out = {path.name: _other(run, read_mapping(path, run.notes)) for path in others}
     for weights in WEIGHTS:
@@ -271,7 +277,7 @@ def _read_metrics(path: Path, notes: list[str]) -> list[Epoch]:
         if not line.strip():
             continue
         if i == altered and line.endswith(b"}"):  # else torn
-            _tell_log(notes, f"line {i} is not as it was written, or lines before it are gone")
+            _tell_log(notes, f"line {i} is not as written, or lines before it are gone; left out from there")
             break
         try:
             epoch = read_as(Epoch, json.loads(line.decode("utf-8")))
