@@ -123,7 +123,7 @@ def test_results_that_do_not_follow_from_their_flags_are_refused(tmp_path, what)
     give_flags(runs[1], ["1110", "1000"])
     built(runs, tmp_path / "whole")
     change_evaluation(runs[1], altered(what))
-    with pytest.warns(HamWarning, match=r"^runs: evaluation/ema\.json: .* under pgd20 .*ham evaluate"):
+    with pytest.warns(HamWarning, match=r"^runs: .*ham/evaluation/ema\.json: .* under pgd20 .*ham evaluate"):
         page, (section,), _ = built(runs, tmp_path / "out")
     assert "evaluation/ema.json: what it states under pgd20 does not follow from its flags" in page
     assert list(section["groups"][1]["accuracy"]["ema"]) == ["clean"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ...common import troubles
@@ -124,7 +125,7 @@ class Evaluation:
     easy: Easy | None = None
 
 
-def read_evaluation(weights: str, raw: Mapping[str, Any], notes: list[str]) -> Evaluation:
+def read_evaluation(weights: str, raw: Mapping[str, Any], notes: list[str], file: Path) -> Evaluation:
     """Raises one of MALFORMED where it is no evaluation; what is wrong in an optional part goes to `notes`."""
     if raw.get("format") != 1:
         raise ValueError(f"format {raw.get('format')!r} is not known here; this version reads format 1")
@@ -133,7 +134,7 @@ def read_evaluation(weights: str, raw: Mapping[str, Any], notes: list[str]) -> E
         _of_each_class(found, f"{name}: per_class", attack.per_class)
     wrong = {name: why for name, attack in found.attacks.items() if (why := contradiction(attack))}
     for name, why in wrong.items():
-        facts = {"file": f"evaluation/{weights}.json", "attack": name, "why": why}
+        facts = {"file": file, "attack": name, "why": why}
         notes.append(troubles.text("flags_contradict", **facts))
         troubles.warn("flags_contradict", **facts)
     parts = {"attacks": {name: attack for name, attack in found.attacks.items() if name not in wrong}}

@@ -197,9 +197,9 @@ def read_run(folder: str | Path) -> Run:
     run.data = read_mapping(folder / "data.json", run.notes)
     run.epochs = _read_metrics(folder / "metrics.jsonl", run.notes)
     run.busy = held(folder / ".lock")
-    if run.cut and not any(note.startswith("runs: metrics.jsonl") for note in run.notes):
+    if run.cut and not any("metrics.jsonl line" in note for note in run.notes):
         told = f"while status.json says that {run.status['epoch']} are done"
-        _tell_log(run.notes, f"ends at epoch {run.epochs[-1].epoch}, {told}")
+        _tell_log(folder / "metrics.jsonl", run.notes, f"ends at epoch {run.epochs[-1].epoch}, {told}")
     others = sorted(path for path in (folder / "evaluation").glob("[!.]*.json") if path.stem not in WEIGHTS)
     run.left_out = {path.name: _other(run, read_mapping(path, run.notes)) for path in others}
     for weights in WEIGHTS:
@@ -213,7 +213,7 @@ def _read_evaluation(run: Run, weights: str) -> None:
     if not raw:
         return
     try:
-        judged = run.evaluations[weights] = read_evaluation(weights, raw, run.notes)
+        judged = run.evaluations[weights] = read_evaluation(weights, raw, run.notes, path)
     except MALFORMED as error:
         run.notes.append(f"{_shown(path)}: not an evaluation ({type(error).__name__}: {error})")
         return
@@ -263,9 +263,9 @@ def read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
     return value
 
 
-def _tell_log(notes: list[str], why: str) -> None:
-    notes.append(troubles.text("log_altered", file="metrics.jsonl", why=why))
-    troubles.warn("log_altered", file="metrics.jsonl", why=why)
+def _tell_log(path: Path, notes: list[str], why: str) -> None:
+    notes.append(troubles.text("log_altered", file=path, why=why))
+    troubles.warn("log_altered", file=path, why=why)
 
 
 def _read_metrics(path: Path, notes: list[str]) -> list[Epoch]:
@@ -277,7 +277,7 @@ def _read_metrics(path: Path, notes: list[str]) -> list[Epoch]:
         if not line.strip():
             continue
         if i == altered and line.endswith(b"}"):  # else torn
-            _tell_log(notes, f"line {i} is not as written, or lines before it are gone; left out from there")
+            _tell_log(path, notes, f"line {i} is not as written, or lines before it are gone; left out from there")
             break
         try:
             epoch = read_as(Epoch, json.loads(line.decode("utf-8")))
