@@ -92,6 +92,10 @@ def test_other_evaluations_are_named_where_there_is_none_that_is_shown(tmp_path)
     change_evaluation(run, lambda raw: raw.update(precision="bf16"), other.removesuffix(".json"))
     page, _ = built([run], tmp_path / "shown")
     assert f"<li>run: {other} (precision bf16)</li>" in page
+    (run / "evaluation" / "ema.json.epoch2-0123abcd").write_text('{"epoch": 2}')
+    page, _ = built([run], tmp_path / "earlier")
+    assert "<li>run: ema.json.epoch2-0123abcd (earlier weights, of epoch 2)</li>" in page
+    (run / "evaluation" / "ema.json.epoch2-0123abcd").unlink()
     (run / "evaluation" / "ema.json").unlink()
     page, _ = built([run], tmp_path / "out")
     assert "not evaluated on test images at its own budget in fp32 with seed 0" in page

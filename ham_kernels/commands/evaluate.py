@@ -21,7 +21,7 @@ from ..common.troubles import text
 from ..evaluation.named_attacks import plans
 from ..report.reading.evaluations import Attack
 from ..report.reading.flags import contradiction
-from ..report.reading.json_types import read_as
+from ..report.reading.json_types import MALFORMED, read_as
 from ..runs.folder import RunFolder
 from ..runs.settings import EvaluateSettings, TrainSettings
 from .evaluation_text import verdict
@@ -182,7 +182,11 @@ class _Judge:
     def _drop_altered(self) -> None:
         """Attacks whose accuracies do not follow from their flags are judged anew."""
         for name, attack in list(self.result["attacks"].items()):
-            if why := contradiction(read_as(Attack, attack)):
+            try:
+                why = contradiction(read_as(Attack, attack))
+            except MALFORMED as error:
+                why = f"{type(error).__name__}: {error}"
+            if why:
                 say(text("flags_contradict", file=self.path, attack=name, why=why), sys.stderr)
                 del self.result["attacks"][name]
 

@@ -25,6 +25,7 @@ else:
 EVALUATE = "ham evaluate {run}"
 RESUME = "ham train --resume {run}"
 OTHERS = "reports show no other evaluations, of which it has"
+SHOWN = tuple(f"{weights}.json" for weights in WEIGHTS)
 MARKS = ("config.toml", "status.json", "metrics.jsonl", "evaluation")
 
 
@@ -200,8 +201,8 @@ def read_run(folder: str | Path) -> Run:
     if run.cut and not any("metrics.jsonl line" in note for note in run.notes):
         told = f"while status.json says that {run.status['epoch']} are done"
         _tell_log(folder / "metrics.jsonl", run.notes, f"ends at epoch {run.epochs[-1].epoch}, {told}")
-    others = sorted(path for path in (folder / "evaluation").glob("[!.]*.json") if path.stem not in WEIGHTS)
-    run.left_out = {path.name: _other(run, read_mapping(path, run.notes)) for path in others}
+    others = sorted(path for path in (folder / "evaluation").glob("[!.]*.json*") if path.name not in SHOWN)
+    run.left_out = {path.name: _other(run, path) for path in others}
     for weights in WEIGHTS:
         _read_evaluation(run, weights)
     return run
@@ -224,8 +225,11 @@ def _read_evaluation(run: Run, weights: str) -> None:
         )
 
 
-def _other(run: Run, raw: Mapping[str, Any]) -> str:
+def _other(run: Run, path: Path) -> str:
     """In what an evaluation differs from those that a report shows."""
+    raw = read_mapping(path, run.notes)
+    if ".json.epoch" in path.name:
+        return f"earlier weights, of epoch {raw.get('epoch')}"
     step = run._scalar("attack", "step_size", (int, float))
     usual = {"part": "test", "eps": run.eps, "step_size": step, "precision": "fp32", "seed": 0}
     apart = [key for key, value in usual.items() if key in raw and raw[key] != value]
