@@ -94,7 +94,7 @@ def test_other_precision_is_not_ranked(tmp_path):
     assert "**40.0**" not in text
     measured = [c["measured"] for c in section["claims"] if c["claim"].startswith("worst")]
     assert measured
-    assert all(words.startswith("not judged: judged unlike (test, ") for words in measured)
+    assert all(words.startswith("not judged: judged unlike in precision (bf16 and fp32)") for words in measured)
 
 
 # ---------------------------------------------------------------- flags

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from .. import data, evaluation
 from ..common import provenance
 from ..common.files import write_atomically
-from ..common.troubles import text
 from ..evaluation.named_attacks import plans
-from ..report.reading.evaluations import Attack
-from ..report.reading.flags import contradiction
-from ..report.reading.json_types import MALFORMED, read_as
 from ..runs.folder import RunFolder
 from ..runs.settings import EvaluateSettings, TrainSettings
 from .evaluation_text import verdict
 from .from_settings import device_of, facts_of, images_of, load_model, trained_model
+from .noted_images import NotedLoader, drop_altered
 from .progress import on_terminal, say
 
 FORMAT = 1
@@ -129,7 +124,7 @@ class _Judge:
         facts = provenance.machine()
         on = {"cpu": facts["cpu"], "gpu": facts["gpu"], "torch": torch.__version__, "commit": provenance.commit()}
         with self.progress as progress:
-            loader = _Noted(self._loader(s.part, self.n))
+            loader = NotedLoader(self._loader(s.part, self.n))
             for attack in s.attacks:
                 name = f"{attack}-r{s.restarts}" if s.restarts > 1 and attack.startswith(("pgd", "cw")) else attack
                 if result["attacks"].get(name, {}).get("n", 0) >= self.n:
@@ -167,7 +162,7 @@ class _Judge:
             return
         if all(old.get(k) == v for k, v in self.identity.items()):
             self.result = {**old, **{k: v for k, v in fresh.items() if k != "attacks"}}
-            self._drop_altered()
+            drop_altered(self.result["attacks"], self.path)
             return
         epoch, have = old.get("epoch"), self.identity["epoch"]
         if isinstance(epoch, int) and epoch > have:
@@ -178,17 +173,6 @@ class _Judge:
             f"{self.path} is of epoch {epoch}, the weights are of epoch {have}: judged anew, the old file is {kept}",
             sys.stderr,
         )
-
-    def _drop_altered(self) -> None:
-        """Attacks whose accuracies do not follow from their flags are judged anew."""
-        for name, attack in list(self.result["attacks"].items()):
-            try:
-                why = contradiction(read_as(Attack, attack))
-            except MALFORMED as error:
-                why = f"{type(error).__name__}: {error}"
-            if why:
-                say(text("flags_contradict", file=self.path, attack=name, why=why), sys.stderr)
-                del self.result["attacks"][name]
 
     def _later(self, epoch: int, have: int) -> str:
         """Why a damaged checkpoint's judgement stays."""
@@ -238,26 +222,6 @@ class _Judge:
     def _loader(self, part: str, count: int | None):
         images = self.images.limit(part, count)
         return data.part_loader(images, part, self.settings.batch_size, device=self.device, workers=self.workers)
-
-
-class _Noted:
-    """A loader; `noted` is what its images were once they have passed: {"labels", "images_sha256"}.
-
-    The digest is of pixels of 8 bits and labels, whatever the batch size and the device.
-    """
-
-    def __init__(self, loader: data.Batches | data.FileBatches):
-        self._loader, self.rows, self.noted = loader, loader.rows, {}
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        digest, labels = hashlib.sha256(), []
-        for x, y in self._loader:
-            digest.update((255 * x).round().to(torch.uint8).cpu().contiguous().numpy())
-            labels += y.tolist()
-            yield x, y
-        told = " ".join(map(str, labels))
-        digest.update(f"{tuple(x.shape[1:])} {told}".encode())
-        self.noted = {"labels": told, "images_sha256": digest.hexdigest()}
 
 
 class _Progress:

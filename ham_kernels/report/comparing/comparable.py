@@ -66,8 +66,11 @@ def judged_unlike(accuracies: Iterable[Mapping[str, Any]]) -> str:
         return f"on {ours} images against {theirs} of the baseline"
     if len({digest for accuracy in accuracies for digest in accuracy["digests"]}) > 1:
         return "on other images than the baseline"
-    how = sorted({how for accuracy in accuracies for how in accuracy["how"]})
-    return f"judged unlike ({' and '.join(how)})" if len(how) > 1 else ""
+    for what in ("part", "step size", "precision"):
+        values = sorted({value for accuracy in accuracies for value in accuracy["how"][what]})
+        if len(values) > 1:
+            return f"judged unlike in {what} ({' and '.join(values)})"
+    return ""
 
 
 def _value(what: str, value: Any) -> str:

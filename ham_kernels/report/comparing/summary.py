@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -146,11 +146,16 @@ def _accuracies(group: Group, weights: str) -> dict[str, Any]:
         judged = [
             (run, e, e.attacks[name]) for run, e in zip(group.counted, found, strict=True) if e and name in e.attacks
         ]
-        accuracy["how"] = sorted({f"{e.part}, step size {e.step_size}, {e.precision}" for _, e, _ in judged})
+        told = {"part": lambda e: e.part, "step size": lambda e: e.step_size, "precision": lambda e: e.precision}
+        accuracy["how"] = {what: _known(map(of, (e for _, e, _ in judged))) for what, of in told.items()}
         smallest = [smallest_class(*one) for one in judged]
         accuracy["smallest_class"] = None if None in smallest else min(smallest)
         accuracy["no_gradient"] = {run.name: a.no_gradient for run, _, a in judged if a.no_gradient}
     return out
+
+
+def _known(values: Iterable[Any]) -> list[str]:
+    return sorted({str(value) for value in values if value is not None})
 
 
 def _accuracy(judged: Sequence[Attack | None]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,8 @@ def class_images(attack: Attack) -> list[int] | None:
     """How many images of each class an attack was made on; None where it keeps no labels."""
     if attack.labels is None:
         return None
-    labels = attack.labels.split()
-    return [labels.count(str(c)) for c in range(len(attack.per_class))]
+    counts = Counter(attack.labels.split())
+    return [counts[str(c)] for c in range(len(attack.per_class))]
 
 
 def by_class(attack: Attack) -> list[str]:
