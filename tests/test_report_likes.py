@@ -83,6 +83,9 @@ def test_runs_without_a_digest_fall_back_on_the_name(tmp_path):
     (runs[1] / "data.json").unlink()
     (section,) = sections(read_runs(runs))
     assert section.notes[0].startswith("No digest of the images is kept by ham: ")
+    for run, test in zip(runs, (40, 50), strict=True):
+        write_json(run / "data.json", {"counts": {"train": 9, "test": test}})
+    assert len(sections(read_runs(runs))) == 2
 
 
 def test_other_precision_is_not_ranked(tmp_path):

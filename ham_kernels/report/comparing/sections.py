@@ -38,8 +38,9 @@ def _by_data(runs: Sequence[Run]) -> list[tuple[tuple, list[Run]]]:
 
 
 def _fits(key: tuple, of_section: tuple, run: Run, members: Sequence[Run]) -> bool:
-    """By digests of the images, where both have one; else by the data set's name."""
-    if key[1:3] != of_section[1:3] or key[3] not in (None, of_section[3]):
+    """By digests of the images, where both have one; else by the data set's name and the numbers of images."""
+    counts = [r.data["counts"] for r in (run, *members) if "counts" in r.data]
+    if key[1:3] != of_section[1:3] or key[3] not in (None, of_section[3]) or counts[1:] != counts[:-1]:
         return False
     shared = [(digest, m.images[what]) for what, digest in run.images.items() for m in members if what in m.images]
     return all(a == b for a, b in shared) if shared else key[0] == of_section[0]
