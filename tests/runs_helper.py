@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "--dataset", "digits", "--train-images", "240", "--val-images", "40", "--test-images", "60", "--batch-size", "48",
     "--epochs", "4", "--start-epoch", "3", "--milestones", "4", "--lr-decay", "0.1", "--steps", "3",
-    "--screen-steps", "1", "--val-attack", "pgd2",
+    "--screen-steps", "1", "--val-attack", "pgd2", "--ema-decay", "0.9",
 )  # fmt: skip
 
 

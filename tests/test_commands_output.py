@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,9 @@ import pytest
 from helpers import environment
 from runs_helper import ROOT, TINY
 
+from ham_kernels.commands import evaluate as evaluate_command
 from ham_kernels.commands import progress
+from ham_kernels.training.reports import StepReport
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
 
@@ -71,3 +74,18 @@ def test_only_a_missing_reader_is_passed_over(monkeypatch, capsys):
         progress.say("x", Broken(number))
     with pytest.raises(OSError, match="No space left"):
         progress.say("x", Broken(errno.ENOSPC))
+
+
+# ---------------------------------------------------------------- where no terminal is
+def test_a_minute_without_a_line_is_told(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    shown = progress.TrainProgress(2, 4, done=4)
+    judged = evaluate_command._Progress(quiet=False)
+    for minute in range(3):
+        now = 61.0 * minute
+        shown.batch(StepReport(1.5, 8, 8, None), epoch=2)
+        judged("pgd20", minute + 1, 10)
+    out, err = capsys.readouterr()
+    assert re.findall(r"epoch 2/2  batch (\d)/4  loss 1.500  left \d+:\d\d", out) == ["2", "3"]
+    assert err.splitlines() == ["pgd20 ...", "pgd20: 2 of 10 done", "pgd20: 3 of 10 done"]

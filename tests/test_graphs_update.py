@@ -20,7 +20,7 @@ from objectives import WithLoss
 from torch import Tensor, nn
 
 import ham_kernels as ham
-from ham_kernels.engine import Engine, EngineOptions
+from ham_kernels.engine import Buffers, Engine, EngineOptions
 from ham_kernels.engine import graphs as graphs_module
 from ham_kernels.methods import weighted_ce
 from ham_kernels.methods.mining import Examples
@@ -136,8 +136,10 @@ def test_an_update_that_failed_once_is_captured_later():
     model = Broken(small_cnn(), fail_once, only_train=True)
     twin = copy.deepcopy(model.inner)
     ours, theirs = updater_of(model, Recorder()), updater_of(twin)
+    before = Buffers(model)
     with pytest.raises(RuntimeError, match="once"):
         ours(model, objective(weighted_ce), examples_of(24, 0), False)
+    before.undo()  # as a trainer does
     for seed in range(4):
         ours(model, objective(weighted_ce), examples_of(24, seed), False)
         theirs(twin, objective(weighted_ce), examples_of(24, seed), False)
@@ -164,10 +166,12 @@ def test_nan_in_a_replay_changes_nothing():
     for seed in range(3):
         update(model, objective(weighted_ce), examples_of(24, seed), False)
     before = copy.deepcopy((model.state_dict(), update.optimizer.state_dict()))
+    buffers = Buffers(model)
     bad = examples_of(24, 9)
     bad.weights[3] = torch.nan
     with pytest.raises(ham.NonFiniteError, match="nothing was updated"):
         update(model, objective(weighted_ce), bad, False)
+    buffers.undo()  # as a trainer does
     assert str(before) == str((model.state_dict(), update.optimizer.state_dict()))
     assert torch.isfinite(torch.tensor(update(model, objective(weighted_ce), examples_of(24, 5), False)))
 

@@ -50,6 +50,10 @@ def test_what_is_outside_is_brought_back():
     moved = torch.tensor([0.1, 0.1, 0.0, -0.1]).view(4, 1, 1, 1)
     torch.testing.assert_close(autoattack.projected(x_adv, x, PGD(0.1, 0.1, 0)), x + moved)
     torch.testing.assert_close(autoattack.projected(x_adv, x, PGD(0.2, 0.1, 0, "l2")), x + moved)  # four pixels
+    far = torch.tensor([1e-25, 1e-14, 1e15, torch.inf]).view(4, 1, 1, 1) * torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    black = torch.zeros_like(x)
+    back = autoattack.projected(far, black, PGD(0.2, 0.1, 0, "l2"))
+    torch.testing.assert_close(back[:, 0, 0, 0], torch.tensor([1e-25, 1e-14, 0.2, 0.2]), rtol=1e-6, atol=0)
     edge = torch.full((1, 1, 2, 2), 0.99)
     assert autoattack.projected(edge + 0.02, edge, PGD(0.1, 0.1, 0)).max() == 1.0
 

@@ -13,7 +13,10 @@ from ham_kernels import ops
 pytest.importorskip("triton")
 from ham_kernels.ops.jump import jump_launch, jump_reference
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy, which interprets, on sums that are meant to overflow
+]
 
 SHAPES = [
     (0, 3, 8, 8),  # no rows
@@ -113,6 +116,22 @@ def test_l2_by_hand():
     torch.testing.assert_close(x_adv, torch.tensor([[[[0.5, 0.3]]]]))
 
 
+@pytest.mark.parametrize("factor", [1.0, 1e10, 1e22, 1e38, 1e300])
+@pytest.mark.parametrize("last", [1e-30, 1e-13, 0.1])
+@pytest.mark.parametrize("eps", [1e-20, 0.2])
+def test_l2_jumps_of_any_length(eps, last, factor, device):
+    """Projected on the sphere of radius eps, if they reach it, however short the last step and long the jump."""
+    x, direction = torch.zeros(1, 1, 4, 4, device=device), torch.rand(1, 1, 4, 4, device=device) + 0.1
+    direction /= direction.norm()
+    stays = torch.tensor([False], device=device)
+    expected = direction.double() * min(eps, last * (1 + min(factor, 3e38)))
+    by_op, by_kernel = last * direction, last * direction
+    ops.jump(by_op, x, x, stays, factor, eps, norm="l2")
+    jump_launch(by_kernel, x, x, stays, min(factor, 3e38), eps, None, 0.0, 1.0, True)
+    for got in (by_op, by_kernel):
+        torch.testing.assert_close(got.double(), expected, rtol=4e-6, atol=0)
+
+
 def test_no_graph_and_no_surprise_for_autograd():
     x_adv, x, before = batch((2, 1, 4, 4))
     x_adv.requires_grad_()
@@ -126,6 +145,7 @@ def test_no_graph_and_no_surprise_for_autograd():
     ("change", "error", "message"),
     [
         ({"x": torch.rand(2, 1, 4, 5)}, ValueError, "x: got shape"),
+        ({"x_adv": torch.rand(2, 1, 1, 4).expand(2, 1, 4, 4)}, ValueError, "x_adv: has strides.*share memory"),
         ({"before": torch.rand(2, 1, 4, 4).half()}, TypeError, "before: got torch.float16"),
         ({"stays": torch.tensor([1, 0])}, TypeError, "stays: got torch.int64; it must be bool"),
         ({"stays": torch.tensor([True])}, ValueError, r"stays: got shape \(1,\); it must be \(2,\)"),
@@ -140,8 +160,16 @@ def test_no_graph_and_no_surprise_for_autograd():
 )
 def test_bad_arguments_are_named(change, error, message):
     x_adv, x, before = batch((2, 1, 4, 4))
-    arguments = {"x": x, "before": before, "stays": torch.tensor([True, False]), "factor": 1.0, "eps": 0.1, **change}
+    arguments = {
+        "x_adv": x_adv,
+        "x": x,
+        "before": before,
+        "stays": torch.tensor([True, False]),
+        "factor": 1.0,
+        "eps": 0.1,
+        **change,
+    }
     kept = x_adv.clone()
     with pytest.raises(error, match=message):
-        ops.jump(x_adv, **arguments)
+        ops.jump(**arguments)
     assert torch.equal(x_adv, kept)

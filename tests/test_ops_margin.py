@@ -240,6 +240,8 @@ BAD = [
     ({"max_step": torch.zeros(3)}, ValueError, r"max_step: got shape \(3,\); it must be \(4,\)"),
     ({"max_step": Y}, TypeError, "max_step: got torch.int64; it must be floating point"),
     ({"max_step": torch.zeros(4, device="meta")}, ValueError, "max_step: is on device meta"),
+    ({"max_step": torch.tensor([0, 1, -1e-30, 2])}, ValueError, "max_step: holds -1e-30; step sizes must be >= 0"),
+    ({"max_step": torch.tensor([0, 1, NAN, -2])}, ValueError, "max_step: holds NaN"),
     ({"space": "softmax"}, ValueError, "space: got 'softmax'; allowed are 'logits', 'probs'"),
 ]
 

@@ -11,12 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ham_kernels import ops
+from ham_reference import method
 
 pytest.importorskip("triton")
 from ham_kernels.ops._layout import as_layout, row_layout
 from ham_kernels.ops.pgd import pgd_step_launch, pgd_step_reference
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy, which interprets, on sums that are meant to overflow
+]
 
 SHAPES = [
     (0, 3, 8, 8),  # no rows
@@ -178,6 +182,59 @@ def test_a_gradient_that_is_not_finite_harms_no_other_pixel(norm, bad, device):
     check(by_kernel, step_both(x_adv, x, grad, device, norm=norm)[1], norm)
 
 
+def by_ham_reference(x_adv, x, grad, eps, step_size):
+    x_adv.copy_(method.pgd_step(x_adv, x, grad, eps, step_size, "l2"))
+
+
+def by_op(x_adv, x, grad, eps, step_size):
+    ops.pgd_step(x_adv, x, grad, eps, step_size, lo=-1.0, norm="l2")
+
+
+def by_launcher(x_adv, x, grad, eps, step_size):
+    pgd_step_launch(x_adv, x, grad, None, None, eps, step_size, None, None, -1.0, 1.0, True)
+
+
+L2_STEPS = pytest.mark.parametrize("step", [by_op, by_launcher, by_ham_reference])
+
+
+@L2_STEPS
+@pytest.mark.parametrize("scale", [1e-42, 1e-40, 1e-38, 1e-30, 1e-20, 1e-13, 1e-6, 1e6, 1e19, 1e30, 3e38])
+def test_an_l2_step_is_a_full_one_whatever_the_size_of_the_gradient(scale, step, device):
+    x = torch.full((3, 3, 8, 8), 0.5, device=device)
+    x_adv, grad = x.clone(), torch.randn(x.shape, device=device, dtype=torch.float64)
+    grad = grad / grad.flatten(1).abs().amax(1).view(-1, 1, 1, 1) * scale
+    grad[2] = 0.0
+    step(x_adv, x, grad.float(), 0.5, 0.1)
+    exact = grad.float().double()  # denormal numbers are rounded, and that is what counts
+    direction = exact / exact.flatten(1).norm(dim=1).clamp_min(1e-300).view(-1, 1, 1, 1)
+    torch.testing.assert_close((x_adv - x).double(), 0.1 * direction, rtol=0, atol=1e-6)
+    assert torch.equal(x_adv[2], x[2])
+
+
+@L2_STEPS
+@pytest.mark.parametrize("eps", [1e-20, 1e-13, 1e-6, 0.5])
+def test_an_l2_ball_of_any_radius(eps, step, device):
+    """A point within it is not moved, and one far outside lands on its sphere."""
+    x = torch.zeros(2, 3, 8, 8, device=device)
+    direction = torch.rand_like(x) + 0.1
+    direction /= direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    x_adv = direction * torch.tensor([0.9 * eps, 0.9], device=device).view(-1, 1, 1, 1)
+    step(x_adv, x, torch.zeros_like(x), eps, 1.0)
+    expected = direction.double() * torch.tensor([0.9 * eps, min(eps, 0.9)], device=device).view(-1, 1, 1, 1)
+    torch.testing.assert_close(x_adv.double(), expected, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("step_size", [1e30, 3e38, 1e300])
+def test_a_huge_l2_step_ends_on_the_sphere(step_size, device):
+    x = torch.full((2, 1, 4, 4), 0.5, device=device)
+    x_adv, grad = x.clone(), torch.zeros_like(x)
+    grad[0, 0, 0, 0] = 1e-30
+    ops.pgd_step(x_adv, x, grad, 0.25, step_size, norm="l2")
+    expected = x.clone()
+    expected[0, 0, 0, 0] = 0.75
+    torch.testing.assert_close(x_adv, expected)
+
+
 def test_by_hand(device):
     x = torch.tensor([[0.5, 0.5, 0.5, 0.0, 1.0]], device=device)
     x_adv = torch.tensor([[0.5, 0.75, 0.5, 0.0, 1.0]], device=device)
@@ -258,7 +315,7 @@ def test_any_step(device, data):
 
 
 X = torch.rand(4, 3, 8, 8)
-INDEX = torch.tensor([0, 3], dtype=torch.int32)
+INDEX, COUNT = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
 BAD = [
     ({"x_adv": X.numpy()}, TypeError, "x_adv: got ndarray; it must be a torch.Tensor"),
     ({"x_adv": X.to("meta")}, ValueError, "x_adv: is on device meta"),
@@ -280,6 +337,13 @@ BAD = [
     ({"grad": X[:2], "index": INDEX + 1}, ValueError, "index: names rows 1 to 4; it must stay in 0..3"),
     ({"grad": X[:2], "index": INDEX - 1}, ValueError, "index: names rows -1 to 2"),
     ({"grad": X[:2], "index": [0, 3]}, TypeError, "index: got"),
+    ({"x_adv": X[:1].expand(4, -1, -1, -1)}, ValueError, r"x_adv: has strides \(0, 64, 8, 1\).*share memory"),
+    ({"x_adv": X[..., :1].expand(-1, -1, -1, 8)}, ValueError, "x_adv: has strides.*share memory"),
+    ({"x_adv": torch.rand(195).unfold(0, 192, 1).view(4, 3, 8, 8)}, ValueError, "x_adv: has strides"),
+    ({"grad": X[:2], "index": INDEX * 0}, ValueError, "index: names row 0 2 times; each row may be named once"),
+    ({"count": COUNT * -1}, ValueError, r"count: got -2; it must be in 0\.\.4, the rows of grad"),
+    ({"count": COUNT + 3}, ValueError, r"count: got 5; it must be in 0\.\.4"),
+    ({"grad": X[:1], "index": INDEX, "count": COUNT}, ValueError, r"count: got 2; it must be in 0\.\.1, the rows"),
     ({"count": 3}, TypeError, r"count: got 3 \(int\)"),
     ({"count": torch.tensor([1.0])}, TypeError, "count: got torch.float32; it must be int32"),
     ({"count": torch.tensor(1, dtype=torch.int32)}, ValueError, r"count: got shape \(\); it must be \(1,\)"),
@@ -304,6 +368,24 @@ def test_bad_input(change, error, message):
     arguments = {"x_adv": X.clone(), "x": X, "grad": X, "eps": 0.1, "step_size": 0.02, **change}
     with pytest.raises(error, match=f"^{message}"):
         ops.pgd_step(**arguments)
+
+
+def test_memory_that_is_the_rows_own():
+    """Slices, transposes and memory formats are written in place; dimensions of size 1 may have any stride."""
+    for layout in LAYOUTS:
+        t = in_layout(X, layout)
+        assert ops.pgd_step(t, X, X, 0.1, 0.02) is t
+    ops.pgd_step(
+        torch.rand(3, 1, 8, 8).expand(3, 1, 8, 8)[:, :, 2:7:2, 1:], X[:3, :1, :3, :7], X[:3, :1, :3, :7], 0.1, 0.1
+    )
+    ops.pgd_step(torch.rand(1, 3).as_strided((1, 3), (0, 1)), X[0, 0, :1, :3], X[0, 0, :1, :3], 0.1, 0.1)
+    ops.pgd_step(X[:0, :1].expand(0, 3, 8, 8), X[:0], X[:0], 0.1, 0.1)
+
+
+def test_rows_may_be_named_again_where_nobody_looks():
+    x_adv, index = X.clone(), torch.tensor([2, 2, 2, -7], dtype=torch.int32)
+    ops.pgd_step(x_adv, X, X, 0.1, 0.02, index=index, count=COUNT - 1)
+    assert (x_adv != X).flatten(1).any(1).tolist() == [False, False, True, False]
 
 
 def test_bad_input_changes_nothing():

@@ -94,6 +94,8 @@ def test_public_weights_of_any_dtype_and_stride(dtype, device):
         ({"max_step": torch.arange(3)}, TypeError, "max_step: got torch.int64"),
         ({"max_step": torch.rand(3, 1)}, ValueError, r"max_step: got shape \(3, 1\)"),
         ({"max_step": torch.rand(3, device="meta")}, ValueError, "max_step: is on device meta"),
+        ({"max_step": torch.tensor([1.0, -0.5])}, ValueError, "max_step: holds -0.5; step sizes must be >= 0"),
+        ({"max_step": torch.tensor([1.0, math.nan])}, ValueError, "max_step: holds NaN; step sizes must be >= 0"),
         ({"lam": -1}, ValueError, "lam: got -1.0; it must be finite and >= 0"),
         ({"lam": math.inf}, ValueError, "lam: got inf"),
         ({"lam": None}, TypeError, "lam: got None"),

@@ -143,6 +143,7 @@ def test_signal_ends_with_a_checkpoint(number, code, reference, tmp_path):
             break
         shutil.rmtree(tmp_path / "run")
     assert status == code, out
+    assert f"{signal.Signals(number).name}: stops after this batch; again: at once" in out
     assert f"stopped by {signal.Signals(number).name}; go on with `ham train --resume run`" in out
     state = json.loads((tmp_path / "run/status.json").read_text())
     assert state["state"] == "interrupted"

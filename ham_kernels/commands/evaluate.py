@@ -21,7 +21,7 @@ from ..runs.settings import EvaluateSettings, TrainSettings
 from .evaluation_text import verdict
 from .from_settings import device_of, facts_of, images_of, load_model, trained_model
 from .noted_images import NotedLoader, drop_altered
-from .progress import on_terminal, say
+from .progress import Heartbeat, on_terminal, say
 
 FORMAT = 1
 
@@ -225,10 +225,10 @@ class _Judge:
 
 
 class _Progress:
-    """A bar per attack on a terminal, else a line per attack."""
+    """A bar per attack on a terminal, else a line per attack, and one a minute."""
 
     def __init__(self, quiet: bool):
-        self._quiet, self._bars = quiet, on_terminal()
+        self._quiet, self._bars, self._heartbeat = quiet, on_terminal(), Heartbeat()
         self._bar: tqdm | None = None
         self._name = ""
 
@@ -249,6 +249,7 @@ class _Progress:
             return
         self._name = name
         self.close()
+        self._heartbeat.spoken()
         say(f"{name} ...", sys.stderr)
 
     def __call__(self, name: str, done: int, total: int | None) -> None:
@@ -256,6 +257,8 @@ class _Progress:
             return
         if not self._bars:
             self.begin(name)
+            if self._heartbeat.due():
+                say(f"{name}: {done} of {total or '?'} done", sys.stderr)
             return
         if self._bar is None or name != self._name:
             self._name = name

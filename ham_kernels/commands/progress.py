@@ -35,6 +35,23 @@ def on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
+class Heartbeat:
+    """Whether a minute has passed since the last line, where lines are all there is to see."""
+
+    def __init__(self, seconds: float = 60.0):
+        self._seconds = seconds
+        self.spoken()
+
+    def spoken(self) -> None:
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        if time.monotonic() - self._last < self._seconds:
+            return False
+        self.spoken()
+        return True
+
+
 class TrainProgress:
     """Epoch, loss, hard fraction, images/s, time left.
 
@@ -47,7 +64,7 @@ class TrainProgress:
         self._started = time.perf_counter()
         self._new = 0  # batches done by this process
         self._images = 0
-        self._lines = not quiet and not on_terminal()
+        self._lines, self._heartbeat = not quiet and not on_terminal(), Heartbeat()
         self._bar = tqdm(
             total=epochs * batches, initial=done, unit="batch", dynamic_ncols=True, smoothing=0.05,
             disable=quiet or self._lines,
@@ -57,6 +74,12 @@ class TrainProgress:
     def batch(self, step: StepReport, epoch: int) -> None:
         self._new += step.batches
         self._images += step.n
+        if self._lines and self._heartbeat.due():
+            batch = (self._done + self._new - 1) % self._batches + 1
+            say(
+                f"epoch {epoch}/{self._epochs}  batch {batch}/{self._batches}  loss {step.loss:.3f}  "
+                f"left {duration(self._left())}"
+            )
         if self._bar.disable:
             return
         rate = self._images / (time.perf_counter() - self._started)
@@ -70,6 +93,7 @@ class TrainProgress:
         if self._quiet:
             return
         line = f"epoch {report.epoch}/{self._epochs}  {epoch_line(report)}"
+        self._heartbeat.spoken()
         if self._lines:
             say(f"{line}  left {duration(self._left())}{'  (best)' if best else ''}")
         else:

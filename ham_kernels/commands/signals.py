@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,10 +22,14 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Within `with`, SIGINT, SIGTERM and SIGHUP set a flag that `check` turns into Stopped. A second acts at once."""
+    """Within `with`, SIGINT, SIGTERM and SIGHUP set a flag that `check` turns into Stopped. A second acts at once.
 
-    def __init__(self):
+    The first says so on standard error, with what is waited for.
+    """
+
+    def __init__(self, after: str = "this batch"):
         self.number: int | None = None
+        self._after = after
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -48,6 +54,8 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self._restore()
+        with contextlib.suppress(OSError):  # nobody reads; and print may be interrupted in itself
+            os.write(2, f"\n{signal.Signals(number).name}: stops after {self._after}; again: at once\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -43,10 +43,11 @@ def sweep(wanted: Sweep) -> int:
     _check_for_all(wanted)
     say(f"{folder}: {wanted.experiment}, {len(plan)} runs")
     failed = 0
-    with StopRequest() as stop:
+    with StopRequest("the process at hand") as stop:
         worker = _Worker(folder, wanted, stop)
         for i, cell in enumerate(plan, 1):
             stop.check()
+            say(f"[{i}/{len(plan)}] {cell.name} ...")
             start = time.monotonic()
             problem = worker.bring_to_end(cell)
             took = duration(time.monotonic() - start)

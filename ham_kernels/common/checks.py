@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 # ---------------------------------------------------------------- numbers
@@ -74,7 +75,7 @@ def norm(value) -> bool:
 def per_row(name: str, value, x: Tensor) -> tuple[float, Tensor | None]:
     """eps or step_size: (float, None) for a number, (0.0, fp32 tensor (n,)) for one value per row of x."""
     if not isinstance(value, Tensor):
-        return real(name, value), None
+        return min(real(name, value), _LARGEST), None  # the ops reckon in fp32, where a larger one is infinite
     if value.shape != (x.shape[0],):
         raise ValueError(
             f"{name}: got a tensor of shape {tuple(value.shape)}; it must be a number or one value "
@@ -119,8 +120,20 @@ def same(name: str, t, other_name: str, other: Tensor) -> None:
     _on_device_of(name, t, other_name, other)
 
 
+def own_memory(name: str, t: Tensor) -> None:
+    """A tensor that is written in place: each element has a place of its own, as in slices and transposes of one."""
+    reach = 0  # of the dimensions so far, from the smallest stride on
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and t.numel() and stride <= reach:
+            raise ValueError(
+                f"{name}: has strides {t.stride()} for shape {tuple(t.shape)}, so that elements share memory, but it "
+                "is written in place; give it memory of its own (.clone() or .contiguous())"
+            )
+        reach += (size - 1) * stride
+
+
 def step_gradient(grad, x: Tensor, index, count) -> None:
-    """grad, index and count of a PGD step."""
+    """grad, index and count of a PGD step; on a GPU the entries of index and count are not read."""
     tensor("grad", grad)
     if grad.dtype not in IMAGE_DTYPES:
         raise TypeError(f"grad: got {grad.dtype}; it must be float32, float16 or bfloat16")
@@ -140,12 +153,21 @@ def step_gradient(grad, x: Tensor, index, count) -> None:
         _on_device_of(name, t, "x", x)
     if index is not None and grad.shape[0] > index.shape[0]:
         raise ValueError(f"grad: has {grad.shape[0]} rows but index only {index.shape[0]} entries")
-    if index is not None and _readable(index):
-        used = index[: grad.shape[0]]
-        used = used if count is None else used[: int(count)]
+    if not _readable(x):
+        return
+    if count is not None and not 0 <= int(count) <= grad.shape[0]:
+        raise ValueError(f"count: got {int(count)}; it must be in 0..{grad.shape[0]}, the rows of grad")
+    if index is not None:
+        used = index[: grad.shape[0] if count is None else int(count)]
         if used.numel() and (int(used.min()) < 0 or int(used.max()) >= x.shape[0]):
             raise ValueError(
                 f"index: names rows {int(used.min())} to {int(used.max())}; it must stay in 0..{x.shape[0] - 1}"
+            )
+        row, times = used.unique(return_counts=True)
+        if row.numel() < used.numel():
+            raise ValueError(
+                f"index: names row {int(row[times.argmax()])} {int(times.max())} times; each row may be named once, "
+                "since it is written in place"
             )
 
 
@@ -176,6 +198,14 @@ def vector(name: str, t, n: int, other: Tensor) -> None:
     if t.shape != (n,):
         raise ValueError(f"{name}: got shape {tuple(t.shape)}; it must be ({n},)")
     _on_device_of(name, t, "logits", other)
+
+
+def max_step(t, n: int, other: Tensor) -> None:
+    """(n,) maximum adversarial step sizes, >= 0; on a GPU they are not read."""
+    vector("max_step", t, n, other)
+    if _readable(t) and not bool((t >= 0).all()):
+        low = "NaN" if bool(t.isnan().any()) else f"{float(t.min()):g}"
+        raise ValueError(f"max_step: holds {low}; step sizes must be >= 0 (a NaN comes from a model's NaN logits)")
 
 
 def row_flags(name: str, flags, x: Tensor) -> None:

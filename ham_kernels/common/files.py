@@ -108,9 +108,10 @@ def _write_atomically(path: Path, parts: tuple[bytes | memoryview, ...]) -> None
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder outlive a power cut."""
+    """Makes a rename in the folder outlive a power cut, where the file system can be asked to."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with contextlib.suppress(OSError):  # the file itself is written and flushed
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

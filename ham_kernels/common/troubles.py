@@ -127,6 +127,16 @@ TROUBLES: dict[str, Trouble] = {
         "`ham train --resume` writes the log anew from the newest checkpoint",
     ),
     # ------------------------------------------------------------ machines
+    "no_locks": Trouble(
+        "out: {folder} is on a file system without locks ({reason})",
+        "Some network file systems serve no flock. Two processes on one run would overwrite each other's files.",
+        "do not work on it by two commands at once",
+    ),
+    "no_hard_links": Trouble(
+        "out: {folder} is on a file system without hard links ({reason})",
+        "Cloud drives and exFAT have none, so that two processes that begin a run here at once do not notice.",
+        "do not begin two runs in it at once",
+    ),
     "several_processes": Trouble(
         "WORLD_SIZE: is {world}, and one process trains and judges a model here",
         "torchrun, or another launcher, started several processes. Each would train the same run.",

@@ -1,11 +1,12 @@
 """How steps run on the hardware: modes, precision, memory, compiled passes, CUDA graphs, and what the host reads.
 
 Below: `modes` (eval and train mode, autocast), `first_look` (what a model must be to be believed), `host_reads` (the
-host's reads, clocks), `options` (what can be asked for, and what happens where it cannot be had), `memory`,
-`half_weights`, `eval_batchnorm` and `winograd` (layers made cheaper), `graphs` (capture and replay), `engine` (Engine,
-which ties them together). Nothing here knows an attack or a method.
+host's reads, clocks), `buffers` (put back after an error), `options` (what can be asked for, and what happens where it
+cannot be had), `memory`, `half_weights`, `eval_batchnorm` and `winograd` (layers made cheaper), `graphs` (capture and
+replay), `engine` (Engine, which ties them together). Nothing here knows an attack or a method.
 """
 
+from .buffers import Buffers
 from .engine import PLAIN, Engine, plain
 from .first_look import ROWS, findings, first_look, look_once, runnable
 from .host_reads import BatchGuard, NonFiniteError, Stopwatch, largest_entries, start_read
@@ -19,6 +20,7 @@ __all__ = [
     "PRECISIONS",
     "ROWS",
     "BatchGuard",
+    "Buffers",
     "Engine",
     "EngineError",
     "EngineOptions",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common import checks, troubles
+from .buffers import Buffers
 from .host_reads import BatchGuard, largest_entries, no_gradient
 from .modes import attack_mode
 
@@ -31,7 +32,8 @@ def look_once(model: nn.Module, x: Tensor, y: Tensor) -> None:
 
 
 def first_look(model: nn.Module, x: Tensor, y: Tensor, *, judged: bool = True) -> None:
-    """Looks at a few images, and warns of what it finds. Two forwards and one backward, random generators untouched.
+    """Looks at a few images, and warns of what it finds. Two forwards and one backward; random generators and
+    buffers are as before.
 
     Args:
         model: classifier.  x: (n, ...) in [0, 1].  y: (n,) int64. The first 16 rows are used.
@@ -39,15 +41,19 @@ def first_look(model: nn.Module, x: Tensor, y: Tensor, *, judged: bool = True) -
             does not.
     Raises: TypeError, ValueError where no attack can run at all, or images or labels are bad; NonFiniteError.
     """
-    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-        for name, facts in findings(model, x[:ROWS], y[:ROWS]):
-            if name != "one_answer" or judged:
-                troubles.warn(name, **facts)
+    before = Buffers(model)
+    try:
+        with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+            found = findings(model, x[:ROWS], y[:ROWS])
+    finally:
+        before.undo()
+    for name, facts in found:
+        if name != "one_answer" or judged:
+            troubles.warn(name, **facts)
 
 
 def findings(model: nn.Module, x: Tensor, y: Tensor) -> list[Finding]:
     """What is wrong with a model, as far as these rows tell. Raises as `first_look`."""
-    refuse_inference_tensors(model)
     guard = BatchGuard(x, y)
     with attack_mode(model), runnable(model, x):
         point = x.detach().clone().requires_grad_()
@@ -55,7 +61,7 @@ def findings(model: nn.Module, x: Tensor, y: Tensor) -> list[Finding]:
         checks.model_output(z, len(x))
         guard.logits(z)
         guard.read()
-        gradient = _gradient(z, y, point)
+        gradient = _gradient(z, y.clone(), point)  # which torch.inference_mode around would not let a backward keep
         with torch.no_grad():
             twice = model(torch.cat([part := x[: (len(x) + 1) // 2], part]))
     z, twice = z.detach().float(), twice.float()
@@ -83,12 +89,6 @@ def runnable(model: nn.Module, x: Tensor):
         weights = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
         images = str(x.dtype).removeprefix("torch.")
         raise troubles.error("dtype", TypeError, weights=weights, images=images) from error
-
-
-def refuse_inference_tensors(model: nn.Module) -> None:
-    """Raises: ValueError where no gradient can ever pass these weights."""
-    if any(t.is_inference() for t in (*model.parameters(), *model.buffers())):
-        raise troubles.error("inference_weights")
 
 
 def _gradient(z: Tensor, y: Tensor, point: Tensor) -> Tensor:

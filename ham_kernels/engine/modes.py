@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..common import troubles
 from .eval_batchnorm import fast_eval_batchnorm
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -37,11 +38,13 @@ def attack_mode(model: nn.Module, *, fast_batchnorm: bool = True) -> Iterator[No
     """Eval mode and no weight gradients inside; afterwards every flag is as it was, also after an error.
 
     Gradients can be had inside whatever is around: torch.no_grad, or torch.inference_mode, which Lightning puts around
-    validation. Threads that want the same model wait for each other.
+    validation. Threads that want the same model wait for each other. Raises: ValueError where no gradient can pass.
     """
     with _alone(model):
         modes = [(m, m.training) for m in model.modules()]
         learned = [p for p in model.parameters() if p.requires_grad]
+        if any(p.is_inference() for p in learned):
+            raise troubles.error("inference_weights")
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 for m, _ in modes:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import engine
 from ..attack.pgd import PGD
 from ..common import checks
+from ..ops import l2
 from .class_accuracy import correct_rows
 
 STEPS = 100
@@ -96,11 +97,7 @@ def examples(wrapped: nn.Module, x: Tensor, y: Tensor, classes: int, pgd: PGD, s
 def projected(x_adv: Tensor, x: Tensor, pgd: PGD) -> Tensor:
     """Into the ball and [0, 1], if only for the last rounding: what lies outside is no adversarial example."""
     delta = (x_adv - x).nan_to_num(0.0)
-    if pgd.norm == "l2":
-        length = delta.flatten(1).norm(dim=1).clamp_min(1e-12)
-        delta = delta * (pgd.eps / length).clamp_max(1.0).view(-1, 1, 1, 1)
-    else:
-        delta = delta.clamp(-pgd.eps, pgd.eps)
+    delta = l2.shorten(delta, pgd.eps) if pgd.norm == "l2" else delta.clamp(-pgd.eps, pgd.eps)
     return (x + delta).clamp(0.0, 1.0)
 
 

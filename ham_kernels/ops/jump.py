@@ -13,6 +13,7 @@ from torch import Tensor
 from ..common import checks
 from ._layout import as_layout, row_layout
 from ._library import jit, on_device_of, register, tl, triton
+from .l2 import LARGEST, add_squares, row_norm, row_shrink, shorten
 
 
 def jump_reference(
@@ -25,9 +26,7 @@ def jump_reference(
     adv, clean = x_adv.float(), x.float()
     new = (adv - before.float()) * factor + adv
     if l2:
-        delta = new - clean
-        length = torch.linalg.vector_norm(delta.flatten(1), dim=1).clamp_min(1e-12).view(column)
-        new = clean + delta * (eps / length).clamp_max(1.0)
+        new = clean + shorten(new - clean, eps)
     else:
         new = torch.clamp(new, clean - eps, clean + eps)
     x_adv.copy_(torch.where(stays.view(column), x_adv, new.clamp_(lo, hi).to(x_adv.dtype)))
@@ -48,16 +47,18 @@ def _jump_kernel(
     x_ptr += row * x_row_stride
     before_ptr += row * before_row_stride
     if L2:
-        total = tl.zeros([BLOCK_SIZE], tl.float32)
+        zero = tl.zeros([BLOCK_SIZE], tl.float32)
+        low, middle, high = zero, zero, zero
         for start in range(0, numel, BLOCK_SIZE):
             offset = start + tl.arange(0, BLOCK_SIZE)
             x, new = _ahead(adv_ptr, x_ptr, before_ptr, offset, offset < numel, factor)
-            total += (new - x) * (new - x)
-        shrink = tl.minimum(eps / tl.maximum(tl.sqrt(tl.sum(total)), 1e-12), 1.0)
+            low, middle, high = add_squares(low, middle, high, new - x)
+        k, length = row_norm(low, middle, high)
+        shrink = row_shrink(eps, k, length)
         for start in range(0, numel, BLOCK_SIZE):
             offset = start + tl.arange(0, BLOCK_SIZE)
             x, new = _ahead(adv_ptr, x_ptr, before_ptr, offset, offset < numel, factor)
-            new = tl.minimum(tl.maximum(x + (new - x) * shrink, lo), hi)
+            new = tl.minimum(tl.maximum(x + (new - x) * k * shrink, lo), hi)
             tl.store(adv_ptr + offset, new.to(adv_ptr.dtype.element_ty), mask=offset < numel)
     else:
         offset = (tl.program_id(0) % pieces) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -118,7 +119,7 @@ def jump(
 
     Args:
         x_adv, x, before: images (n, ...) of one dtype (fp32, fp16, bf16), any strides: the points now, the clean
-            images, and the points one step earlier. x_adv is changed.
+            images, and the points one step earlier. x_adv is changed; no two of its elements may share memory.
         stays: (n,) bool, rows that stay where they are (hard ones, whose attack goes on).
         factor: >= 0.
         eps: >= 0 in units of the images; a float, or a tensor (n,) with one value per row.
@@ -126,11 +127,12 @@ def jump(
     Raises: TypeError, ValueError naming the argument.
     """
     checks.images("x_adv", x_adv)
+    checks.own_memory("x_adv", x_adv)
     checks.same("x", x, "x_adv", x_adv)
     checks.same("before", before, "x_adv", x_adv)
     checks.row_flags("stays", stays, x_adv)
     l2 = checks.norm(norm)
-    factor = checks.real("factor", factor)
+    factor = min(checks.real("factor", factor), LARGEST)
     eps, eps_rows = checks.per_row("eps", eps, x)
     checks.limits(lo, hi)
     torch.ops.ham_kernels.jump_(x_adv.detach(), x.detach(), before.detach(), stays, factor, eps, eps_rows, lo, hi, l2)

@@ -139,7 +139,7 @@ def margin_stats(
         logits: (n, classes), fp32, fp16 or bf16, 2 to 1000s of classes, n may be 0. Not differentiated through.
         y: (n,) int64 labels. Range-checked on the CPU; on CUDA a row whose label is no class comes back hard.
         prev: logits of the step before, (n, classes); without it there is no step to measure.
-        max_step: (n,) fp32, the largest step so far; None counts as zeros.
+        max_step: (n,) fp32, >= 0, the largest step so far; None counts as zeros. Its values are read on the CPU only.
         space: measure the step between "logits" or between "probs" (softmax).
     Returns:
         grad: d(sum of cross entropies)/d(logits) = softmax - onehot, dtype of logits.
@@ -155,7 +155,7 @@ def margin_stats(
     if prev is not None:
         checks.same("prev", prev, "logits", logits)
     if max_step is not None:
-        checks.vector("max_step", max_step, logits.shape[0], logits)
+        checks.max_step(max_step, logits.shape[0], logits)
         max_step = max_step.detach().float()
     grad, hard, new_max = torch.ops.ham_kernels.margin_stats(
         logits.detach(), y, prev if prev is None else prev.detach(), max_step, probs

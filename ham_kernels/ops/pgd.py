@@ -15,6 +15,7 @@ from torch import Tensor
 from ..common import checks
 from ._layout import as_layout, row_layout
 from ._library import jit, on_device_of, register, tl, triton
+from .l2 import add_squares, move, row_norm, row_ratio, row_shrink, shorten
 
 
 def pgd_step_reference(
@@ -35,10 +36,8 @@ def pgd_step_reference(
     step_size = step_size if step_rows is None else step_rows.view(column)
     old, adv, clean, grad = adv, adv.float(), clean.float(), grad.float()
     if l2:
-        grad = grad.where(grad.isfinite(), 0.0)
-        length = _row_norm(grad).view(column)
-        delta = adv - clean + grad * (step_size / length)
-        new = clean + delta * (eps / _row_norm(delta).view(column)).clamp_max(1.0)
+        delta = adv - clean + move(grad.where(grad.isfinite(), 0.0), step_size)
+        new = clean + shorten(delta, eps)
     else:
         new = torch.sign(grad).mul_(step_size).add_(adv)  # sign(NaN) is 0: such a pixel stays where it is
         new = torch.clamp(new, clean - eps, clean + eps)
@@ -66,10 +65,6 @@ def _active_rows(index: Tensor | None, count: Tensor | None, m: int, n: int):
     if count is None or device.type == "cpu":
         return (source, rows), None
     return (source, rows.clamp(0, n - 1)), count > 0
-
-
-def _row_norm(t: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(t.flatten(1), dim=1).clamp_min(1e-12)
 
 
 @jit
@@ -130,35 +125,35 @@ def _pgd_l2_kernel(
     x_ptr += row * x_row_stride
     grad_ptr += i.to(tl.int64) * grad_row_stride
 
-    total = tl.zeros([BLOCK_SIZE], tl.float32)
+    zero = tl.zeros([BLOCK_SIZE], tl.float32)
+    low, middle, high = zero, zero, zero
     for start in range(0, numel, BLOCK_SIZE):
         offset = start + tl.arange(0, BLOCK_SIZE)
-        g = _finite_grad(grad_ptr, offset, offset < numel)
-        total += g * g
-    scale = step_size / tl.maximum(tl.sqrt(tl.sum(total)), 1e-12)
+        low, middle, high = add_squares(low, middle, high, _finite_grad(grad_ptr, offset, offset < numel))
+    k_grad, length = row_norm(low, middle, high)
+    scale = row_ratio(step_size, length)
 
-    total = tl.zeros([BLOCK_SIZE], tl.float32)
+    low, middle, high = zero, zero, zero
+    for start in range(0, numel, BLOCK_SIZE):
+        offset = start + tl.arange(0, BLOCK_SIZE)
+        _, delta = _moved(adv_ptr, x_ptr, grad_ptr, offset, offset < numel, k_grad, scale)
+        low, middle, high = add_squares(low, middle, high, delta)
+    k, length = row_norm(low, middle, high)
+    shrink = row_shrink(eps, k, length)
+
     for start in range(0, numel, BLOCK_SIZE):
         offset = start + tl.arange(0, BLOCK_SIZE)
         mask = offset < numel
-        delta = _moved(adv_ptr, x_ptr, grad_ptr, offset, mask, scale)
-        total += delta * delta
-    shrink = tl.minimum(eps / tl.maximum(tl.sqrt(tl.sum(total)), 1e-12), 1.0)
-
-    for start in range(0, numel, BLOCK_SIZE):
-        offset = start + tl.arange(0, BLOCK_SIZE)
-        mask = offset < numel
-        x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        adv = x + _moved(adv_ptr, x_ptr, grad_ptr, offset, mask, scale) * shrink
-        adv = tl.minimum(tl.maximum(adv, lo), hi)
+        x, delta = _moved(adv_ptr, x_ptr, grad_ptr, offset, mask, k_grad, scale)
+        adv = tl.minimum(tl.maximum(x + delta * k * shrink, lo), hi)
         tl.store(adv_ptr + offset, adv.to(adv_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
-def _moved(adv_ptr, x_ptr, grad_ptr, offset, mask, scale):
+def _moved(adv_ptr, x_ptr, grad_ptr, offset, mask, k_grad, scale):
     adv = tl.load(adv_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    return adv - x + _finite_grad(grad_ptr, offset, mask) * scale
+    return x, adv - x + _finite_grad(grad_ptr, offset, mask) * k_grad * scale
 
 
 @jit
@@ -215,22 +210,29 @@ def pgd_step(
     """One PGD step in place (Madry et al., ICLR 2018): move along the gradient, project, clip. Returns x_adv.
 
     linf: x_adv + step_size * sign(grad), projected on |x_adv - x| <= eps. A NaN in grad moves nothing.
-    l2:   x_adv + step_size * grad / |grad|, projected on |x_adv - x| <= eps, norms per row. A NaN or an infinity
-          in grad counts as 0.
+    l2:   x_adv + step_size * grad / |grad|, projected on |x_adv - x| <= eps, norms per row: a full step whatever
+          the size of grad, down to the smallest denormal number (which counts as 0 only under
+          torch.set_flush_denormal), and none where grad is 0. A NaN or an infinity in grad counts as 0.
     A NaN in the images comes out as one on the CPU, as `lo` on CUDA.
     Nothing is differentiated through: x_adv may be a leaf that requires grad.
 
     Args:
-        x_adv, x: images (n, ...) of one dtype (fp32, fp16, bf16), any strides; x_adv is changed.
+        x_adv, x: images (n, ...) of one dtype (fp32, fp16, bf16), any strides. x_adv is changed; no two of its
+            elements may share memory, as those of an expanded tensor do. x may be x_adv itself; other overlaps of
+            x_adv with x or grad are right on the CPU only.
         grad: (m, ...) in fp32, fp16 or bf16. Without index m = n. With index it is compact: row i belongs to
             row index[i] of x, and m <= len(index).
         eps, step_size: floats >= 0 in units of the images, or tensors (n,) with one value per row of x.
         index: int32 (k,), distinct rows of x. Rows not named stay as they are.
-        count: int32 (1,) on the device of x: only the first `count` entries are active (never read on the host).
+        count: int32 (1,) on the device of x, in 0..m: only the first `count` rows of grad are active.
+            Entries of index and count are read, and checked, on the CPU only. On a GPU that would wait for it: there
+            a negative count is 0, one beyond m is m, a row named twice ends at one of its steps or, in part, at
+            each, and an index outside x is undefined.
         lo, hi: range of valid pixels.  norm: "linf" or "l2".
     Raises: TypeError, ValueError naming the argument.
     """
     checks.images("x_adv", x_adv)
+    checks.own_memory("x_adv", x_adv)
     checks.same("x", x, "x_adv", x_adv)
     l2 = checks.norm(norm)
     checks.step_gradient(grad, x, index, count)

@@ -11,6 +11,7 @@ from ..common import checks
 from ._layout import as_layout, row_layout
 from ._library import jit, on_device_of, register, tl, triton
 from ._philox import RADIUS, START, philox_uniform, uniform4
+from .l2 import ratio, row_ratio
 
 
 def random_start_reference(
@@ -24,9 +25,9 @@ def random_start_reference(
         a, b, c, d = planes
         planes = (*_normal_pair(a, b), *_normal_pair(c, d))
         direction = torch.cat(planes, dim=1)[:, :numel]
-        length = torch.linalg.vector_norm(direction, dim=1, keepdim=True).clamp_min(1e-12)
+        length = torch.linalg.vector_norm(direction, dim=1, keepdim=True)  # of normal numbers: 0, or from 1e-12 to 1e6
         shrink = philox_uniform(n, 1, seed, step, RADIUS, x.device)[0] ** (1.0 / max(numel, 1))
-        noise = direction * (shrink * radius / length)
+        noise = direction * ratio(shrink * radius, length)
     else:
         noise = (2.0 * torch.cat(planes, dim=1)[:, :numel] - 1.0) * radius
     return torch.empty_like(x).copy_((x.float() + noise.view(x.shape)).clamp_(lo, hi))
@@ -93,11 +94,10 @@ def _random_start_l2_kernel(
         for lane in tl.static_range(4):
             mask = (c0 < quarter) & (c0 + lane * quarter < numel)
             total += tl.where(mask, g[lane] * g[lane], 0.0)
-    length = tl.maximum(tl.sqrt(tl.sum(total)), 1e-12)
     zero = tl.zeros([1], tl.int32)
     u, _, _, _ = uniform4(seed, zero, row, step, 1)
     shrink = tl.exp(tl.log(tl.sum(u)) / numel)
-    scale = shrink * radius / length
+    scale = row_ratio(shrink * radius, tl.sqrt(tl.sum(total)))
     for start in range(0, quarter, BLOCK_SIZE):
         c0 = start + tl.arange(0, BLOCK_SIZE)
         g = _normal4(seed, c0, row, step)

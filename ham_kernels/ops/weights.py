@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..common import checks
 from ._library import NAMESPACE, jit, on_device_of, register, tl, triton
+from .l2 import LARGEST
 
 
 # ================================================================ weights
@@ -56,14 +57,15 @@ def step_size_weights(max_step: Tensor, lam: float) -> Tensor:
     """HAM's weights: sigmoid(lam * max_step), scaled to mean 1. A higher lam makes them more uniform.
 
     Args:
-        max_step: (n,) maximum adversarial step sizes, >= 0, from `margin_stats`; n may be 0.
+        max_step: (n,) maximum adversarial step sizes, >= 0, from `margin_stats`; n may be 0. On a GPU they are not
+            read beforehand: a NaN makes all weights NaN.
         lam: >= 0, in 1 / units of max_step.
     Returns: (n,) fp32. Source: arXiv 2308.01823; norm and scale are this package's choice (README, "open choices").
     Raises: TypeError, ValueError naming the argument.
     """
     checks.tensor("max_step", max_step)
-    checks.vector("max_step", max_step, max_step.numel(), max_step)
-    lam = checks.real("lam", lam)
+    checks.max_step(max_step, max_step.numel(), max_step)
+    lam = min(checks.real("lam", lam), LARGEST)  # infinity, in fp32, times 0 would be NaN
     return torch.ops.ham_kernels.step_size_weights(max_step.detach().float().contiguous(), lam)
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..common import locks
+from ..common import locks, troubles
 from ..common.files import CheckpointError, load, read, save, write_atomically
 from ..common.line_sums import with_sums
 from .checkpoints import Checkpoints
@@ -54,8 +54,12 @@ class RunFolder:
         except FileExistsError:
             run.check_free()
             raise
+        except OSError as error:  # cloud drives, exFAT
+            run.check_free()
+            troubles.warn("no_hard_links", folder=run.path, reason=error.strerror)
+            os.replace(aside, run.path / "config.toml")
         finally:
-            aside.unlink()
+            aside.unlink(missing_ok=True)
         return run
 
     def check_free(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..attack.pgd import PGD
 from ..common import checks, troubles
 from ..common.processes import refuse_several
-from ..engine import Engine, EngineOptions, NonFiniteError, Stopwatch, look_once, model_device, note_resting
+from ..engine import Buffers, Engine, EngineOptions, NonFiniteError, Stopwatch, look_once, model_device, note_resting
 from ..evaluation import ClassAccuracy
 from ..evaluation.evaluate import accuracies
 from ..evaluation.named_attacks import plans
@@ -24,7 +24,7 @@ from .batches import check_group, first_of_epoch, in_groups, rest_of_epoch
 from .ema import WeightAverage
 from .phases import Phases
 from .reports import EpochReport, RunningEpoch, StepReport
-from .update import Updater, undone_on_error
+from .update import Updater
 
 VAL_ATTACKS = ("clean", "pgd20")
 
@@ -144,21 +144,27 @@ class Trainer:
         if objective.pgd.steps:
             look_once(self.model, x, y)
         sizes = [len(y)] if method.group_updates == "one" else [len(labels) for _, labels in batches]
-        with undone_on_error(self.model, objective):
+        reports, before = [], Buffers(self.model, objective)
+        try:
             examples = objective.group_examples(
                 self.model, x, y, sizes, seed=self.seed, step=self.steps_done, engine=self.engine
             )
-        reports, together = [], len(batches) // len(examples)
-        for part in examples:
-            loss = 0.0
-            if part.n_kept:
-                loss = self._update(self.model, objective, part, method.freeze_bn)
-                if self._ema is not None and self._averages:
-                    self._ema.update(self.model)
-            reports.append(
-                StepReport(loss, part.n, part.n_hard, stopwatch.stop(), part.n_kept, together, part.no_gradient)
-            )
-            stopwatch = Stopwatch(x.device)
+            together = len(batches) // len(examples)
+            for part in examples:
+                loss = 0.0
+                if part.n_kept:
+                    loss = self._update(self.model, objective, part, method.freeze_bn)
+                    if self._ema is not None and self._averages:
+                        self._ema.update(self.model)
+                reports.append(
+                    StepReport(loss, part.n, part.n_hard, stopwatch.stop(), part.n_kept, together, part.no_gradient)
+                )
+                stopwatch = Stopwatch(x.device)
+                if part is not examples[-1]:
+                    before = Buffers(self.model, objective)
+        except BaseException:
+            before.undo()
+            raise
         self.steps_done += len(batches)
         if examples[0].no_gradient and not self._told:
             self._told = True  # epochs count the further ones

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..common import checks, troubles
-from ..engine import Engine, NonFiniteError, attack_mode, note_resting, start_read, update_mode
+from ..engine import Buffers, Engine, NonFiniteError, attack_mode, note_resting, start_read, update_mode
 from ..engine.graphs import Captured, CaptureError, ambient
 from ..methods.mining import Examples
 from ..methods.objective import Objective
@@ -31,7 +30,7 @@ class Updater:
         self._scaler = torch.amp.GradScaler(device.type) if engine.precision == "fp16" else None
 
     def __call__(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool) -> float:
-        """Returns the loss. Raises: NonFiniteError; parameters, buffers and optimiser are then as before."""
+        """Returns the loss. Raises: NonFiniteError; parameters and optimiser are then as before, buffers have moved."""
         freeze_bn = freeze_bn or examples.n_forward == 1  # one row has no statistics of its own
         with objective.around(model, examples):
             value = self._gradients(model, objective, examples, freeze_bn)
@@ -45,19 +44,18 @@ class Updater:
         return value
 
     def _gradients(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool) -> float:
-        """Forward and backward; undone where loss or gradient is not finite."""
-        with undone_on_error(model, objective):  # BatchNorm's statistics move in the forward, before it is judged
-            try:
-                read = self._replayed(model, objective, examples, freeze_bn)
-                value, size = (read or self._eager(model, objective, examples, freeze_bn))()
-                if not math.isfinite(value):
-                    _judge_labels(model, examples)
-                    raise NonFiniteError(f"model: the training loss is {value}; nothing was updated")
-                if not math.isfinite(size) and not all(bool(g.isfinite().all()) for g in _gradients_of(model)):
-                    raise troubles.error("weight_gradient_not_finite", NonFiniteError, loss=value)
-            except BaseException:
-                self.optimizer.zero_grad(set_to_none=True)
-                raise
+        """Forward and backward, judged before the optimiser may step."""
+        try:
+            read = self._replayed(model, objective, examples, freeze_bn)
+            value, size = (read or self._eager(model, objective, examples, freeze_bn))()
+            if not math.isfinite(value):
+                _judge_labels(model, examples)
+                raise NonFiniteError(f"model: the training loss is {value}; nothing was updated")
+            if not math.isfinite(size) and not all(bool(g.isfinite().all()) for g in _gradients_of(model)):
+                raise troubles.error("weight_gradient_not_finite", NonFiniteError, loss=value)
+        except BaseException:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
         return value
 
     def _eager(
@@ -186,43 +184,3 @@ def _loss_and_size(loss: Tensor, gradients: list[Tensor]) -> Tensor:
     norms = [n.to(loss.device, torch.float32) for n in torch._foreach_norm(gradients)] if gradients else []
     size = torch.stack(norms).amax() if norms else loss.new_zeros(())
     return torch.stack([loss.detach().float(), size.float()])
-
-
-# ---------------------------------------------------------------- buffers
-class Buffers:
-    """Buffers of modules as they are now."""
-
-    def __init__(self, *modules: nn.Module):
-        self._slots = [
-            (m, name, b) for top in modules for m in top.modules() for name, b in m._buffers.items() if b is not None
-        ]
-        # a view that repeats its memory cannot be written in place, so that it cannot have moved either
-        self._here = [b for _, _, b in self._slots if not any(k == 0 for k in b.stride() if b.numel() > 1)]
-        self._values = [torch.empty_like(b) for b in self._here]
-        _copy(self._values, self._here)
-
-    def undo(self) -> None:
-        """Puts back values, and the tensors that a forward has replaced by others."""
-        for m, name, b in self._slots:
-            if m._buffers[name] is not b:
-                m._buffers[name] = b
-        _copy(self._here, self._values)
-
-
-@contextmanager
-def undone_on_error(*modules: nn.Module) -> Iterator[None]:
-    """Buffers are as before where anything raises inside."""
-    before = Buffers(*modules)
-    try:
-        yield
-    except BaseException:
-        before.undo()
-        raise
-
-
-@torch.no_grad()
-def _copy(to: list[Tensor], source: list[Tensor]) -> None:
-    """One launch per dtype where there is a device."""
-    for dtype in {t.dtype for t in to}:
-        mine = [i for i, t in enumerate(to) if t.dtype == dtype]
-        torch._foreach_copy_([to[i] for i in mine], [source[i] for i in mine])

@@ -29,11 +29,18 @@ def pgd_step(x_adv, x, gradient, eps, step_size, norm):
     if norm == "linf":
         x_adv = x_adv + step_size * gradient.sign()
         return torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
+    delta = x_adv - x + step_size * direction(gradient.nan_to_num(0, 0, 0))[0]
+    towards, length = direction(delta)
+    return (x + torch.where(length > eps, eps * towards, delta)).clamp(0, 1)
+
+
+def direction(t):
+    """(t / |t|, |t|) of each image; divided by its largest entry first, so that no square is too small or too large."""
     per_image = (-1, 1, 1, 1)
-    length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(per_image)
-    delta = x_adv - x + gradient * (step_size / length)
-    delta_length = delta.flatten(1).norm(dim=1).clamp_min(1e-12).view(per_image)
-    return (x + delta * (eps / delta_length).clamp_max(1)).clamp(0, 1)
+    largest = t.flatten(1).abs().amax(1).view(per_image)
+    t = t / largest.where(largest > 0, 1)
+    length = t.flatten(1).norm(dim=1).clamp_min(1).view(per_image)  # 1 at least, but where all is 0
+    return t / length, largest * length
 
 
 def is_hard(logits, y):

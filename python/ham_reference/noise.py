@@ -48,4 +48,4 @@ def in_ball(x: torch.Tensor, eps: float, seed: int, step: int) -> torch.Tensor:
         planes += [length * torch.cos(2 * math.pi * v), length * torch.sin(2 * math.pi * v)]
     gaussian = torch.cat(planes, dim=1)[:, :numel]
     radius = uniform(len(x), 1, seed, step, stream=1)[0] ** (1 / numel) * eps
-    return (gaussian * (radius / gaussian.norm(dim=1, keepdim=True))).reshape(x.shape).to(x.device)
+    return (gaussian * (radius / gaussian.norm(dim=1, keepdim=True).clamp_min(1e-12))).reshape(x.shape).to(x.device)
