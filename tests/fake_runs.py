@@ -3,6 +3,7 @@ the accuracies per class (all classes with equally many images)."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 from collections.abc import Callable
@@ -44,6 +45,8 @@ def fake_run(
     status = {"state": state, "epoch": len(seconds), "epochs": epochs, "message": ""}
     write_json(folder / "status.json", status)
     write_json(folder / "environment.json", environment())
+    images = config["data"].get("path") or config["data"]["dataset"]
+    write_json(folder / "data.json", {"sha256": hashlib.sha256(images.encode()).hexdigest()})
     lines = [epoch_line(i, s, config) for i, s in enumerate(seconds, 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for name in weights if accuracy else ():
@@ -92,10 +95,20 @@ def attack(per_class: list) -> dict:
     known = [value for value in per_class if value is not None]
     mean, std = statistics.fmean(known), statistics.pstdev(known)
     return {
-        "settings": {}, "n": 100 * len(known), "seconds": 1.0, "correct": "1",
+        "settings": {}, "n": 100 * len(known), "seconds": 1.0,
         "accuracy": interval(mean), "per_class": [interval(value) for value in per_class],
         "worst_class": interval(min(known)), "std": interval(std), "nstd": interval(std / mean if mean else None),
     }  # fmt: skip
+
+
+def with_flags(attack: dict, flags: list[str], images: str = "the same") -> None:
+    """Gives an attack the flags of each class's images, and the accuracies that follow."""
+    labels = " ".join(str(c) for c, of_class in enumerate(flags) for _ in of_class)
+    shares = [of_class.count("1") / len(of_class) if of_class else None for of_class in flags]
+    known, correct = [share for share in shares if share is not None], "".join(flags)
+    attack |= {"correct": correct, "labels": labels, "images_sha256": images, "n": len(correct)}
+    attack |= {"accuracy": interval(correct.count("1") / len(correct)), "per_class": list(map(interval, shares))}
+    attack |= {"worst_class": interval(min(known)), "std": interval(statistics.pstdev(known))}
 
 
 def interval(value: float | None, half: float = 0.04) -> dict:

@@ -65,6 +65,29 @@ def test_evaluation_is_written_and_added_to(run, capsys):
     assert third["pgd3-r2"]["accuracy"]["value"] <= third["pgd3"]["accuracy"]["value"]
 
 
+def test_images_are_noted_and_altered_results_judged_anew(run, tmp_path, capsys):
+    """The digest is of the images, whatever the batch size."""
+    found = []
+    for batch_size in (7, 60):
+        shutil.copytree(run, tmp_path / str(batch_size), ignore=shutil.ignore_patterns("evaluation"))
+        (path,) = evaluate_run(tmp_path / str(batch_size), replace(CLEAN, batch_size=batch_size), quiet=True)
+        found.append(json.loads(path.read_text()))
+    first, second = (raw["attacks"]["clean"] for raw in found)
+    assert len(first["labels"].split()) == first["n"] == 60
+    assert len(first["images_sha256"]) == 64
+    assert (first["labels"], first["images_sha256"]) == (second["labels"], second["images_sha256"])
+    (fewer,) = evaluate_run(tmp_path / "7", replace(CLEAN, attacks=("pgd1",), images=20), quiet=True)
+    assert json.loads(fewer.read_text())["attacks"]["pgd1"]["images_sha256"] != first["images_sha256"]
+    before = dict(second["accuracy"])
+    second["accuracy"]["value"] += 0.1
+    path.write_text(json.dumps(found[1]))
+    evaluate_run(tmp_path / "60", CLEAN, quiet=True)
+    assert "ema.json: what it states under clean does not follow from its flags" in capsys.readouterr().err
+    again = json.loads(path.read_text())["attacks"]["clean"]
+    assert again["accuracy"] == before
+    assert again["labels"] == second["labels"]
+
+
 def test_evaluation_refuses_other_images(run, tmp_path):
     """Images that were split anew could put into the test part what the run was trained on."""
     shutil.copytree(run, tmp_path / "run")

@@ -158,7 +158,7 @@ def test_bands_over_many_classes_end_at_0_and_100_percent(tmp_path, monkeypatch)
     (band,) = axes.collections
     assert (band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()) == (0, 100)
     assert axes.get_xlabel() == "21 classes, sorted by the first method's accuracy under PGD-20"
-    assert "Bands: the 95 % bootstrap interval" in caption_of("class_accuracy", section)
+    assert "Bands: the 95 % interval over test images" in caption_of("class_accuracy", section)
 
 
 # ---------------------------------------------------------------- lines

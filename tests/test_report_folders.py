@@ -133,6 +133,7 @@ def test_epochs_logged_again_after_a_resume_count_once(tmp_path):
     config = json.loads(json.dumps(fake_runs.CONFIG))
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(fake_runs.epoch_line(2, 8.0, config)) + "\n")
+    write_json(run / "status.json", {"state": "interrupted", "epoch": 2, "epochs": 4})
     assert [(e.epoch, e.seconds) for e in report.read_run(run).epochs] == [(1, 1.0), (2, 8.0)]
 
 

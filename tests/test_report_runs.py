@@ -6,7 +6,7 @@ import fcntl
 import json
 
 import pytest
-from fake_runs import fake_run, write_json
+from fake_runs import change_evaluation, fake_run, write_json
 
 from ham_kernels import report
 from ham_kernels.report.reading.evaluations import Attack, EasyAt, Interval
@@ -89,8 +89,13 @@ def test_other_evaluations_are_named_where_there_is_none_that_is_shown(tmp_path)
     other = "ema.test-eps0.2-step0.05-bf16-seed0.json"
     (run / "evaluation" / other).write_bytes((run / "evaluation" / "ema.json").read_bytes())
     write_json(run / "evaluation" / ".ema.flags.json", {})
+    change_evaluation(run, lambda raw: raw.update(precision="bf16"), other.removesuffix(".json"))
     page, _ = built([run], tmp_path / "shown")
-    assert other not in page
+    assert f"<li>run: {other} (precision bf16)</li>" in page
+    (run / "evaluation" / "ema.json.epoch2-0123abcd").write_text('{"epoch": 2}')
+    page, _ = built([run], tmp_path / "earlier")
+    assert "<li>run: ema.json.epoch2-0123abcd (earlier weights, of epoch 2)</li>" in page
+    (run / "evaluation" / "ema.json.epoch2-0123abcd").unlink()
     (run / "evaluation" / "ema.json").unlink()
     page, _ = built([run], tmp_path / "out")
     assert "not evaluated on test images at its own budget in fp32 with seed 0" in page
@@ -98,6 +103,7 @@ def test_other_evaluations_are_named_where_there_is_none_that_is_shown(tmp_path)
     (run / "evaluation" / other).unlink()
     page, _ = built([run], tmp_path / "none")
     assert "not evaluated: <code>ham evaluate" in page
+    assert "Evaluations left out" not in page
 
 
 def test_a_killed_run_is_not_running(tmp_path):

@@ -21,6 +21,7 @@ from ..runs.settings import EvaluateSettings, TrainSettings, check_step
 from . import run_images
 from .evaluation_text import verdict
 from .from_settings import device_of, load_model, trained_model
+from .noted_images import NotedLoader, drop_altered
 from .progress import Heartbeat, on_terminal, say
 
 FORMAT = 1
@@ -125,7 +126,7 @@ class _Judge:
         facts = provenance.machine()
         on = {"cpu": facts["cpu"], "gpu": facts["gpu"], "torch": torch.__version__, "commit": provenance.commit()}
         with self.progress as progress:
-            loader = self._loader(s.part, self.n)
+            loader = NotedLoader(self._loader(s.part, self.n))
             for attack in s.attacks:
                 name = f"{attack}-r{s.restarts}" if s.restarts > 1 and attack.startswith(("pgd", "cw")) else attack
                 if result["attacks"].get(name, {}).get("n", 0) >= self.n:
@@ -135,7 +136,7 @@ class _Judge:
                     device=self.device, store=self.run.path / "evaluation" / f".{self.stem}.flags.json",
                     identity=self.identity, progress=progress, **self.how,
                 )  # fmt: skip
-                result["attacks"][name] = {**found[attack], "on": on}
+                result["attacks"][name] = {**found[attack], **loader.noted, "on": on}
                 self.run.write_json(self.name, result)
             if s.masking:
                 self._once(result, "masking", self._masking_key(result), self._masking)
@@ -163,6 +164,7 @@ class _Judge:
             return
         if all(old.get(k) == v for k, v in self.identity.items()):
             self.result = {**old, **{k: v for k, v in fresh.items() if k != "attacks"}}
+            drop_altered(self.result["attacks"], self.path)
             return
         epoch, have = old.get("epoch"), self.identity["epoch"]
         if isinstance(epoch, int) and epoch > have:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..report.text_format import attack_title
+from ..common.one_class import answers_one_class
+from ..report.text_format import attack_title, distinct
 
 
 def verdict(result: dict[str, Any], run: Path) -> str:
     """The text of what evaluation/*.json holds, empty line first."""
     what = f"weights {result['weights']} (epoch {result['epoch']}), {result['part']} images, eps {result['eps']:g}"
-    lines = ["", f"{run}, {what}", "accuracy in %, 95 % bootstrap interval over images; std, nstd over classes", ""]
-    lines += [*_attacks(result), "", "per class", *_classes(result)]
+    lines = ["", f"{run}, {what}", "accuracy in %, 95 % interval over images; std, nstd over classes", ""]
+    lines += [*_attacks(result), *_limits(result), "", "per class", *_classes(result)]
     if "masking" in result:
         lines += ["", *_masking(result["masking"])]
     if "confidence" in result:
@@ -46,6 +47,18 @@ def _attacks(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _limits(result: dict[str, Any]) -> list[str]:
+    """A model that answers one class, attacks that had no gradient."""
+    clean = result["attacks"].get("clean")
+    answer = answers_one_class([c["value"] for c in clean["per_class"]]) if clean else None
+    one = [] if answer is None else [f"{result['classes'][answer]} is its answer for nearly all images: do not rank it"]
+    return one + [
+        f"{attack_title(name)}: gradient missing for {a['no_gradient']} of {a['n']} images, which were not attacked"
+        for name, a in result["attacks"].items()
+        if a.get("no_gradient")
+    ]
+
+
 def _classes(result: dict[str, Any]) -> list[str]:
     names, classes = list(result["attacks"]), result["classes"]
     width = max(12, *(len(c) + 2 for c in classes))
@@ -71,8 +84,8 @@ def _masking(masked: dict[str, Any]) -> list[str]:
 
 
 def _worst(attack: dict[str, Any], classes: list[str]) -> str:
-    values = {name: c["value"] for name, c in zip(classes, attack["per_class"], strict=True) if c["value"] is not None}
-    return min(values, key=values.get)[:12]
+    values = {i: c["value"] for i, c in enumerate(attack["per_class"]) if c["value"] is not None}
+    return distinct(classes)[min(values, key=values.get)]
 
 
 def _interval(i: dict[str, float | None]) -> str:

@@ -166,6 +166,16 @@ TROUBLES: dict[str, Trouble] = {
     ),
     # ------------------------------------------------------------ ops
     # ------------------------------------------------------------ runs and reports
+    "flags_contradict": Trouble(
+        "runs: {file}: what it states under {attack} does not follow from its flags, one per image ({why}); left out",
+        "The file was altered or cut short: accuracies, flags and labels are written together.",
+        "`ham evaluate` judges the run anew",
+    ),
+    "log_altered": Trouble(
+        "runs: {file} {why}",
+        "The log was altered or cut short. Its lines have checksums, each of all lines before it.",
+        "`ham train --resume` writes the log anew from the newest checkpoint",
+    ),
     # ------------------------------------------------------------ machines
     "no_locks": Trouble(
         "out: {folder} is on a file system without locks ({reason})",

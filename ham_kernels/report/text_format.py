@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 NONE = "–"
+BEFORE = 4  # letters shown before two names differ
 
 
 def attack_title(name: str | None) -> str:
@@ -41,9 +44,27 @@ def margin_attack(attacks: Sequence[str]) -> str | None:
 
 
 def shortened(text: str, length: int = 40) -> str:
-    """One line of at most `length` characters."""
+    """One line of at most `length` characters; the middle is left out, as names often begin alike."""
     text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[: length - 1].rstrip()}…"
+    end = length // 2
+    return text if len(text) <= length else f"{text[: length - 1 - end].rstrip()}…{text[-end:].lstrip()}"
+
+
+def distinct(names: Sequence[str], length: int = 40) -> list[str]:
+    """`shortened`, no two alike: those that would be begin shortly before where they differ, or end with a number."""
+    whole = [" ".join(name.split()) for name in names]
+    out = [shortened(name, length) for name in whole]
+    for _ in names:  # those still alike share a longer beginning
+        for alike in [name for name, count in Counter(out).items() if count > 1]:
+            members = [i for i, name in enumerate(out) if name == alike]
+            letters = zip(*(whole[i] for i in members), strict=False)
+            start = max(0, len(list(takewhile(lambda at: len(set(at)) == 1, letters))) - BEFORE)
+            for i in members:
+                rest = f"…{whole[i][start:]}"
+                out[i] = rest if len(rest) <= length else f"{rest[: length - 1]}…"
+    count = Counter(out)
+    tags = [f" #{i}" if count[name] > 1 else "" for i, name in enumerate(out, 1)]
+    return [shortened(n, length - len(tag)) + tag if tag else n for n, tag in zip(out, tags, strict=True)]
 
 
 def mean_std(spread: dict[str, Any], scale: float = 100.0, digits: int = 1) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from typing import Any
 
 from ..common import locks, troubles
 from ..common.files import CheckpointError, load, read, save, write_atomically
+from ..common.line_sums import with_sums
 from .checkpoints import Checkpoints
 from .config_file import from_toml, to_toml
 from .settings import TrainSettings, lr_factor
@@ -197,7 +198,7 @@ class RunFolder:
 
     def write_metrics(self, history: list[Any], settings: TrainSettings) -> None:
         """The whole of metrics.jsonl anew: after a resume it holds no line of epochs that were thrown away."""
-        lines = [dumps(metrics_of(report, settings)) for report in history]
+        lines = with_sums(dumps(metrics_of(report, settings)) for report in history)
         write_atomically(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
     def write_json(self, name: str, value: Any) -> Path:

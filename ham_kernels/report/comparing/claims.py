@@ -8,32 +8,39 @@ from typing import Any
 
 from ..reading.evaluations import WEIGHTS
 from ..text_format import attack_title
-from .comparable import same_images, unlike
+from .comparable import judged_unlike, threads_of, unlike
 from .over_seeds import difference, mean_interval
 
 TIME, WORST, STD = -0.45, 0.032, -0.22  # share of the time, accuracy, share of the std over classes
 ROUNDING = 1e-9  # a gain of exactly 3.2 points holds
-FEWEST = 32  # images of a class: of fewer, one weighs more than the claim on the worst class
+FEWEST = 32  # images of the smallest class: of fewer, one weighs more than the claim on the worst class
+BUSY = 1.5  # the clock over CPU time a thread: above, other work kept the machine busy
 EASY_M, EASY_STAY = 3, 0.75  # of the examples that resist M = 3 steps, the share that resists to the end
 
+EpochSeconds = Mapping[str, Sequence[Sequence[tuple[int, float | None, float | None]]]]  # {title: of each run: (epoch,
+# seconds by the clock, seconds of CPU)}
+Pairs = Mapping[tuple[str, str, str], Mapping[str, Any]]  # {(title, weights, attack): see `paired`}
 
-EpochSeconds = Mapping[str, Sequence[Sequence[tuple[int, float | None]]]]  # {title: (epoch, seconds) of each run}
 
-
-def claims(groups: Sequence[dict[str, Any]], attacks: Sequence[str], seconds: EpochSeconds) -> list[dict[str, Any]]:
+def claims(
+    groups: Sequence[dict[str, Any]], attacks: Sequence[str], seconds: EpochSeconds, pairs: Pairs
+) -> list[dict[str, Any]]:
     """For each group that mines hard rows: {"group", "claim", "measured", "value", "seeds", "holds"}.
 
-    holds is None where it was not judged, or where the seeds leave open on which side of the claim the mean lies.
+    holds is None where it was not judged, or where the seeds, or the images of one seed, leave open on which side of
+    the claim the mean lies.
     """
     base = next((g for g in groups if g["baseline"]), None)
     if base is None or not base["is_pgd_at"]:
         return []
     out = []
     for group in (g for g in groups if g["mines_hard_rows"]):
-        if group["finished"] and base["finished"]:
-            found = [*_times(group, base, seconds), *_fairness(group, base, attacks)]
-        else:
+        if not (group["finished"] and base["finished"]):
             found = [_entry("all", "not judged: training is not finished", None, None, 0)]
+        elif any(g["weights"] in g["one_class"] for g in (group, base)):
+            found = [_entry("all", "not judged: a model answers one class for nearly all images", None, None, 0)]
+        else:
+            found = [*_times(group, base, seconds), *_fairness(group, base, attacks, pairs)]
         out += [{"group": group["title"], **entry} for entry in found]
     return out
 
@@ -51,7 +58,9 @@ def _times(group: dict, base: dict, seconds: EpochSeconds) -> list[dict]:
     mining = {e for e, mines in zip(curves["epoch"], curves["mines"], strict=True) if mines}
     for where, epochs in (("whole run", None), ("mining epochs alone", mining)):
         claim = f"training time {100 * TIME:+.0f} %, {where}".replace("-", "−")
-        ours, theirs = ([_total(run, epochs) for run in seconds[g["title"]]] for g in (group, base))
+        runs = [seconds[g["title"]] for g in (group, base)]
+        ours, theirs = ([_total(run, epochs) for run in of_group] for of_group in runs)
+        cpu = [[_total(run, epochs, cpu=True) for run in of_group] for of_group in runs]
         if apart:
             why = ", ".join(f"{what} ({' and '.join(values)})" for what, values in apart.items())
             out.append(_entry(claim, f"not judged: trained unlike in {why}", None, None, seeds))
@@ -60,61 +69,85 @@ def _times(group: dict, base: dict, seconds: EpochSeconds) -> list[dict]:
         else:
             change = statistics.fmean(ours) / statistics.fmean(theirs) - 1
             each = [a / b - 1 for a, b in zip(ours, theirs, strict=True)] if same_seeds(group, base) else []
-            holds, words = verdict(change, each, TIME, below=True)
-            out.append(_entry(claim, _signed(100 * change, " %", 0) + words, change, holds, seeds))
+            holds, words = verdict(change, mean_interval(each), TIME, below=True)
+            measured = _signed(100 * change, " %", 0)
+            if all(cpu) and None not in cpu[0] + cpu[1] and sum(cpu[1]):
+                by_cpu = statistics.fmean(cpu[0]) / statistics.fmean(cpu[1]) - 1
+                measured += f" (CPU time {_signed(100 * by_cpu, ' %', 0)})"
+                if busy := _busy(sum(ours) + sum(theirs), sum(map(sum, cpu)), threads_of(group["training"])):
+                    holds, words = None, busy
+            if seeds == 1:
+                words += "; one run each: other work on the machine would change it"
+            out.append(_entry(claim, measured + words, change, holds, seeds))
     return out
 
 
-def _total(run: Sequence, epochs: set[int] | None) -> float | None:
+def _busy(wall: float, cpu: float, threads: int | None) -> str:
+    """What to say where a CPU did other work as well."""
+    if threads is None or wall <= BUSY * cpu / threads:
+        return ""
+    return f"; undecided: the machine was busy, {wall:.1f} s by the clock for {cpu:.1f} s of CPU on {threads} threads"
+
+
+def _total(run: Sequence, epochs: set[int] | None, cpu: bool = False) -> float | None:
     """Seconds of these epochs (None: all); None where one of them is unknown, or there are none."""
-    seconds = {epoch: s for epoch, s in run if epochs is None or epoch in epochs}
+    seconds = {epoch: times[cpu] for epoch, *times in run if epochs is None or epoch in epochs}
     known = bool(seconds) and None not in seconds.values() and (epochs is None or len(seconds) == len(epochs))
     return sum(seconds.values()) if known else None
 
 
-def verdict(mean: float, each: Sequence[float], limit: float, below: bool) -> tuple[bool | None, str]:
-    """(whether the claim holds, what to say of it): undecided where the 95 % interval over seeds contains the limit."""
-    interval = mean_interval(each)
+def verdict(
+    mean: float, interval: Sequence[float] | None, limit: float, below: bool, over: str = ""
+) -> tuple[bool | None, str]:
+    """(whether the claim holds, what to say of it): undecided where the 95 % interval contains the limit."""
     if interval is not None and interval[0] < limit < interval[1]:
         low, high = (_signed(100 * end, "", 1) for end in interval)
-        return None, f"; undecided: 95 % interval {low} to {high}"
+        return None, f"; undecided: 95 % interval{over} {low} to {high}"
     return (mean <= limit + ROUNDING if below else mean >= limit - ROUNDING), ""
 
 
-def _fairness(group: dict, base: dict, attacks: Sequence[str]) -> list[dict]:
+def _fairness(group: dict, base: dict, attacks: Sequence[str], pairs: Pairs) -> list[dict]:
     """Worst class and std over classes, for each kind of weights and each attack that both were judged with.
 
     A method that changes the scale of the logits can gain under one attack and lose under another.
     """
-    both = [(w, a) for a in attacks for w in WEIGHTS if all(a in g["accuracy"].get(w, {}) for g in (group, base))]
+    both = [
+        (w, a)
+        for a in attacks
+        for w in WEIGHTS
+        if all(a in g["accuracy"].get(w, {}) and w not in g["one_class"] for g in (group, base))
+    ]
     if not both:
         return [_entry("worst class and std over classes", "not judged: not evaluated alike", None, None, 0)]
     out = []
     for weights, attack in both:
         ours, theirs = (g["accuracy"][weights][attack] for g in (group, base))
         seeds = min(ours["worst"]["n"], theirs["worst"]["n"])
-        paired = same_seeds(group, base)
-        gain = difference(ours["worst"], theirs["worst"], paired)
+        by_seed = same_seeds(group, base)
         where = f"{WEIGHTS[weights]}, {attack_title(attack)}"
-        if not same_images((ours, theirs)):
-            why = f"not judged: on {_counts(ours)} images against {_counts(theirs)} of the baseline"
-            out += [_entry(claim, why, None, None, seeds) for claim in (_worst_claim(where), _std_claim(where))]
+        if why := judged_unlike((ours, theirs)):
+            names = (_worst_claim(where), _std_claim(where))
+            out += [_entry(claim, f"not judged: {why}", None, None, seeds) for claim in names]
             continue
-        found = [_worst(gain, ours, theirs, where, seeds, paired), _std(ours, theirs, where, seeds, paired)]
+        pair = pairs.get((group["title"], weights, attack), {})
+        found = [_worst(ours, theirs, where, seeds, by_seed, pair), _std(ours, theirs, where, seeds, by_seed, pair)]
         out += [_with_enough_images(entry, ours) for entry in found]
     return out
 
 
 def _with_enough_images(entry: dict, accuracy: dict) -> dict:
-    counts = [n for n in accuracy["images"] if n is not None]
-    each = min(counts, default=0) // max(len(accuracy["per_class"]), 1)
-    if each >= FEWEST or not counts or entry["holds"] is None:
+    """By the smallest class; where its size is not kept, by what it is at most."""
+    counts, smallest = [n for n in accuracy["images"] if n is not None], accuracy["smallest_class"]
+    classes = sum(s["n"] > 0 for s in accuracy["per_class"])
+    most = min(counts) // max(classes, 1) if counts else FEWEST
+    if (most if smallest is None else smallest) >= FEWEST or entry["holds"] is None:
         return entry
-    return entry | {"measured": f"{entry['measured']}; not judged: {each} images a class", "holds": None}
+    words = f"{smallest} images in the smallest class" if smallest is not None else f"{most} images a class"
+    return entry | {"measured": f"{entry['measured']}; not judged: {words}", "holds": None}
 
 
-def _worst(gain: dict, ours: dict, theirs: dict, where: str, seeds: int, paired: bool) -> dict:
-    claim = _worst_claim(where)
+def _worst(ours: dict, theirs: dict, where: str, seeds: int, by_seed: bool, pair: Mapping[str, Any]) -> dict:
+    claim, gain = _worst_claim(where), difference(ours["worst"], theirs["worst"], by_seed)
     if gain["mean"] is None:
         return _entry(claim, "not judged: no value", None, None, seeds)
     error = "" if gain["std"] is None else f" ± {100 * gain['std']:.1f}"
@@ -122,12 +155,12 @@ def _worst(gain: dict, ours: dict, theirs: dict, where: str, seeds: int, paired:
     if ours["average"]["mean"] is not None and theirs["average"]["mean"] is not None:
         cost = ours["average"]["mean"] - theirs["average"]["mean"]
         measured += f" (average over all images {_signed(100 * cost, '', 1)})"
-    each = [a - b for a, b in _pairs(ours["worst"], theirs["worst"], paired)]
-    holds, words = verdict(gain["mean"], each, WORST, below=False)
+    each = [a - b for a, b in _pairs(ours["worst"], theirs["worst"], by_seed)]
+    holds, words = verdict(gain["mean"], mean_interval(each) or pair.get("worst"), WORST, below=False, over=_over(each))
     return _entry(claim, measured + words, gain["mean"], holds, seeds)
 
 
-def _std(ours: dict, theirs: dict, where: str, seeds: int, paired: bool) -> dict:
+def _std(ours: dict, theirs: dict, where: str, seeds: int, by_seed: bool, pair: Mapping[str, Any]) -> dict:
     """The std falls where accuracy does, so that its change over the average is told as well."""
     claim = _std_claim(where)
     if ours["std"]["mean"] is None or theirs["std"]["mean"] is None:
@@ -139,14 +172,19 @@ def _std(ours: dict, theirs: dict, where: str, seeds: int, paired: bool) -> dict
     if ours["nstd"]["mean"] is not None and theirs["nstd"]["mean"]:
         relative = ours["nstd"]["mean"] / theirs["nstd"]["mean"] - 1
         measured += f" (relative to the average {_signed(100 * relative, ' %', 0)})"
-    each = [a / b - 1 for a, b in _pairs(ours["std"], theirs["std"], paired) if b]
-    holds, words = verdict(change, each, STD, below=True)
+    each = [a / b - 1 for a, b in _pairs(ours["std"], theirs["std"], by_seed) if b]
+    holds, words = verdict(change, mean_interval(each) or pair.get("std"), STD, below=True, over=_over(each))
     return _entry(claim, measured + words, change, holds, seeds)
 
 
-def _pairs(ours: dict, theirs: dict, paired: bool) -> list[tuple[float, float]]:
-    pairs = zip(ours["values"], theirs["values"], strict=True) if paired else ()
+def _pairs(ours: dict, theirs: dict, by_seed: bool) -> list[tuple[float, float]]:
+    pairs = zip(ours["values"], theirs["values"], strict=True) if by_seed else ()
     return [(a, b) for a, b in pairs if a is not None and b is not None]
+
+
+def _over(each: Sequence[float]) -> str:
+    """Over what an interval is, where not over seeds."""
+    return " over images, in pairs," if len(each) < 2 else ""
 
 
 def _worst_claim(where: str) -> str:
@@ -155,10 +193,6 @@ def _worst_claim(where: str) -> str:
 
 def _std_claim(where: str) -> str:
     return f"std over classes −{-100 * STD:.0f} % ({where})"
-
-
-def _counts(accuracy: dict) -> str:
-    return ", ".join("unknown" if n is None else str(n) for n in accuracy["images"])
 
 
 def _entry(claim: str, measured: str, value: float | None, holds: bool | None, seeds: int) -> dict:

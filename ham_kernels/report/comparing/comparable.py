@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
+from ...common.one_class import answers_one_class
 from ..reading.evaluations import WEIGHTS, Evaluation
 from ..reading.runs import Run
 from ..text_format import attack_title
@@ -38,6 +40,12 @@ def training_of(settings: Mapping[str, Any], runs: Sequence[Run]) -> Training:
     return out
 
 
+def threads_of(training: Training) -> int | None:
+    """Threads that torch used, where all was trained on the CPU of one machine that tells them."""
+    found = [re.search(r"torch uses (\d+) threads", machine) for machine in training["machine"]]
+    return int(found[0][1]) if training["device"] == ["cpu"] and len(found) == 1 and found[0] else None
+
+
 def unlike(trainings: Iterable[Training], names: Iterable[str] = ALL) -> dict[str, list[str]]:
     """{what: its values} where they are more than one."""
     trainings = list(trainings)
@@ -50,9 +58,19 @@ def same_work(trainings: Iterable[Training]) -> bool:
     return not unlike(trainings, (*WORK, *PLACE))
 
 
-def same_images(accuracies: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether accuracies under one attack are all of equally many images."""
-    return len({n for accuracy in accuracies for n in accuracy["images"]}) < 2
+def judged_unlike(accuracies: Iterable[Mapping[str, Any]]) -> str:
+    """What keeps accuracies under one attack from being compared: other images, or judged otherwise; else empty."""
+    accuracies = list(accuracies)
+    if len({n for accuracy in accuracies for n in accuracy["images"]}) > 1:
+        ours, theirs = (", ".join("unknown" if n is None else str(n) for n in accuracies[i]["images"]) for i in (0, -1))
+        return f"on {ours} images against {theirs} of the baseline"
+    if len({digest for accuracy in accuracies for digest in accuracy["digests"]}) > 1:
+        return "on other images than the baseline"
+    for what in ("part", "step size", "precision"):
+        values = sorted({value for accuracy in accuracies for value in accuracy["how"][what]})
+        if len(values) > 1:
+            return f"judged unlike in {what} ({' and '.join(values)})"
+    return ""
 
 
 def _value(what: str, value: Any) -> str:
@@ -82,7 +100,34 @@ def limits(section: Section) -> list[str]:
     counted = [run for g in section.groups for run in g.counted]
     shown = [evaluation for g in section.groups for evaluation in g.evaluated(g.weights)]
     trainings = [training_of(g.settings, g.counted) for g in section.groups if g.settings]
-    return [*_limits_of_evaluations(shown), *_limits_of_trainings(trainings), *_limits_of_runs(counted)]
+    return [
+        *_limits_of_models(section), *_limits_of_evaluations(shown), *_limits_of_trainings(trainings),
+        *_limits_of_runs(counted),
+    ]  # fmt: skip
+
+
+def one_class(evaluation: Evaluation) -> str | None:
+    """The class that a model answers for nearly all images, by name."""
+    clean = evaluation.attacks.get("clean")
+    answer = answers_one_class([share.value for share in clean.per_class]) if clean else None
+    return None if answer is None else evaluation.classes[answer]
+
+
+def _limits_of_models(section: Section) -> list[str]:
+    """Models that answer one class, and attacks that had no gradient."""
+    judged = [(run, e) for g in section.groups for run in g.counted for e in run.evaluations.values()]
+    notes = [
+        f"{run.name}, {WEIGHTS[e.weights]}: answers “{answer}” for nearly all images; neither ranked nor judged."
+        for run, e in judged
+        if (answer := one_class(e)) is not None
+    ]
+    return notes + [
+        f"{run.name}, {WEIGHTS[e.weights]}, {attack_title(name)}: gradient missing for {attack.no_gradient} of "
+        f"{'an unknown number of' if attack.n is None else attack.n} images, which were not attacked."
+        for run, e in judged
+        for name, attack in e.attacks.items()
+        if attack.no_gradient
+    ]
 
 
 def _limits_of_evaluations(shown: Sequence[Evaluation]) -> list[str]:

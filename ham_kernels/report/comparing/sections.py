@@ -1,4 +1,4 @@
-"""Runs sorted into sections (same data, budget, classes) and groups (same settings but for the seed)."""
+"""Runs sorted into sections (same images, budget, classes) and groups (same settings but for the seed)."""
 
 from __future__ import annotations
 
@@ -7,31 +7,43 @@ from collections.abc import Sequence
 from ..reading.runs import Run
 from .comparable import limits
 from .groups import Group, Section, canonical, choose_weights, settings_of
+from .images import apart
 from .titles import number_repeats, set_titles
 
 
 def sections(runs: Sequence[Run], baseline: str | None = None) -> list[Section]:
     """All runs in sections and titled groups, the baseline first. Raises: ValueError naming `baseline`."""
-    out = [_section(key, members) for key, members in _by_data(runs).items()]
-    number_repeats(out)  # as with subsets of the same data set that differ in their classes
+    out = [_section(key, members) for key, members in _by_data(runs)]
+    number_repeats(out)  # as with folders of the same name that hold other images
     titles = [group.title for section in out for group in section.groups]
     if baseline is not None and baseline not in titles:
         raise ValueError(f"baseline: got {baseline!r}; it must be the title of a group: {', '.join(titles)}")
     for section in out:
         _choose_baseline(section, baseline)
-        section.notes += limits(section)
+        section.notes += [*limits(section), *apart(section, out)]
     return out
 
 
-def _by_data(runs: Sequence[Run]) -> dict[tuple, list[Run]]:
-    """Runs of the same data, budget and classes. One not evaluated, of unknown classes, joins the first that fits."""
+def _by_data(runs: Sequence[Run]) -> list[tuple[tuple, list[Run]]]:
+    """Runs of the same images, budget and classes. One not evaluated, of unknown classes, joins the first that fits."""
     keys = [_data_of(run) for run in runs]
-    keyed: dict[tuple, list[Run]] = {key: [] for key in keys if key[3] is not None}
-    for run, (*known, classes) in zip(runs, keys, strict=True):
-        if classes is None:
-            classes = next((key[3] for key in keyed if [*key[:3]] == known), ())
-        keyed.setdefault((*known, classes), []).append(run)
-    return keyed
+    found: list[tuple[tuple, list[int]]] = []
+    for i in sorted(range(len(runs)), key=lambda i: keys[i][3] is None):
+        fits = (members for key, members in found if _fits(keys[i], key, runs[i], [runs[j] for j in members]))
+        members = next(fits, None)
+        if members is None:
+            found.append(((*keys[i][:3], keys[i][3] or ()), members := []))
+        members.append(i)
+    return [(key, [runs[i] for i in sorted(members)]) for key, members in found]
+
+
+def _fits(key: tuple, of_section: tuple, run: Run, members: Sequence[Run]) -> bool:
+    """By digests of the images, where both have one; else by the data set's name and the numbers of images."""
+    counts = [r.data["counts"] for r in (run, *members) if "counts" in r.data]
+    if key[1:3] != of_section[1:3] or key[3] not in (None, of_section[3]) or counts[1:] != counts[:-1]:
+        return False
+    shared = [(digest, m.images[what]) for what, digest in run.images.items() for m in members if what in m.images]
+    return all(a == b for a, b in shared) if shared else key[0] == of_section[0]
 
 
 def _data_of(run: Run) -> tuple:

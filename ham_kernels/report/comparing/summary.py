@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,9 +12,11 @@ from ..reading.evaluations import WEIGHTS, Attack, Easy
 from ..reading.runs import Epoch, Run
 from ..text_format import base_attack, margin_attack, steps_of
 from .claims import claims, same_seeds
-from .comparable import machines_of, training_of
+from .comparable import machines_of, one_class, training_of
 from .groups import Group, Section
+from .images import smallest_class
 from .over_seeds import difference, spread
+from .paired import paired
 
 
 def summarise(sections: Sequence[Section]) -> dict[str, Any]:
@@ -33,9 +35,10 @@ def _section(section: Section) -> dict[str, Any]:
     attack = headline_attack(section.groups)
     groups = [_group(group, group is section.baseline) for group in section.groups]
     base = groups[0] if section.baseline else None
+    pairs = _pairs(section, {attack, *_judging(section.groups, attack)}) if base else {}
     for group in groups[1:] if base else []:
-        _relate(group, base, attack)
-    seconds = {g.title: [[(e.epoch, e.seconds) for e in run.epochs] for run in g.counted] for g in section.groups}
+        _relate(group, base, attack, pairs)
+    seconds = {g.title: [_seconds(run) for run in g.counted] for g in section.groups}
     return {
         "title": section.title,
         "dataset": section.dataset,
@@ -47,8 +50,27 @@ def _section(section: Section) -> dict[str, Any]:
         "notes": section.notes,
         "val_attack": _val_attack(section.groups),
         "groups": groups,
-        "claims": claims(groups, _judging(section.groups, attack), seconds),
+        "claims": claims(groups, _judging(section.groups, attack), seconds, pairs),
     }
+
+
+def _seconds(run: Run) -> list[tuple[int, float | None, float | None]]:
+    """(epoch, seconds by the clock, seconds of CPU of all threads) of each epoch."""
+    return [(e.epoch, e.seconds, e.cpu_seconds) for e in run.epochs]
+
+
+def _pairs(section: Section, attacks: set[str | None]) -> dict[tuple[str, str, str], dict]:
+    """{(title, weights, attack): `paired` with the baseline}, where both are one run."""
+    base, out = section.baseline.counted, {}
+    for group in section.groups[1:]:
+        if len(group.counted) != 1 or len(base) != 1:
+            continue
+        both = group.counted[0].evaluations.keys() & base[0].evaluations.keys()
+        for weights, attack in ((w, a) for w in both for a in attacks):
+            judged = [run.evaluations[weights].attacks.get(attack) for run in (group.counted[0], base[0])]
+            if None not in judged and (found := paired(*judged)):
+                out[group.title, weights, attack] = found
+    return out
 
 
 def headline_attack(groups: Sequence[Group]) -> str | None:
@@ -92,6 +114,7 @@ def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
         "mines_hard_rows": group.method is not None and group.method.mines and group.method.rows == "hard",
         "baseline": is_baseline,
         "finished": group.finished,
+        "one_class": {w: found for w in WEIGHTS if (found := _one_class(group, w))},
         "runs": [run.name for run in group.counted],
         "seeds": [run.seed for run in group.counted],
         "settings": group.settings,
@@ -108,11 +131,31 @@ def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
     }
 
 
+def _one_class(group: Group, weights: str) -> dict[str, str]:
+    """{run: the class that it answers for nearly all images}."""
+    found = {run.name: one_class(run.evaluations[weights]) for run in group.counted if weights in run.evaluations}
+    return {run: answer for run, answer in found.items() if answer is not None}
+
+
 def _accuracies(group: Group, weights: str) -> dict[str, Any]:
-    """{attack: spreads}."""
+    """{attack: spreads, and on which images and how they were found}."""
     found = [run.evaluations.get(weights) for run in group.counted]
     names = dict.fromkeys(name for e in found if e for name in e.attacks)
-    return {name: _accuracy([e and e.attacks.get(name) for e in found]) for name in names}
+    out = {name: _accuracy([e and e.attacks.get(name) for e in found]) for name in names}
+    for name, accuracy in out.items():
+        judged = [
+            (run, e, e.attacks[name]) for run, e in zip(group.counted, found, strict=True) if e and name in e.attacks
+        ]
+        told = {"part": lambda e: e.part, "step size": lambda e: e.step_size, "precision": lambda e: e.precision}
+        accuracy["how"] = {what: _known(map(of, (e for _, e, _ in judged))) for what, of in told.items()}
+        smallest = [smallest_class(*one) for one in judged]
+        accuracy["smallest_class"] = None if None in smallest else min(smallest)
+        accuracy["no_gradient"] = {run.name: a.no_gradient for run, _, a in judged if a.no_gradient}
+    return out
+
+
+def _known(values: Iterable[Any]) -> list[str]:
+    return sorted({str(value) for value in values if value is not None})
 
 
 def _accuracy(judged: Sequence[Attack | None]) -> dict[str, Any]:
@@ -126,20 +169,24 @@ def _accuracy(judged: Sequence[Attack | None]) -> dict[str, Any]:
         "nstd": spread([a and a.nstd for a in judged]),
         "per_class": [spread(values) for values in classes],
         "images": sorted({a.n for a in known}, key=str),
+        "digests": sorted({a.images_sha256 for a in known} - {None}),
     }
 
 
-def _relate(group: dict, base: dict, attack: str | None) -> None:
+def _relate(group: dict, base: dict, attack: str | None, pairs: dict[tuple, dict]) -> None:
     """What a group gains and loses against the baseline, for the same weights."""
     if group["time"]["mean"] is not None and base["time"]["mean"] and group["finished"] and base["finished"]:
         group["relative_time"] = group["time"]["mean"] / base["time"]["mean"]
     ours = group["accuracy"].get(group["weights"], {}).get(attack)
     theirs = base["accuracy"].get(group["weights"], {}).get(attack)
     if ours and theirs:
-        paired = same_seeds(group, base)
+        by_seed = same_seeds(group, base)
         group["differences"] = [
-            difference(a, b, paired) for a, b in zip(ours["per_class"], theirs["per_class"], strict=True)
+            difference(a, b, by_seed) for a, b in zip(ours["per_class"], theirs["per_class"], strict=True)
         ]
+        if found := pairs.get((group["title"], group["weights"], attack)):
+            for gain, ends in zip(group["differences"], found["per_class"], strict=True):
+                gain |= dict(zip(("low", "high"), ends or (None, None), strict=True))
 
 
 def _curves(runs: Sequence[Run]) -> dict[str, Any]:
@@ -247,4 +294,5 @@ def _run(run: Run, section: Section, group: Group) -> dict[str, Any]:
         "sessions": len(run.sessions),
         "missing": [{"what": what, "command": command} for what, command in run.missing],
         "notes": run.notes,
+        "left_out": run.left_out,
     }  # fmt: skip

@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..comparing.over_seeds import reach
-from ..text_format import attack_title, shortened
-from .figures import MANY_GROUPS, Section, Styles, legend_below, shown, style_of
+from ..text_format import attack_title
+from . import names
+from .figures import MANY_GROUPS, Section, Styles, handles_of, legend_below, shown, style_of
 
 MANY_CLASSES = 20  # above: classes sorted, or only those that change most
 BRIGHT = 43  # percent from which viridis needs black letters
@@ -28,7 +29,8 @@ def class_bars(section: Section, styles: Styles) -> Figure | None:
 def class_differences(section: Section, styles: Styles) -> Figure | None:
     """What each class gains or loses against the baseline, in points."""
     rows = [(g, g["differences"], None) for g in section["groups"] if g["differences"]]
-    label = f"{attack_title(section['attack'])}: gain over {shortened(section['baseline'] or '', 24)}, points"
+    base = names.titles(section, 24).get(section["baseline"])
+    label = f"{attack_title(section['attack'])}: gain over\n{base}, points"
     return _by_class(rows, section, styles, label, signed=True) if rows else None
 
 
@@ -39,25 +41,25 @@ def overconfident(section: Section, styles: Styles) -> Figure | None:
 
 
 def _by_class(rows: list[tuple], section: Section, styles: Styles, label: str, signed: bool = False) -> Figure:
-    names, order = section["classes"], list(range(len(section["classes"])))
-    if len(names) > MANY_CLASSES:
+    order = list(range(len(section["classes"])))
+    if len(order) > MANY_CLASSES:
         order = _extremes(rows) if signed else _worst_first(section, rows)
     below = "class"
     if len(order) > MANY_CLASSES:
         below = f"{len(order)} classes, sorted by the first method's accuracy under {attack_title(section['attack'])}"
-    elif len(order) < len(names):
-        below = f"class: the {of_extremes(len(names))}"
+    elif len(order) < len(section["classes"]):
+        below = f"class: the {of_extremes(len(section['classes']))}"
     if len(rows) > MANY_GROUPS:
-        return _heat_map(rows, [names[c] for c in order], order, label, below, signed)
+        return _heat_map(rows, section, order, label, below, signed)
     figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axes = figure.subplots()
     if len(order) > MANY_CLASSES:
         _steps(axes, rows, order, styles)
     else:
         _bars(axes, rows, order, styles)
-        _name_classes(axes, [names[c] for c in order])
+    _name_classes(axes, section, order)
     if signed:
-        axes.axhline(0, color="black", linewidth=0.8)
+        axes.axhline(0, color="black", linestyle="dashed", linewidth=0.8)
     else:
         top = _top(rows, order)
         axes.set_ylim(0, 1.04 * top)  # bars and errors that reach it are seen whole
@@ -66,7 +68,12 @@ def _by_class(rows: list[tuple], section: Section, styles: Styles, label: str, s
             axes.text(0.5, 0.5, "0 % in all classes", transform=axes.transAxes, ha="center", va="center")
     axes.grid(axis="x", visible=False)
     axes.set(xlabel=below, ylabel=label)
-    legend_below(figure, axes, [g for g, _, _ in rows], lines=len(order) > MANY_CLASSES)
+    lines = len(order) > MANY_CLASSES
+    look = {"marker": ""} if lines else {"marker": "s", "linestyle": "none"}
+    handles = handles_of([g for g, _, _ in rows], section, styles, **look)
+    if signed:  # the line at 0
+        handles = [*handles_of([section["groups"][0]], section, styles, marker="", color="black"), *handles]
+    legend_below(figure, handles, lines)
     return figure
 
 
@@ -108,7 +115,7 @@ def _bars(axes: Axes, rows: list[tuple], order: Sequence[int], styles: Styles) -
         look = style_of(group, styles)
         at = np.arange(len(order)) + (i - (len(rows) - 1) / 2) * width
         mean, error = _percent([spreads[c] for c in order])
-        axes.bar(at, mean, width * 0.94, color=look["color"], label=shortened(group["title"]))
+        axes.bar(at, mean, width * 0.94, color=look["color"])
         axes.errorbar(at, mean, error, fmt="none", ecolor="#333333", elinewidth=0.8, capsize=min(2.0, 16 * width))
         if worst is not None:
             axes.axhline(100 * worst, color=look["color"], linewidth=1, linestyle="dashed")
@@ -123,7 +130,7 @@ def _steps(axes: Axes, rows: list[tuple], order: Sequence[int], styles: Styles) 
         mean, error = _percent([spreads[c] for c in order])
         at = np.arange(len(order))
         line = {key: look[key] for key in ("color", "linestyle", "zorder")}
-        axes.step(at, mean, where="mid", label=shortened(group["title"]), **line)
+        axes.step(at, mean, where="mid", **line)
         low, high = np.clip((mean - error[0], mean + error[1]), 0, 100)
         axes.fill_between(at, low, high, step="mid", color=look["color"], alpha=0.12, lw=0)
         if worst is not None:
@@ -132,7 +139,7 @@ def _steps(axes: Axes, rows: list[tuple], order: Sequence[int], styles: Styles) 
 
 
 def _heat_map(
-    rows: list[tuple], names: list[str], order: Sequence[int], label: str, below: str, signed: bool
+    rows: list[tuple], section: Section, order: Sequence[int], label: str, below: str, signed: bool
 ) -> Figure:
     values = np.array([_percent([spreads[c] for c in order])[0] for _, spreads, _ in rows])
     figure = Figure(figsize=(6.5, 1.6 + 0.26 * len(rows)), layout="constrained")
@@ -141,11 +148,11 @@ def _heat_map(
     limits = {"cmap": "PuOr", "vmin": -top, "vmax": top} if signed else {"cmap": "viridis", "vmin": 0, "vmax": 100}
     image = axes.imshow(values, aspect="auto", **limits)
     axes.grid(visible=False)
-    axes.set_yticks(range(len(rows)), [shortened(g["title"], 30) for g, _, _ in rows])
-    if len(names) <= MANY_CLASSES:
-        _name_classes(axes, names)
+    titles = names.titles(section, 30)
+    axes.set_yticks(range(len(rows)), [titles[g["title"]] for g, _, _ in rows])
+    _name_classes(axes, section, order)
     axes.set_xlabel(below)
-    if len(names) <= 12:
+    if len(order) <= 12:
         for (i, j), value in np.ndenumerate(values):
             dark = abs(value) > 0.6 * top if signed else value < BRIGHT
             if np.isfinite(value):
@@ -162,8 +169,13 @@ def _percent(spreads: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
     return mean, 100 * error
 
 
-def _name_classes(axes: Axes, names: Sequence[str]) -> None:
-    names = [shortened(name, 16) for name in names]
-    crowded = (max(map(len, names)) + 1) * len(names) > 80
+def _name_classes(axes: Axes, section: Section, order: Sequence[int]) -> None:
+    """A tick at each class, or at every k-th of more than fit."""
+    called, every = names.classes(section), math.ceil(len(order) / MANY_CLASSES)
+    words = [called[c] for c in order[::every]]
+    crowded = (max(map(len, words)) + 1) * len(words) > 80
     turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
-    axes.set_xticks(range(len(names)), names, **turned)
+    axes.set_xticks(range(0, len(order), every), words, **turned)
+    if turned:  # takes no room from what is drawn
+        width, height = axes.figure.get_size_inches()
+        axes.figure.set_size_inches(width, height + 0.05 * max(map(len, words)))

@@ -9,8 +9,8 @@ from matplotlib.lines import Line2D
 
 from ..comparing.claims import EASY_M, EASY_STAY
 from ..comparing.over_seeds import reach
-from ..text_format import attack_title, shortened
-from .figures import LONG, MANY_GROUPS, Section, Styles, columns_for, legend_below, style_of
+from ..text_format import attack_title
+from .figures import MANY_GROUPS, Section, Styles, handles_of, legend_below, style_of
 
 
 def hard_fraction(section: Section, styles: Styles) -> Figure | None:
@@ -25,7 +25,7 @@ def hard_fraction(section: Section, styles: Styles) -> Figure | None:
     axes.set(xlabel="epoch", ylabel="images trained on\n(hard fraction), %", ylim=(0, 103))
     axes.xaxis.get_major_locator().set_params(integer=True)
     _mark_start(axes, section)
-    legend_below(figure, axes, found, lines=True)
+    legend_below(figure, handles_of(found, section, styles, marker=""))
     return figure
 
 
@@ -58,14 +58,13 @@ def training(section: Section, styles: Styles) -> Figure | None:
     for axes in grid[len(used) :]:
         axes.axis("off")
     found = [g for g in section["groups"] if any(_names(g, key) for key, _, _ in used)]
-    handles = [Line2D([], [], label=shortened(g["title"]), **style_of(g, styles) | {"marker": ""}) for g in found]
+    handles = handles_of(found, section, styles, marker="")
     if any(name.startswith("val_ema.") for g in found for name in g["curves"]):
         handles += [
             Line2D([], [], color="#444444", linewidth=1.6, label="weight average"),
             Line2D([], [], color="#444444", linewidth=0.8, alpha=0.6, label="raw weights"),
         ]
-    columns = columns_for(figure, [h.get_label() for h in handles], lines=True)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=LONG)
+    legend_below(figure, handles)
     return figure
 
 
@@ -85,9 +84,9 @@ def easy(section: Section, styles: Styles) -> Figure | None:
                 mean = [100 * value["mean"] for _, value in points]
                 axes.errorbar(
                     [m for m, _ in points], mean, error if np.isfinite(error).any() else None, markersize=4,
-                    capsize=2, elinewidth=0.8, label=shortened(group["title"]), **look,
+                    capsize=2, elinewidth=0.8, **look,
                 )  # fmt: skip
-    left.plot(EASY_M, 100 * EASY_STAY, "*", color="black", markersize=11, label="paper: 75 % at M=3")
+    star = left.plot(EASY_M, 100 * EASY_STAY, "*", color="black", markersize=11, label="paper: 75 % at M=3")
     last = {group["easy"]["steps"] for group in found} - {None}
     steps = f"all {last.pop()} steps" if len(last) == 1 else "all steps"
     left.set(xlabel="M, attack steps", ylabel=f"of those easy at M,\nresist {steps}, %", ylim=(None, 101))
@@ -95,11 +94,7 @@ def easy(section: Section, styles: Styles) -> Figure | None:
     ends = [entry["m"] for group in found for entry in group["easy"]["by_m"]]
     for axes in (left, right):
         axes.set_xticks(_counts(max([*ends, EASY_M])))
-    star, *handles = left.get_legend_handles_labels()[0]  # lines come before error bars
-    handles.append(star)
-    labels = [handle.get_label() for handle in handles]
-    columns = columns_for(figure, labels, lines=True)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=LONG)
+    legend_below(figure, [*handles_of(found, section, styles), *star])
     return figure
 
 
@@ -122,7 +117,7 @@ def _curve(axes: Axes, group: dict, name: str, styles: Styles, scale: float, *, 
     epochs, curve = epochs[known], {key: values[known] for key, values in curve.items()}
     weight = {"linewidth": 0.8, "alpha": 0.6, "zorder": look["zorder"] - 0.2} if pale else {"linewidth": 1.6}
     marker = "." if len(epochs) == 1 else ""
-    label = None if pale else shortened(group["title"])
+    label = None if pale else group["title"]
     axes.plot(epochs, curve["mean"], label=label, **look | {"marker": marker} | weight)
     if band:
         low, high = curve["low"], curve["high"]

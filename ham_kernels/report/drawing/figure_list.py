@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from ..text_format import attack_title
-from . import by_class, curves, figures
+from . import by_class, curves, figures, names
 from .plot import Plot
 
 Section = dict[str, Any]
@@ -28,7 +28,7 @@ class _Entry(NamedTuple):
 def plots(data: dict[str, Any]) -> tuple[list[list[Plot]], list[list[str]]]:
     """(figures, titles of those without data), one entry of each per section of data.json."""
     drawn, absent = [], []
-    with figures.drawing():
+    with figures.drawing(_texts(data["sections"])):
         for i, section in enumerate(data["sections"], 1):
             prefix = f"{i}_{_slug(section['title'])}_" if len(data["sections"]) > 1 else ""
             found = [(entry, entry.draw(section, data["styles"])) for entry in ENTRIES]
@@ -37,12 +37,17 @@ def plots(data: dict[str, Any]) -> tuple[list[list[Plot]], list[list[str]]]:
     return drawn, absent
 
 
+def _texts(sections: list[Section]) -> list[str]:
+    """All names that figures may show."""
+    return [name for s in sections for name in (*s["classes"], *(g["title"] for g in s["groups"]))]
+
+
 def _plot(entry: _Entry, figure: Figure, section: Section, prefix: str) -> Plot:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=figures.DPI)
     title = entry.of_many if entry.of_many and _many(section) else entry.title
     file = f"figures/{prefix}{entry.name}.png"
-    return Plot(file, _titled(title, section), entry.caption(section), png.getvalue())
+    return Plot(file, _titled(title, section), entry.caption(section) + names.key(section), png.getvalue())
 
 
 def _titled(title: str, section: Section) -> str:
@@ -57,7 +62,7 @@ def _slug(text: str) -> str:
 def _errors(section: Section, drawn: str = "Error bars") -> str:
     counts = {len(g["runs"]) for g in section["groups"]}
     several = "one standard deviation over seeds"
-    one = "the 95 % bootstrap interval over test images"
+    one = "the 95 % interval over test images"
     if counts == {1}:
         return f"{drawn}: {one} (one seed each)."
     return f"{drawn}: {several}." if 1 not in counts else f"{drawn}: {several}; with one seed, {one}."
@@ -102,8 +107,8 @@ def _differences(section: Section) -> str:
     if _mapped(section, "differences"):
         return f"{what} {MAPPED}"
     return (
-        f"{what} Error bars: standard deviation of the differences seed by seed; with one seed, or with other seeds "
-        "than the baseline's, both sides' spreads or intervals combined (squares added)."
+        f"{what} Error bars: standard deviation of the differences seed by seed; with one seed each and the same "
+        "images, a 95 % bootstrap interval of both answers in pairs; else both sides' spreads combined (squares added)."
     )
 
 

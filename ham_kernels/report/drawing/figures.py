@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib.colors
 import matplotlib.style
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..comparing.over_seeds import reach
-from ..text_format import attack_title, shortened
+from ..text_format import attack_title
+from . import names
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 MARKERS = ("o", "^", "D", "v", "P", "X", "<")
@@ -34,9 +35,9 @@ Section = dict[str, Any]
 Styles = dict[str, int]
 
 
-def drawing():
-    """The context in which figures are drawn and saved, whatever the user's matplotlibrc says."""
-    return matplotlib.style.context(["default", SETTINGS])
+def drawing(texts: Iterable[str] = ()):
+    """The context in which figures that hold these texts are drawn and saved, whatever the user's matplotlibrc says."""
+    return matplotlib.style.context(["default", SETTINGS | {"font.family": names.families(texts)}])
 
 
 def style_of(group: dict[str, Any], styles: Styles) -> dict[str, Any]:
@@ -111,13 +112,8 @@ def worst_against_time(section: Section, styles: Styles) -> Figure | None:
     low, high = axes.get_ylim()
     apart = max(0.0, 4 - (high - low)) / 2  # differences below a point or so are not blown up
     axes.set_ylim(max(-1.0, low - apart), high + apart)  # a marker at 0 is seen whole
-    handles += [
-        Line2D([], [], markersize=7, label=shortened(g["title"]), **style_of(g, styles) | {"linestyle": "none"})
-        for g, _, _ in found
-        if g["title"] not in swept
-    ]
-    columns = columns_for(figure, [h.get_label() for h in handles])
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+    handles += handles_of([g for g, _, _ in found if g["title"] not in swept], section, styles, linestyle="none")
+    legend_below(figure, handles, lines=False)
     return figure
 
 
@@ -164,9 +160,7 @@ def confidence(section: Section, styles: Styles) -> Figure | None:
     for group, part in found:
         look = style_of(group, styles)
         line = {key: look[key] for key in ("color", "linestyle", "zorder")} | {"linewidth": 1.6}
-        axes.stairs(
-            100 * np.array(part["shares"]), part["edges"], baseline=None, label=shortened(group["title"]), **line
-        )
+        axes.stairs(100 * np.array(part["shares"]), part["edges"], baseline=None, label=group["title"], **line)
     for threshold in {part["threshold"] for _, part in found} - {None}:
         axes.axvline(threshold, color="#444444", linewidth=1, linestyle="dashed")
         axes.annotate(
@@ -175,23 +169,25 @@ def confidence(section: Section, styles: Styles) -> Figure | None:
         )  # fmt: skip
     axes.set(xlabel="probability of the true class", ylabel="adversarial examples, %", xlim=(0, 1))
     axes.set_ylim(bottom=0)
-    legend_below(figure, axes, [g for g, _ in found], lines=True)
+    legend_below(figure, handles_of([g for g, _ in found], section, styles, marker=""))
     return figure
 
 
 # ---------------------------------------------------------------- shared
-def legend_below(figure: Figure, axes: Axes, groups: Sequence[dict], lines: bool = False) -> None:
-    columns = columns_for(figure, [shortened(g["title"]) for g in groups], lines)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=LONG if lines else None)
+def handles_of(groups: Sequence[dict], section: Section, styles: Styles, **changed: Any) -> list[Line2D]:
+    """What a legend shows of these groups, looks changed as told."""
+    shown_as = names.titles(section)
+    return [Line2D([], [], label=shown_as[g["title"]], markersize=7, **style_of(g, styles) | changed) for g in groups]
 
 
-def columns_for(figure: Figure, labels: Sequence[str], lines: bool = False) -> int:
+def legend_below(figure: Figure, handles: Sequence[Artist], lines: bool = True) -> None:
     """As many columns as fit beside each other in 6.5 inches. A figure of many groups grows with its legend."""
+    labels = [handle.get_label() for handle in handles]
     columns = max(1, min(len(labels), 88 // (max(map(len, labels), default=1) + (12 if lines else 7))))
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + 0.2 * max(0, math.ceil(len(labels) / columns) - 3))
-    return columns
+    # Labels are given, as matplotlib leaves out those that begin with "_" where it looks for them.
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=LONG if lines else None)
 
 
 def _unit_of_time(seconds: float) -> tuple[float, str]:

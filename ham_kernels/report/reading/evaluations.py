@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from ...common import troubles
+from .flags import contradiction
 from .json_types import MALFORMED, read_as
 
 WEIGHTS = {"ema": "weight average", "last": "last weights", "best_ema": "best weight average", "best": "best weights"}
@@ -35,6 +38,10 @@ class Attack:
     std: Interval = Interval()
     nstd: Interval = Interval()
     n: int | None = None  # images
+    correct: str | None = None  # one flag per image, 0 or 1
+    labels: str | None = None  # class numbers of the images, a space between them
+    images_sha256: str | None = None  # of these images and labels
+    no_gradient: int | None = None  # images whose attack had no gradient to follow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +125,19 @@ class Evaluation:
     easy: Easy | None = None
 
 
-def read_evaluation(weights: str, raw: Mapping[str, Any], notes: list[str]) -> Evaluation:
+def read_evaluation(weights: str, raw: Mapping[str, Any], notes: list[str], file: Path) -> Evaluation:
     """Raises one of MALFORMED where it is no evaluation; what is wrong in an optional part goes to `notes`."""
     if raw.get("format") != 1:
         raise ValueError(f"format {raw.get('format')!r} is not known here; this version reads format 1")
     found = read_as(Evaluation, {**raw, "weights": weights, "masking": None, "confidence": None, "easy": None})
     for name, attack in found.attacks.items():
         _of_each_class(found, f"{name}: per_class", attack.per_class)
-    parts = {}
+    wrong = {name: why for name, attack in found.attacks.items() if (why := contradiction(attack))}
+    for name, why in wrong.items():
+        facts = {"file": file, "attack": name, "why": why}
+        notes.append(troubles.text("flags_contradict", **facts))
+        troubles.warn("flags_contradict", **facts)
+    parts = {"attacks": {name: attack for name, attack in found.attacks.items() if name not in wrong}}
     for key, kind in (("masking", Masking), ("confidence", Confidence), ("easy", Easy)):
         try:
             parts[key] = read_as(kind | None, raw.get(key))

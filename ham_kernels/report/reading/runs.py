@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...common import line_sums, troubles
 from ...common.locks import held
 from ...methods.settings import Method
 from ...runs.config_file import method_of
@@ -24,6 +25,7 @@ else:
 EVALUATE = "ham evaluate {run}"
 RESUME = "ham train --resume {run}"
 OTHERS = "reports show no other evaluations, of which it has"
+SHOWN = tuple(f"{weights}.json" for weights in WEIGHTS)
 MARKS = ("config.toml", "status.json", "metrics.jsonl", "evaluation")
 
 
@@ -45,6 +47,7 @@ class Epoch:
     seconds: float | None = None  # training only
     val: Mapping[str, Validation] | None = None
     val_ema: Mapping[str, Validation] | None = None
+    cpu_seconds: float | None = None  # of all threads, in the same time
     mined: bool | None = None  # rows were screened or weighed
 
     @property
@@ -66,7 +69,8 @@ class Run:
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     busy: bool = False  # a process works on it
-    others: list[str] = field(default_factory=list)  # evaluations of another budget, precision, part or seed
+    data: dict[str, Any] = field(default_factory=dict)  # of its images: classes, counts, digest
+    left_out: dict[str, str] = field(default_factory=dict)  # {evaluation: the part, budget, precision or seed it is of}
 
     def _scalar(self, section: str, key: str, kind: type | tuple[type, ...]) -> Any:
         """A setting, or None where it is not there or of another type."""
@@ -112,6 +116,12 @@ class Run:
         return named or next((e.dataset for e in self.evaluations.values() if e.dataset), None)
 
     @property
+    def images(self) -> dict[str, str]:
+        """Digests of images and labels: of all parts ("all"), and of those judged ("test 200")."""
+        told = {f"{e.part} {a.n}": a.images_sha256 for e in self.evaluations.values() for a in e.attacks.values()}
+        return {what: digest for what, digest in {"all": self.data.get("sha256"), **told}.items() if digest}
+
+    @property
     def planned_epochs(self) -> int | None:
         planned = self.status.get("epochs")
         return planned if isinstance(planned, int) else self._scalar("optim", "epochs", int)
@@ -133,8 +143,14 @@ class Run:
     def seconds(self) -> float | None:
         """Training time of all epochs; None where an epoch is not in the log."""
         times = [e.seconds for e in self.epochs]
-        whole = [e.epoch for e in self.epochs] == list(range(1, len(times) + 1))
+        whole = [e.epoch for e in self.epochs] == list(range(1, len(times) + 1)) and not self.cut
         return sum(times) if times and whole and None not in times else None
+
+    @property
+    def cut(self) -> bool:
+        """Whether more epochs are done than the log holds."""
+        told = self.status.get("epoch")
+        return isinstance(told, int) and bool(self.epochs) and self.epochs[-1].epoch < told and not self.busy
 
     @property
     def sessions(self) -> list[dict[str, Any]]:
@@ -160,8 +176,8 @@ class Run:
             out.append(("no training time: epochs are missing in metrics.jsonl", None))
         if not self.evaluations:
             what = "not evaluated"
-            if self.others:
-                what += f" on test images at its own budget in fp32 with seed 0 ({OTHERS}: {', '.join(self.others)})"
+            if self.left_out:
+                what += f" on test images at its own budget in fp32 with seed 0 ({OTHERS}: {', '.join(self.left_out)})"
             out.append((what, self._command(EVALUATE)))
         return out
 
@@ -179,10 +195,14 @@ def read_run(folder: str | Path) -> Run:
     run.config = read_mapping(folder / "config.toml", run.notes)
     run.environment = read_mapping(folder / "environment.json", run.notes)
     run.status = read_mapping(folder / "status.json", run.notes)
+    run.data = read_mapping(folder / "data.json", run.notes)
     run.epochs = _read_metrics(folder / "metrics.jsonl", run.notes)
     run.busy = held(folder / ".lock")
-    names = (path.name for path in (folder / "evaluation").glob("[!.]*.json"))
-    run.others = sorted(name for name in names if name.removesuffix(".json") not in WEIGHTS)
+    if run.cut and not any("metrics.jsonl line" in note for note in run.notes):
+        told = f"while status.json says that {run.status['epoch']} are done"
+        _tell_log(folder / "metrics.jsonl", run.notes, f"ends at epoch {run.epochs[-1].epoch}, {told}")
+    others = sorted(path for path in (folder / "evaluation").glob("[!.]*.json*") if path.name not in SHOWN)
+    run.left_out = {path.name: _other(run, path) for path in others}
     for weights in WEIGHTS:
         _read_evaluation(run, weights)
     return run
@@ -194,7 +214,7 @@ def _read_evaluation(run: Run, weights: str) -> None:
     if not raw:
         return
     try:
-        judged = run.evaluations[weights] = read_evaluation(weights, raw, run.notes)
+        judged = run.evaluations[weights] = read_evaluation(weights, raw, run.notes, path)
     except MALFORMED as error:
         run.notes.append(f"{_shown(path)}: not an evaluation ({type(error).__name__}: {error})")
         return
@@ -203,6 +223,17 @@ def _read_evaluation(run: Run, weights: str) -> None:
             f"{_shown(path)} is of epoch {judged.epoch}, the run is at epoch {run.epochs[-1].epoch}: "
             f"`{run._command(EVALUATE)}`"
         )
+
+
+def _other(run: Run, path: Path) -> str:
+    """In what an evaluation differs from those that a report shows."""
+    raw = read_mapping(path, run.notes)
+    if ".json.epoch" in path.name:
+        return f"earlier weights, of epoch {raw.get('epoch')}"
+    step = run._scalar("attack", "step_size", (int, float))
+    usual = {"part": "test", "eps": run.eps, "step_size": step, "precision": "fp32", "seed": 0}
+    apart = [key for key, value in usual.items() if key in raw and raw[key] != value]
+    return ", ".join(f"{key.replace('_', ' ')} {raw[key]}" for key in apart) or "another choice"
 
 
 # ---------------------------------------------------------------- files
@@ -236,12 +267,22 @@ def read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
     return value
 
 
+def _tell_log(path: Path, notes: list[str], why: str) -> None:
+    notes.append(troubles.text("log_altered", file=path, why=why))
+    troubles.warn("log_altered", file=path, why=why)
+
+
 def _read_metrics(path: Path, notes: list[str]) -> list[Epoch]:
+    """Its epochs, up to the first line whose checksum is not that of what precedes it."""
     lines = (_bytes_of(path, notes) or b"").rstrip().split(b"\n")
     epochs: list[Epoch] = []
+    altered = line_sums.first_altered(lines)
     for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        if i == altered and line.endswith(b"}"):  # else torn
+            _tell_log(path, notes, f"line {i} is not as written, or lines before it are gone; left out from there")
+            break
         try:
             epoch = read_as(Epoch, json.loads(line.decode("utf-8")))
         except MALFORMED as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from ..comparing.comparable import same_images, same_work
+from ..comparing.comparable import judged_unlike, same_work
 from ..reading.evaluations import WEIGHTS
 from ..text_format import NONE, attack_title, margin_attack, mean_std, mean_std_time
 
@@ -49,10 +49,15 @@ def paper_table(section: dict[str, Any]) -> Table:
     mixed = len({g["weights"] for g in groups} - {None}) > 1
     table.rows = [[Cell(_method(g, mixed)), *(c.cell(g) for c in columns)] for g in groups]
     for i, column in enumerate(columns, 1):
-        ranked = [r for r, g in enumerate(groups) if g["finished"] and table.rows[r][i].value is not None]
+        ranked = [r for r, g in enumerate(groups) if is_ranked(g) and table.rows[r][i].value is not None]
         if len(ranked) > 1 and column.alike([groups[r] for r in ranked]):
             _mark_best([table.rows[r] for r in ranked], i, column.best)
     return table
+
+
+def is_ranked(group: dict) -> bool:
+    """Neither what is not trained to the end, nor a model that answers one class."""
+    return group["finished"] and group["weights"] not in group["one_class"]
 
 
 def all_accuracies(section: dict[str, Any]) -> Table:
@@ -95,7 +100,7 @@ def _columns(section: dict, groups: Sequence[dict]) -> list[_Column]:
 
     def judged(span: str, name: str, best: Callable, attack: str, measure: str) -> _Column:
         def alike(ranked: Sequence[dict]) -> bool:
-            return same_images(_judged(g, attack) for g in ranked)
+            return not judged_unlike(_judged(g, attack) for g in ranked)
 
         return _Column(span, name, lambda g: _accuracy(_judged(g, attack), measure), best, alike, attack)
 
@@ -149,7 +154,8 @@ def _title(attack: str) -> str:
 
 def _method(group: dict, mixed: bool) -> str:
     weights = f" [{WEIGHTS[group['weights']]}]" if mixed and group["weights"] else ""
-    return f"{group['title']}{weights}{'' if group['finished'] else ' (not finished)'}"
+    one_class = " (answers one class)" if group["weights"] in group["one_class"] else ""
+    return f"{group['title']}{weights}{one_class}{'' if group['finished'] else ' (not finished)'}"
 
 
 def _caption(section: dict, groups: Sequence[dict], columns: Sequence[_Column]) -> str:
@@ -162,7 +168,7 @@ def _caption(section: dict, groups: Sequence[dict], columns: Sequence[_Column]) 
         best = "Bold: the best value, and those within its standard deviation."
     weights = {g["weights"] for g in groups} - {None}
     of = f"; {WEIGHTS[weights.pop()]}" if len(weights) == 1 else ""
-    return f"{section['title']}; {seeds}{of}{_images(groups, columns)}. {best}"
+    return f"{section['title']}; {seeds}{of}{_images(groups, columns)}{_no_gradient(groups, columns)}. {best}"
 
 
 def _images(groups: Sequence[dict], columns: Sequence[_Column]) -> str:
@@ -174,6 +180,17 @@ def _images(groups: Sequence[dict], columns: Sequence[_Column]) -> str:
     if len(attacks) < 2 and not any(" to " in images for images in attacks):
         return ""
     return "; images: " + ", ".join(f"{images} ({', '.join(names)})" for images, names in attacks.items())
+
+
+def _no_gradient(groups: Sequence[dict], columns: Sequence[_Column]) -> str:
+    """ "; gradient missing: HAM under PGD-20 for 12 images", of the run that has most."""
+    found = [
+        f"{g['title']} under {_title(attack)} for {max(rows.values())} images"
+        for attack in dict.fromkeys(c.attack for c in columns if c.attack)
+        for g in groups
+        if (rows := _judged(g, attack).get("no_gradient"))
+    ]
+    return "; gradient missing: " + ", ".join(found) if found else ""
 
 
 def _range(numbers: set[int]) -> str:
