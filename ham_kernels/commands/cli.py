@@ -54,7 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `ham ... | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if (
+            isinstance(error, RuntimeError) and type(error).__name__ != "EngineError"
+        ):  # of torch, say, or a fault of ours
+            raise
         if os.environ.get("HAM_TRACEBACK"):
             raise
         print(f"ham {command}: {error}", file=sys.stderr)

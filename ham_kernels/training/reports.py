@@ -51,18 +51,26 @@ class EpochReport:
     n_kept: int = 0  # rows trained on
     mined: bool = False  # rows were screened or weighed
     no_gradient: int = 0  # rows whose attack began without a gradient to follow
+    cpu_seconds: float | None = 0.0  # of all threads of this process in the same time; None in reports of before
     watch: dict[str, int] | None = None  # after a one-step epoch: of `rows` training images, how many resist what
 
     @property
     def hard_fraction(self) -> float:
         return self.n_hard / self.n
 
+    def took(self, seconds: float, cpu_seconds: float) -> None:
+        self.seconds += seconds
+        if self.cpu_seconds is not None:
+            self.cpu_seconds += cpu_seconds
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EpochReport:
-        report = cls(**{"mined": values["phase"] == "ham", **values})  # reports of before did not tell
+        report = cls(
+            **{"mined": values["phase"] == "ham", "cpu_seconds": None, **values}
+        )  # reports of before did not tell
         for name in ("val", "val_ema"):
             judged = getattr(report, name)
             if judged is not None:
@@ -81,7 +89,7 @@ class RunningEpoch:
     report: EpochReport  # its loss is a sum over rows until the epoch ends
     batches: int = 0
 
-    def add(self, step: StepReport, seconds: float) -> None:
+    def add(self, step: StepReport, seconds: float, cpu_seconds: float) -> None:
         report = self.report
         self.batches += step.batches
         report.loss += step.loss * step.n_kept
@@ -90,7 +98,7 @@ class RunningEpoch:
         report.n_kept += step.n_kept
         report.no_gradient += step.no_gradient
         report.skipped += step.batches * (step.n_kept == 0)
-        report.seconds += seconds
+        report.took(seconds, cpu_seconds)
 
     def to_dict(self) -> dict[str, Any]:
         return {"report": self.report.to_dict(), "batches": self.batches}

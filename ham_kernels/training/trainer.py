@@ -234,7 +234,7 @@ class Trainer:
         if self._running is None:
             self._running = RunningEpoch(EpochReport(epoch, method.name, 0.0, 0, 0, 0, 0.0, mined=method.mines))
         running = self._running
-        start = time.perf_counter()
+        since = _clocks()
         for batches in in_groups(rest_of_epoch(loader, epoch, running.batches), method.group):
             try:
                 steps = self.train_group([self._unpacked(batch) for batch in batches], epoch)
@@ -243,13 +243,13 @@ class Trainer:
                 first, last = running.batches + 1, running.batches + len(batches)
                 where = f"batch {first}" if first == last else f"batches {first} to {last}"
                 raise kind(f"epoch {epoch}, {where}: {error}") from error
-            seconds = time.perf_counter() - start
+            took = [(now - then) / len(steps) for now, then in zip(_clocks(), since, strict=True)]
             for step in steps:  # all of a group before anybody hears of it: a stop falls between groups
-                running.add(step, seconds / len(steps))
+                running.add(step, *took)
             if on_batch_end is not None:
                 for step in steps:
                     on_batch_end(step)
-            start = time.perf_counter()
+            since = _clocks()
         if running.batches == 0:
             self._running = None
             raise ValueError(
@@ -258,18 +258,18 @@ class Trainer:
             )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            running.report.seconds += time.perf_counter() - start
+            running.report.took(*(now - then for now, then in zip(_clocks(), since, strict=True)))
         return running.report
 
     def _end_epoch(self, report: EpochReport, loader: Iterable) -> None:
         """The watch and the method look at the epoch; then it is done."""
-        start = time.perf_counter()
+        since = _clocks()
         objective = self._phases.objective(report.epoch)
         if self._phases.watches(report.epoch):  # first: a stop while it draws must not end the epoch twice
             batch = self._unpacked(first_of_epoch(loader, report.epoch))
             report.watch = asdict(self._phases.watch(self.model, batch, report.epoch, self.precision))
         self._averages = objective.end_epoch(EpochEnd(report.epoch, self.model, report.val, report.val_ema))
-        report.seconds += time.perf_counter() - start
+        report.took(*(now - then for now, then in zip(_clocks(), since, strict=True)))
         self._running = None
         self.epoch += 1
         report.loss = report.loss / max(report.n_kept, 1)
@@ -370,6 +370,11 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
     missing = {name for group in theirs for name in optimizer.defaults.keys() - group.keys()} - newer
     if missing:
         raise ValueError(f"state: its optimizer knows no {', '.join(sorted(missing))}; it is of another kind")
+
+
+def _clocks() -> tuple[float, float]:
+    """Seconds by the clock, seconds of CPU of all threads."""
+    return time.perf_counter(), time.process_time()
 
 
 def _step(scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:

@@ -18,7 +18,7 @@ def spread(values: Sequence[Interval | float | None]) -> Spread:
     """Mean over seeds with its spread: {"mean", "std", "low", "high", "n", "values"}.
 
     Of several values std is the sample standard deviation and low, high are mean -+ std. Of one value there is no
-    std, and low, high are its bootstrap interval, None where it has none.
+    std, and low, high are its interval over images, None where it has none.
     """
     intervals = [v if isinstance(v, Interval) else Interval(v) for v in values]
     known = [v for v in intervals if v.value is not None]
@@ -64,7 +64,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
 def reach(value: Spread) -> tuple[float, float]:
     """How far a spread reaches below and above its mean; NaN, of which nothing is drawn, where that is not known.
 
-    0 on a side where it does not: the bootstrap interval of a worst class may lie below its value.
+    0 on a side where it does not: an interval of before, of resampled images, may lie below its value.
     """
     if value["low"] is None or value["high"] is None:
         return math.nan, math.nan

@@ -16,7 +16,7 @@ WEIGHTS = {"ema": "weight average", "last": "last weights", "best_ema": "best we
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its bootstrap interval; None where there is none (a class without images)."""
+    """A number with its interval; None where there is none (a class without images)."""
 
     value: float | None = None
     low: float | None = None
