@@ -351,7 +351,7 @@ def test_what_it_remembers_is_undone_with_an_update_that_fails(dummy, batches):
     trainer = trainer_of(dummy(), ema_decay=0.5)
     x, y = batches[0]
     trainer.train_step(x, y, epoch=1)
-    memory = trainer._phases.method
+    memory = trainer.phases.method
     seen, weights = memory.seen.clone(), copy.deepcopy(trainer.model.state_dict())
     trainer.model.train()
     handle = trainer.model.register_forward_hook(lambda m, i, z: z * torch.nan if m.training else z)
@@ -369,7 +369,7 @@ def test_graphs_count_what_it_remembers_once(dummy, batches):
         for x, y in batches[:2]:
             ours.train_step(x, y, epoch=1)
             theirs.train_step(x, y, epoch=1)
-    assert torch.equal(ours._phases.method.seen, theirs._phases.method.seen)
+    assert torch.equal(ours.phases.method.seen, theirs.phases.method.seen)
 
 
 def test_the_gate_closes_the_average(dummy, batches):
@@ -401,8 +401,8 @@ def test_a_warm_up_of_the_same_name_has_a_memory_of_its_own(dummy, batches):
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     second.fit(batches, epochs=3)
     assert_same_state(second.model, whole.model)
-    assert torch.equal(second._phases._warm_up.seen, whole._phases._warm_up.seen)
-    assert whole._phases._warm_up.seen.sum() == 2 * 81
+    assert torch.equal(second.phases._warm_up.seen, whole.phases._warm_up.seen)
+    assert whole.phases._warm_up.seen.sum() == 2 * 81
 
 
 def test_a_stop_while_the_watch_draws_ends_no_epoch_twice(dummy, batches):
@@ -421,7 +421,7 @@ def test_a_stop_while_the_watch_draws_ends_no_epoch_twice(dummy, batches):
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(loader, epochs=1)
     trainer.fit(loader, epochs=1)
-    assert int(trainer._phases.method.epochs) == 1
+    assert int(trainer.phases.method.epochs) == 1
 
 
 def test_two_methods_of_one_name_are_refused():

@@ -94,7 +94,7 @@ def test_a_state_of_another_optimizer_changes_nothing(kind):
     model, other = small_cnn(seed=1), small_cnn()
     source = ham.HAMTrainer(model, sgd(model), **SMALL, start_epoch=3, warm_up="n_fgsm")
     source.fit(batches(2), epochs=3)
-    source._phases._checks["n_fgsm"].overfitted_at = 1
+    source.phases._checks["n_fgsm"].overfitted_at = 1
     wrong = (
         torch.optim.Adam(other.parameters())
         if kind == "kind"
@@ -105,7 +105,7 @@ def test_a_state_of_another_optimizer_changes_nothing(kind):
     with pytest.raises(ValueError, match="state: its optimizer"):
         target.load_state_dict(source.state_dict())
     after = target.state_dict()
-    assert target._phases.objective(1).method.name == "n_fgsm"
+    assert target.phases.objective(1).method.name == "n_fgsm"
     assert after["overfitting"] == before["overfitting"]
     assert after["optimizer"] == before["optimizer"]
     assert all(torch.equal(before["model"][k], after["model"][k]) for k in before["model"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..methods.objective import EpochEnd
 from ..methods.settings import Method
 from .batches import check_group, first_of_epoch, in_groups, rest_of_epoch
 from .ema import WeightAverage
+from .fit_checks import check_fit, check_optimizer
 from .phases import Phases
 from .reports import EpochReport, RunningEpoch, StepReport
 from .update import Updater
@@ -79,7 +80,7 @@ class Trainer:
         checks.integer("steps", steps, 1)
         self._pgd = PGD(checks.real("eps", eps), checks.real("step_size", step_size), steps, norm)
         self.seed = checks.integer("seed", seed, 0, 2**63 - 1)
-        self._phases = Phases(method, self._pgd, warm_up, natural_epochs, self.seed)
+        self.phases = Phases(method, self._pgd, warm_up, natural_epochs, self.seed)
         options = EngineOptions(precision, channels_last, compile, cuda_graphs, winograd, keep_memory)
         if ema_decay is not None and checks.real("ema_decay", ema_decay, 0.0, 1.0) == 1.0:
             raise ValueError("ema_decay: got 1.0; it must be below 1, or the average would never move")
@@ -88,7 +89,7 @@ class Trainer:
         self.device = torch.device(device) if device is not None else model_device(model) or torch.device("cpu")
         self.engine = Engine(options, self.device)
         self._update = Updater(optimizer, self.engine, self.device)
-        self._ema = None if ema_decay is None else WeightAverage(model, ema_decay)
+        self.average = None if ema_decay is None else WeightAverage(model, ema_decay)
         self._averages = True  # whether updates enter the weight average; the method's gate may close it
         self.epoch = 0  # epochs completed by fit
         self.steps_done = 0  # names the noise of the next step
@@ -98,12 +99,12 @@ class Trainer:
 
     @property
     def method(self) -> Method:
-        return self._phases.method.method
+        return self.phases.method.method
 
     @property
     def ema_model(self) -> nn.Module | None:
         """The weight average as a model in eval mode; None without ema_decay."""
-        return None if self._ema is None else self._ema.model
+        return None if self.average is None else self.average.model
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -134,7 +135,7 @@ class Trainer:
         """
         checks.integer("epoch", epoch, 1)
         check_group(batches, model_device(self.model))
-        objective = self._phases.objective(epoch)
+        objective = self.phases.objective(epoch)
         method = objective.method
         stopwatch = Stopwatch(batches[0][0].device)
         x, y = batches[0] if len(batches) == 1 else (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -154,8 +155,8 @@ class Trainer:
                 loss = 0.0
                 if part.n_kept:
                     loss = self._update(self.model, objective, part, method.freeze_bn)
-                    if self._ema is not None and self._averages:
-                        self._ema.update(self.model)
+                    if self.average is not None and self._averages:
+                        self.average.update(self.model)
                 reports.append(
                     StepReport(loss, part.n, part.n_hard, stopwatch.stop(), part.n_kept, together, part.no_gradient)
                 )
@@ -196,25 +197,12 @@ class Trainer:
         Returns: `history`, one EpochReport per epoch so far.
         """
         checks.integer("epochs", epochs, 1)
-        if epochs <= self.epoch:
-            raise ValueError(f"epochs: got {epochs}, but {self.epoch} are done; it is the total to train up to")
-        if self._phases.starts_late and self.method.start_epoch > epochs:
-            raise ValueError(
-                f"start_epoch: is {self.method.start_epoch}, beyond epochs={epochs}, so {self.method.name} would never "
-                "start; lower it, or train by the method of the warm-up"
-            )
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise TypeError(
-                "scheduler: is a ReduceLROnPlateau, which wants a metric; step it in on_epoch_end, such as "
-                "on_epoch_end=lambda report: scheduler.step(report.loss)"
-            )
-        self._check_loaders(train_loader, val_loader, val_attacks, epochs)
-        self._check_average(train_loader, epochs)
+        check_fit(self, train_loader, epochs, val_loader, scheduler, val_attacks)
         while self.epoch < epochs:
             report = self._train_epoch(train_loader, self.epoch + 1, on_batch_end)
             if val_loader is not None:
                 report.val = self._judged(self.model, val_loader, val_attacks)
-                if self._ema is not None:
+                if self.average is not None:
                     report.val_ema = self._judged(self.ema_model, val_loader, val_attacks)
             self._end_epoch(report, train_loader)
             if scheduler is not None:
@@ -230,7 +218,7 @@ class Trainer:
 
     def _train_epoch(self, loader: Iterable, epoch: int, on_batch_end) -> EpochReport:
         """Trains the rest of the epoch. The loss in the report is still a sum."""
-        method = self._phases.objective(epoch).method
+        method = self.phases.objective(epoch).method
         if self._running is None:
             self._running = RunningEpoch(EpochReport(epoch, method.name, 0.0, 0, 0, 0, 0.0, mined=method.mines))
         running = self._running
@@ -264,10 +252,10 @@ class Trainer:
     def _end_epoch(self, report: EpochReport, loader: Iterable) -> None:
         """The watch and the method look at the epoch; then it is done."""
         since = _clocks()
-        objective = self._phases.objective(report.epoch)
-        if self._phases.watches(report.epoch):  # first: a stop while it draws must not end the epoch twice
+        objective = self.phases.objective(report.epoch)
+        if self.phases.watches(report.epoch):  # first: a stop while it draws must not end the epoch twice
             batch = self._unpacked(first_of_epoch(loader, report.epoch))
-            report.watch = asdict(self._phases.watch(self.model, batch, report.epoch, self.precision))
+            report.watch = asdict(self.phases.watch(self.model, batch, report.epoch, self.precision))
         self._averages = objective.end_epoch(EpochEnd(report.epoch, self.model, report.val, report.val_ema))
         report.took(*(now - then for now, then in zip(_clocks(), since, strict=True)))
         self._running = None
@@ -280,37 +268,13 @@ class Trainer:
         return x.to(self.device), y.to(self.device)
 
     # ------------------------------------------------------------ validation
-    def _check_loaders(self, train_loader, val_loader, val_attacks: Sequence[str], epochs: int) -> None:
-        """What would else show after an epoch only."""
-        left = epochs - self.epoch
-        if isinstance(train_loader, Iterator) and any(self._phases.watches(self.epoch + 1 + i) for i in range(left)):
-            raise ValueError(
-                "train_loader: is an iterator, of which no batch can be drawn again; epochs of one-step attacks are "
-                "watched on one: pass a list or a DataLoader"
-            )
-        if val_loader is None:
-            return
-        plans(val_attacks, **self._budget())
-        passes = left * (1 if self._ema is None else 2)
-        if isinstance(val_loader, Iterator) and passes > 1:
-            raise ValueError(
-                f"val_loader: is an iterator, which is spent after one of {passes} passes; give a list or a DataLoader"
-            )
-
-    def _check_average(self, train_loader, epochs: int) -> None:
-        """Warns where the training ends before its weight average is as slow as it was asked to be."""
-        if self._ema is None or not hasattr(train_loader, "__len__"):
-            return
-        group = self.method.group if self.method.group_updates == "one" else 1
-        updates, span = epochs * len(train_loader) // group, 1 / (1 - self._ema.decay)
-        if updates < span:
-            troubles.warn("short_for_its_average", decay=self._ema.decay, span=round(span), updates=updates)
-
     def _judged(self, model: nn.Module, loader: Iterable, attacks: Sequence[str]) -> dict[str, ClassAccuracy]:
-        wanted = plans(attacks, **self._budget())
+        wanted = plans(attacks, **self.budget)
         return accuracies(model, loader, wanted, device=self.device, precision=self.precision, seed=self.seed)
 
-    def _budget(self) -> dict[str, Any]:
+    @property
+    def budget(self) -> dict[str, Any]:
+        """eps, step_size and norm."""
         return {"eps": self._pgd.eps, "step_size": self._pgd.step_size, "norm": self._pgd.norm}
 
     # ------------------------------------------------------------ state
@@ -323,11 +287,11 @@ class Trainer:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "ema": None if self._ema is None else self.ema_model.state_dict(),
+            "ema": None if self.average is None else self.ema_model.state_dict(),
             "averages": self._averages,
-            "ema_updates": None if self._ema is None else self._ema.updates,
+            "ema_updates": None if self.average is None else self.average.updates,
             "loss_scale": self._update.state_dict(),
-            **self._phases.state_dict(),
+            **self.phases.state_dict(),
             "epoch": self.epoch,
             "steps_done": self.steps_done,
             "running": None if self._running is None else self._running.to_dict(),
@@ -339,37 +303,26 @@ class Trainer:
         missing = {"model", "optimizer", "ema", "epoch", "steps_done", "running", "history"} - set(state)
         if missing:
             raise ValueError(f"state: lacks {', '.join(sorted(missing))}; it must come from Trainer.state_dict()")
-        if (state["ema"] is None) != (self._ema is None):
-            ours, theirs = ("without", "with") if self._ema is None else ("with", "without")
+        if (state["ema"] is None) != (self.average is None):
+            ours, theirs = ("without", "with") if self.average is None else ("with", "without")
             raise ValueError(f"ema_decay: this trainer is {ours} a weight average, the state {theirs} one")
         checks.state_fits("model", self.model, state["model"])
-        if self._ema is not None:
+        if self.average is not None:
             checks.state_fits("ema", self.ema_model, state["ema"])
         running = None if state["running"] is None else RunningEpoch.from_dict(state["running"])
         history = [EpochReport.from_dict(report) for report in state["history"]]
-        course = self._phases.state_of(state)
-        _check_optimizer(self.optimizer, state["optimizer"])
+        course = self.phases.state_of(state)
+        check_optimizer(self.optimizer, state["optimizer"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._phases.load_state_dict(course, self.device)
+        self.phases.load_state_dict(course, self.device)
         self.model.load_state_dict(state["model"])
-        if self._ema is not None:
+        if self.average is not None:
             self.ema_model.load_state_dict(state["ema"])
-            self._ema.updates = state.get("ema_updates")
+            self.average.updates = state.get("ema_updates")
         self._averages = state.get("averages", True)
         self._update.load_state_dict(state.get("loss_scale"))
         self.epoch, self.steps_done = state["epoch"], state["steps_done"]
         self._running, self.history = running, history
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Raises: ValueError where a state is of another optimiser: other groups, or other settings in them."""
-    ours, theirs = optimizer.param_groups, state.get("param_groups", [])
-    if [len(group["params"]) for group in ours] != [len(group["params"]) for group in theirs]:
-        raise ValueError("state: its optimizer has other groups of parameters than this trainer's")
-    newer = {"foreach", "fused", "differentiable", "maximize", "capturable", "decoupled_weight_decay"}
-    missing = {name for group in theirs for name in optimizer.defaults.keys() - group.keys()} - newer
-    if missing:
-        raise ValueError(f"state: its optimizer knows no {', '.join(sorted(missing))}; it is of another kind")
 
 
 def _clocks() -> tuple[float, float]:
