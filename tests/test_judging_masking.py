@@ -123,7 +123,7 @@ def test_takes_the_first_images_only_and_costs_what_it_says():
     result = masking(model, data, **HOW, images=30)
     assert result["n"] == 30
     assert model.input_backward_rows <= 350 * 30
-    assert {rows for rows, _ in model.batches} == {20, 10}
+    assert {rows for rows, _ in model.batches[2:]} == {20, 10}  # behind the first look
 
 
 @pytest.mark.parametrize("fails", [False, True])

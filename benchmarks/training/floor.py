@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ham_kernels.attack.step import PGD
+from ham_kernels.engine import look_once
 from ham_kernels.methods import PGDAT, Objective
 from training.steps import (
     BEST_CPU,
@@ -78,6 +79,8 @@ def count(names: list[str], model: nn.Module, x: Tensor, y: Tensor) -> list[dict
             continue
         for kind in kinds:
             arm = build(name, Counting(model), {})
+            look_once(arm.model, x, y)  # which a first step does, and no other
+            arm.model.rows = 0
             hard, n = arm.step(kind, x, y)
             found, expected = arm.model.rows / n, forwards(kind, hard / n)
             right = abs(found - expected) < 1e-9

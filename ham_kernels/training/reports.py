@@ -79,7 +79,7 @@ class EpochReport:
 
 
 def _accuracy(values: dict[str, Any]) -> ClassAccuracy:
-    return ClassAccuracy(**{f.name: values[f.name] for f in fields(ClassAccuracy) if f.init})
+    return ClassAccuracy(**{f.name: values[f.name] for f in fields(ClassAccuracy) if f.init and f.name in values})
 
 
 @dataclass
