@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import sys
 import tarfile
 import warnings
 
@@ -17,6 +18,7 @@ from PIL import Image
 from ham_kernels import data
 from ham_kernels.commands.run_images import facts_of
 from ham_kernels.common.troubles import HamWarning
+from ham_kernels.data import folders
 from ham_kernels.data.files import open_image
 
 
@@ -243,3 +245,13 @@ def test_idx_files_have_their_own_size(tmp_path):
     pictures.write_fashion_mnist(tmp_path)
     with pytest.raises(ValueError, match="size: got 32 for IDX files, whose images are 28x28"):
         load(tmp_path, size=32)
+
+
+def test_long_decoding_says_where_it_is(tmp_path, monkeypatch, capsys):
+    plain = folders.tqdm
+    for delay, told in ((0.0, True), (10.0, False)):  # seconds before it is long
+        monkeypatch.setattr(folders, "tqdm", lambda *a, delay, at=delay, **k: plain(*a, delay=at, **k))
+        assert list(folders._told(iter([1, 2, 3]), tmp_path / "pictures")) == [1, 2, 3]
+        assert ("decoding pictures: 3 images" in capsys.readouterr().err) is told
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(folders._told([1], tmp_path)) == [1]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import ham_kernels as ham
+from ham_kernels.commands import train as train_command
 from ham_kernels.commands.model_doctor import look_at
+from ham_kernels.common.one_class import answers_one_class
 from ham_kernels.common.troubles import TROUBLES, HamWarning
 from ham_kernels.engine import findings, first_look
 from ham_kernels.evaluation import judge, masking
@@ -305,3 +309,42 @@ def test_threads_leave_modes_as_they_were(batch):
     assert [m.training for m in model.modules()] == before
     assert all(p.requires_grad for p in model.parameters())
     assert len({str(f) for f in found if isinstance(f, ham.ClassAccuracy)}) == 1
+
+
+# ---------------------------------------------------------------- one answer to all
+@pytest.mark.parametrize(
+    ("per_class", "answer"),
+    [
+        ((0.0, 1.0, 0.0), 1),
+        ((0.01, 0.95, 0.02), 1),
+        ((0.0, None, 1.0), 2),
+        ((math.nan, 0.97, 0.0), 1),
+        ((0.0, 0.5, 0.0), None),
+        ((0.1, 0.95, 0.0), None),
+        ((0.0, 0.0), None),
+        ((1.0,), None),
+        ((1.0, None), None),
+    ],
+)
+def test_one_answer_by_the_accuracies(per_class, answer):
+    assert answers_one_class(per_class) == answer
+
+
+def test_the_best_weights_are_no_constant_classifier():
+    """An untrained average that answers one class can have a better worst-case number than a model that learns."""
+    saved = []
+    job = object.__new__(train_command._Job)
+    job.settings, job.best = ham.preset("digits"), {}
+    job.trainer = SimpleNamespace(model=nn.Linear(1, 1), ema_model=nn.Linear(1, 1))
+    job.run = SimpleNamespace(save_best=lambda weights, state: saved.append((weights, state["epoch"])))
+    attack = job.settings.run.val_attack
+
+    def judged(*per_class):
+        found = ham.ClassAccuracy(sum(per_class) / 2, per_class, min(per_class), 0.1, 100)
+        return {"clean": found, attack: found}
+
+    constant, learning = judged(1.0, 0.0), judged(0.3, 0.4)
+    for epoch, (last, average) in enumerate([(constant, constant), (learning, constant), (constant, learning)], 1):
+        report = ham.EpochReport(epoch, "ham", 1.0, 10, 5, 0, 1.0, val=last, val_ema=average)
+        assert job._keep_best(report) is (epoch > 1)
+    assert saved == [("best", 2), ("best_ema", 3)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..common import checks, troubles
 from . import idx, layout, listing
@@ -118,10 +120,18 @@ def _from_tar(path: Path, size: int | None) -> ImageSet:
     return ImageSet(path.name, classes, **fields, left_out=dict(+found.left_out), empty=tuple(found.empty))
 
 
+def _told(images: Iterable, path: Path) -> Iterable:
+    """Images, and on standard error how many are decoded, where that takes longer than 10 seconds."""
+    often = 0.1 if sys.stderr is not None and sys.stderr.isatty() else 60.0
+    return tqdm(
+        images, f"decoding {path.name}", unit=" images", delay=10.0, mininterval=often, disable=sys.stderr is None
+    )
+
+
 def _decoded(path: Path, images: Iterable[tuple[str, Path | str, bytes | None]], size: int | None) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     shape = None
-    for name, file, data in images:
+    for name, file, data in _told(images, path):
         image = decode(file, data, size)
         shape = shape or image.shape
         if image.shape != shape or max(shape) > IN_MEMORY:
