@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .attack.pgd import PGD, pgd_attack
     from .commands.from_settings import load_model
     from .commands.train import resume, train
+    from .common.troubles import HamWarning
     from .engine import EngineError, EngineWarning, NonFiniteError
     from .evaluation import ClassAccuracy, evaluate
     from .methods import ham_loss, loss
@@ -34,6 +35,7 @@ _HOMES = {
     "EngineWarning": "engine",
     "NonFiniteError": "engine",
     "ClassAccuracy": "evaluation",
+    "HamWarning": "common.troubles",
     "evaluate": "evaluation",
     "ham_loss": "methods",
     "loss": "methods",
@@ -57,6 +59,7 @@ __all__ = [
     "EngineWarning",
     "EpochReport",
     "HAMTrainer",
+    "HamWarning",
     "NonFiniteError",
     "OverfittingWarning",
     "StepReport",
