@@ -61,4 +61,4 @@ def timeless_metrics(run: Path) -> list[dict]:
     import json
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s", "sum")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "cpu_seconds", "images_per_s", "sum")} for line in lines]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,11 +46,7 @@ class PGD:
             if not isinstance(value, Tensor):  # a tensor is checked against the batch that it belongs to
                 checks.real(name, value)
         if self.norm == "linf" and not isinstance(self.eps, Tensor) and self.eps > 1:
-            warnings.warn(
-                f"eps: got {self.eps:g}, but images are in [0, 1], where an L-inf eps of 1 allows anything; is it in "
-                "units of 1/255?",
-                stacklevel=2,
-            )
+            troubles.warn("large_eps", eps=self.eps)
         checks.integer("steps", self.steps, 0)
         checks.norm(self.norm)
         checks.flag("random_start", self.random_start)

@@ -7,7 +7,6 @@ import itertools
 import shlex
 import time
 import traceback
-import warnings
 from pathlib import Path
 
 import torch
@@ -231,11 +230,7 @@ class _Job:
         self.scheduler.load_state_dict(state["scheduler"])
         set_random_states(state["random"])
         if self.trainer.device.type == "cpu" and state["threads"] != torch.get_num_threads():
-            warnings.warn(
-                f"the run has used {state['threads']} CPU threads and goes on with {torch.get_num_threads()}: its last "
-                f"bits will differ (OMP_NUM_THREADS={state['threads']} keeps them)",
-                stacklevel=2,
-            )
+            troubles.warn("other_threads", before=state["threads"], now=torch.get_num_threads())
         self.best = dict(state["best"])
         self.run.drop_best_after(self.trainer.epoch)
 

@@ -86,6 +86,31 @@ TROUBLES: dict[str, Trouble] = {
         "build or load the model outside of it",
     ),
     # ------------------------------------------------------------ training
+    "logits_not_finite": Trouble(
+        "model: returned NaN or infinite logits in eval mode; nothing was updated",
+        "The training has diverged, or the model's running statistics are not finite.",
+        "go back to an earlier checkpoint and lower the learning rate, or find the layer",
+    ),
+    "loss_not_finite": Trouble(
+        "model: the training loss is {loss:g}; nothing was updated",
+        "The training has diverged, or a layer overflows in this precision.",
+        "lower the learning rate, or find the layer (torch.autograd.detect_anomaly)",
+    ),
+    "overfitted": Trouble(
+        "{method}: epoch {epoch} has overfitted to its attack ({reading})",
+        "Catastrophic overfitting: the model resists one step and falls to several (Wong et al., arXiv 2001.03994).",
+        "PGD-AT takes its place",
+    ),
+    "large_eps": Trouble(
+        "eps: got {eps:g}, but images are in [0, 1], where an L-inf eps of 1 allows anything",
+        "Papers write 8 for 8/255.",
+        "is it in units of 1/255?",
+    ),
+    "other_threads": Trouble(
+        "threads: the run has used {before} CPU threads and goes on with {now}",
+        "Sums over several threads are rounded in another order.",
+        "its last bits will differ (OMP_NUM_THREADS={before} keeps them)",
+    ),
     "inference_mode": Trouble(
         "torch.inference_mode: is on, and nothing can be trained inside it",
         "The caller, such as a validation hook, runs under torch.inference_mode.",
@@ -177,6 +202,32 @@ TROUBLES: dict[str, Trouble] = {
         "`ham train --resume` writes the log anew from the newest checkpoint",
     ),
     # ------------------------------------------------------------ machines
+    "damaged_best": Trouble(
+        "weights: {error}",
+        "The file of the best weights is truncated or was altered (a full disk, a copy that was cut).",
+        "it is removed, and written again by a better epoch",
+    ),
+    "damaged_checkpoint": Trouble(
+        "resume: {error}",
+        "A checkpoint is truncated or was altered (a full disk, a copy that was cut).",
+        "the one before it is used, if that is intact",
+    ),
+    "damaged_store": Trouble(
+        "store: {path} was altered or is damaged ({reason})",
+        "The flags of a judgement under way carry a checksum, which does not match.",
+        "its flags are made anew",
+    ),
+    "option_not_served": Trouble(
+        "{option}: {reason}",
+        "An option of the engine (precision, compile, cuda_graphs, channels_last, winograd) that this model or device "
+        "cannot serve.",
+        "going on without it",
+    ),
+    "other_backend": Trouble(
+        "ham_kernels.{op} runs on {backend}: {why}",
+        "The extension was not built, or Triton is missing.",
+        "results are the same; `ham doctor` tells more",
+    ),
     "no_locks": Trouble(
         "out: {folder} is on a file system without locks ({reason})",
         "Some network file systems serve no flock. Two processes on one run would overwrite each other's files.",
@@ -219,6 +270,6 @@ def error(name: str, kind: type[Error] = ValueError, **facts) -> Error:
     return made
 
 
-def warn(name: str, **facts) -> None:
-    """Tells a trouble as a HamWarning; Python shows the same words once per place."""
-    warnings.warn(text(name, **facts), HamWarning, stacklevel=3)
+def warn(name: str, *, category: type[Warning] = HamWarning, **facts) -> None:
+    """Tells a trouble; Python shows the same words once per place."""
+    warnings.warn(text(name, **facts), category, stacklevel=3)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..common import checks
+from ..common import checks, troubles
 
 
 class NonFiniteError(ValueError):
@@ -95,7 +95,7 @@ def no_gradient(largest: Tensor) -> Tensor:
 
 
 def _raise_not_finite() -> None:
-    raise NonFiniteError("model: returned NaN or infinite logits in eval mode; nothing was updated")
+    raise troubles.error("logits_not_finite", NonFiniteError)
 
 
 class Stopwatch:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from ..common import checks
+from ..common import checks, troubles
 from .modes import PRECISIONS
 
 REQUIRE = "require"
@@ -52,7 +51,7 @@ def refuse(option: str, reason: str, required: bool) -> None:
     """Raises EngineError where the option was required, else warns."""
     if required:
         raise EngineError(f"{option}: was required, but {reason}")
-    warnings.warn(f"{option}: {reason}; going on without it", EngineWarning, stacklevel=2)
+    troubles.warn("option_not_served", category=EngineWarning, option=option, reason=reason)
 
 
 def half_problem(precision: str, device: torch.device) -> str | None:

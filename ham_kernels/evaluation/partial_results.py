@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..common import troubles
 from ..common.files import write_atomically
 
 FORMAT = 1
@@ -59,11 +59,7 @@ class FlagStore:
                 raise ValueError(f"its format is {body['format']}, not {FORMAT}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error) or type(error).__name__
-            warnings.warn(
-                f"store: {self.path} was altered or is damaged ({reason}); its flags are made anew",
-                StoreWarning,
-                stacklevel=4,
-            )
+            troubles.warn("damaged_store", category=StoreWarning, path=self.path, reason=reason)
             return {}
         return body["attacks"] if body["identity"] == self.identity else {}
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from ..common import troubles
 from .native import cuda
 
 NAMESPACE = "ham_kernels"
@@ -124,7 +124,7 @@ def _warned_once(fn: Callable, name: str, backend: str, why: str) -> Callable:
         nonlocal warned
         if not warned:
             warned = True
-            warnings.warn(f"ham_kernels.{name} runs on {backend}: {why}", BackendWarning, stacklevel=2)
+            troubles.warn("other_backend", category=BackendWarning, op=name, backend=backend, why=why)
         return fn(*args)
 
     return call

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import random
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..common import troubles
 from ..common.files import CheckpointError, read, save
 
 KEPT = 2  # resume points of a run: the newest, and one to fall back on
@@ -50,7 +50,7 @@ class Checkpoints:
                 return self.load_newest(set_aside=set_aside)
             except CheckpointError as error:
                 damaged.append(path)
-                warnings.warn(f"{error}; the one before it is used, if that is intact", stacklevel=2)
+                troubles.warn("damaged_checkpoint", error=error)
                 continue
             for bad in damaged if set_aside else ():
                 os.replace(bad, bad.with_suffix(".damaged"))

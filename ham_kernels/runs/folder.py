@@ -19,7 +19,6 @@ import math
 import os
 import shlex
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -248,7 +247,7 @@ class RunFolder:
                 if path.exists() and load(path)["epoch"] > epoch:
                     path.unlink()
             except CheckpointError as error:
-                warnings.warn(f"{error}; removed", stacklevel=2)
+                troubles.warn("damaged_best", error=error)
                 path.unlink()
 
     def newest_digest(self) -> str | None:

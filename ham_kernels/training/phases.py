@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..attack.pgd import PGD
-from ..common import checks
+from ..common import checks, troubles
 from ..methods.objective import Objective
 from ..methods.settings import Method, class_of, warm_up_of
 from .overfitting import OverfittingCheck, OverfittingWarning, Reading
@@ -62,11 +61,7 @@ class Phases:
         check = self._checks[method.name]
         reading = check(model, *batch, epoch=epoch, precision=precision)
         if check.overfitted_at == epoch:
-            warnings.warn(
-                f"{method.name}: epoch {epoch} has overfitted to its attack ({reading}); PGD-AT takes its place",
-                OverfittingWarning,
-                stacklevel=2,
-            )
+            troubles.warn("overfitted", category=OverfittingWarning, method=method.name, epoch=epoch, reading=reading)
         return reading
 
     # ------------------------------------------------------------ state

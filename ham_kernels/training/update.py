@@ -50,7 +50,7 @@ class Updater:
             value, size = (read or self._eager(model, objective, examples, freeze_bn))()
             if not math.isfinite(value):
                 _judge_labels(model, examples)
-                raise NonFiniteError(f"model: the training loss is {value}; nothing was updated")
+                raise troubles.error("loss_not_finite", NonFiniteError, loss=value)
             if not math.isfinite(size) and not all(bool(g.isfinite().all()) for g in _gradients_of(model)):
                 raise troubles.error("weight_gradient_not_finite", NonFiniteError, loss=value)
         except BaseException:
