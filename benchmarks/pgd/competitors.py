@@ -141,7 +141,7 @@ class TorchattacksTrainer(ham.Trainer):
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self._ema.update(self.model)
+        self.average.update(self.model)
         self.steps_done += 1
         return [ham.StepReport(loss.item(), len(y), len(y), stopwatch.stop())]
 

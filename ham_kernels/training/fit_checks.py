@@ -46,8 +46,11 @@ def check_fit(trainer: Trainer, train_loader, epochs: int, val_loader, scheduler
 
 
 def _check_average(trainer: Trainer, train_loader, epochs: int) -> None:
-    """Warns where the training ends before its weight average is as slow as it was asked to be."""
-    if trainer.average is None or not hasattr(train_loader, "__len__"):
+    """Warns where the training ends before its weight average is as slow as it was asked to be.
+
+    A loop of one `fit` per epoch does not tell where it ends.
+    """
+    if trainer.average is None or not hasattr(train_loader, "__len__") or epochs == trainer.epoch + 1:
         return
     group = trainer.method.group if trainer.method.group_updates == "one" else 1
     decay = trainer.average.decay
