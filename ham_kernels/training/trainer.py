@@ -40,7 +40,8 @@ class Trainer:
         eps, step_size: >= 0, in units of the images.
         steps: K >= 1, of the attack.
         norm: "linf" or "l2".
-        ema_decay: in [0, 1), e.g. 0.99: `ema_model` follows the weights, averaged after every update. None: off.
+        ema_decay: in [0, 1), e.g. 0.99: `ema_model` follows the weights, averaged after every update; after update t
+            by the smaller of it and (1 + t) / (10 + t), so that the start is forgotten. None: off.
         device: moves the model there; None leaves it where it is.
         precision: "fp32", or "bf16" or "fp16" (autocast; fp16 scales the loss and waits once more per step).
         seed: of the random starts. Step s of a run draws the same noise whatever the device.
@@ -58,8 +59,9 @@ class Trainer:
 
     A batch that leaves one row to train on uses BatchNorm's running statistics, since one row has none of its own.
     A batch without a row to train on makes no update; it is counted in the reports.
-    Raises: TypeError, ValueError naming the argument; NonFiniteError (a ValueError) when the model or its loss
-        becomes NaN or infinite. Parameters, buffers and optimizer are then as after the last good step.
+    Layers that are in eval mode while the model trains are never trained. Warns: HamWarning (docs/troubleshooting.md).
+    Raises: TypeError, ValueError naming the argument; NonFiniteError (a ValueError) when logits, loss or gradients
+        become NaN or infinite. Parameters, buffers and optimizer are then as after the last good step.
     """
 
     def __init__(

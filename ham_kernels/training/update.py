@@ -1,4 +1,4 @@
-"""One update of a model from its examples: forward, backward, optimiser; undone where the loss is not finite."""
+"""One update of a model from its examples: forward, backward, and the optimiser where both are finite."""
 
 from __future__ import annotations
 
