@@ -1,0 +1,115 @@
+"""Chooses the defaults of `fair`: candidates trained on folds of the training images, judged on the fold left out.
+
+    python benchmarks/bench_fair.py
+    python benchmarks/bench_fair.py --dataset cifar10 --path cifar10.tar --train-images 4000 --epochs 20 --folds 2
+
+No test image is read. Every candidate of a fold has the same images, first weights and noise. An image counts as robust
+if it resists PGD towards each of the other classes. Results are kept in a JSON file as they come; a second call trains
+what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from fair.candidates import ALL, BASELINE
+from fair.folds import folds_of, train_and_judge
+from readme.machine import machine
+from readme.output import aligned, write_json
+
+from ham_kernels import preset
+from ham_kernels.commands.run_images import images_of
+from ham_kernels.runs.settings import TrainSettings
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--dataset", default="digits")
+    p.add_argument("--path", help="a folder or tar of its images")
+    p.add_argument("--model", default="small_cnn")
+    p.add_argument("--train-images", type=int)
+    p.add_argument("--epochs", type=int)
+    p.add_argument("--folds", type=int, default=4)
+    p.add_argument("--only", nargs="+", metavar="NAME", help=f"of: {'; '.join(ALL)}")
+    p.add_argument("--out", type=Path, help="the JSON file (default: results/bench_fair_DATASET.json)")
+    args = p.parse_args(arguments)
+    unknown = set(args.only or ()) - set(ALL)
+    if unknown:
+        p.error(f"--only: got {', '.join(sorted(unknown))}; allowed are {'; '.join(ALL)}")
+    if args.folds < 2:
+        p.error(f"--folds: got {args.folds}; it must be >= 2")
+    args.out = args.out or RESULTS / f"bench_fair_{args.dataset}.json"
+    return args
+
+
+def settings_of(args: argparse.Namespace) -> TrainSettings:
+    s = preset(args.dataset, args.epochs)
+    d = replace(s.data, path=args.path, train_images=args.train_images, val_images=0)
+    return replace(s, data=d, model=replace(s.model, name=args.model))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    settings = settings_of(args)
+    told = {"dataset": args.dataset, "model": args.model, "train_images": args.train_images, "folds": args.folds,
+            "epochs": settings.optim.epochs, "eps": settings.attack.eps, "steps": settings.attack.steps}  # fmt: skip
+    result = {"settings": told, "machine": machine(), "candidates": {}}
+    if args.out.exists():
+        result = json.loads(args.out.read_text())
+        if result["settings"] != told:
+            print(f"--out: {args.out} was begun with {result['settings']}; give another one", file=sys.stderr)
+            return 2
+    images = images_of(settings)
+    fold = folds_of(images, args.folds)
+    for name in args.only or ALL:
+        done = result["candidates"].setdefault(name, [])
+        for f in range(len(done), args.folds):
+            one = replace(settings, method=ALL[name], run=replace(settings.run, seed=f))
+            done.append(train_and_judge(one, images, fold == f))
+            write_json(args.out, result)
+        print(f"{name}: {summary(result, name)}", flush=True)
+    print(aligned(table(result)))
+    return 0
+
+
+def accuracies(runs: list[dict]) -> list[float]:
+    """Of each class in percent, over the images of all folds."""
+    pooled = zip(*(run["by_class"] for run in runs), strict=True)
+    return [100 * sum(right for _, right in of) / sum(n for n, _ in of) for of in pooled]
+
+
+def summary(result: dict, name: str) -> dict[str, float]:
+    runs = result["candidates"][name]
+    by_class = accuracies(runs)
+    n, right = (sum(pair[k] for run in runs for pair in run["by_class"]) for k in (0, 1))
+    time = sum(run["cpu_seconds"] for run in runs)
+    base = result["candidates"].get(BASELINE, [])
+    return {
+        "average": 100 * right / n,
+        "worst": min(by_class),
+        "worst_3": statistics.mean(sorted(by_class)[:3]),
+        "std": statistics.pstdev(by_class),
+        "time": time / sum(r["cpu_seconds"] for r in base[: len(runs)]) if len(base) >= len(runs) else float("nan"),
+        "hard": statistics.mean(run["hard"] for run in runs),
+    }
+
+
+def table(result: dict) -> list[list[str]]:
+    head = ["validation images, strong attack", "average %", "worst class %", "worst 3 %", "std", "CPU time / PGD-AT"]
+    rows = []
+    for name, runs in result["candidates"].items():
+        if runs:
+            s = summary(result, name)
+            rows.append([name, *(f"{s[k]:.1f}" for k in ("average", "worst", "worst_3", "std")), f"{s['time']:.2f}"])
+    return [head, *rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""The choice of fair's defaults: folds, the strong attack against an exact answer, a run that goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import bench_fair
+from fair import candidates
+from fair.folds import folds_of, multi_targeted
+
+from ham_kernels import data, preset
+from ham_kernels.commands.run_images import images_of
+
+
+def test_folds_hold_each_class_evenly():
+    images = images_of(preset("digits"))
+    fold = folds_of(images, 4)
+    for c in range(10):
+        sizes = torch.bincount(fold[images.y_train == c], minlength=4)
+        assert sizes.max() - sizes.min() <= 1
+    assert torch.equal(fold, folds_of(images, 4))
+
+
+def test_the_attack_finds_what_a_linear_model_has(seed):
+    """A row of a linear model is robust where its margin is above eps * |w_t - w_y|_1 for each other class t."""
+    g = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(5, 16, generator=g))
+    x = 0.3 + 0.4 * torch.rand(200, 1, 4, 4, generator=g)
+    z, w = model(x).detach(), model[1].weight.detach()
+    y = z.argmax(1)
+    y[:20] = (y[:20] + 1) % 5  # wrong without an attack
+    others = torch.arange(5) != y[:, None]
+    lengths = (w[:, None] - w[None, :]).abs().sum(2)[y].clamp_min(1e-9)
+    radius = ((z.gather(1, y[:, None]) - z) / lengths).masked_fill(~others, torch.inf).amin(1)
+    eps = min(radius[20:].median().item(), 0.3)
+    found, sure = multi_targeted(model, x, y, eps), (radius - eps).abs() > 1e-4
+    assert 0 < int(found.sum()) < 180
+    assert torch.equal(found[sure], (radius > eps)[sure])
+
+
+def test_candidates_are_settings_of_fair_and_what_it_is_compared_with():
+    assert candidates.ALL[candidates.BASELINE].name == "pgd_at"
+    costs = {name: m.cost(10) for name, m in candidates.ALL.items()}
+    assert {costs[name] for name in candidates.FULL} == {23}
+    assert costs["short PGD-AT"] == 9
+
+
+@pytest.mark.slow
+def test_results_are_kept_and_completed(tmp_path, capsys, monkeypatch):
+    images = images_of(preset("digits"))
+    few = data.ImageSet(
+        "few", images.classes, images.x_train[:80], images.y_train[:80], images.x_test[:20], images.y_test[:20]
+    )
+    monkeypatch.setattr(bench_fair, "images_of", lambda _: few)
+    out = tmp_path / "fair.json"
+    flags = ["--epochs", "2", "--folds", "2", "--out", str(out)]
+    assert bench_fair.main([*flags, "--only", "short PGD-AT"]) == 0
+    first = json.loads(out.read_text())["candidates"]["short PGD-AT"]
+    assert len(first) == 2
+    assert sum(n for run in first for n, _ in run["by_class"]) == 80  # each image judged once
+    assert bench_fair.main([*flags, "--only", "short PGD-AT", "PGD-AT"]) == 0
+    result = json.loads(out.read_text())
+    assert result["candidates"]["short PGD-AT"] == first
+    s = bench_fair.summary(result, "PGD-AT")
+    assert s["time"] == 1.0
+    assert s["worst"] <= s["worst_3"] <= s["average"] <= 100
+    assert "short PGD-AT" in capsys.readouterr().out
+    assert bench_fair.main(["--epochs", "3", "--folds", "2", "--out", str(out)]) == 2
+    with pytest.raises(SystemExit):
+        bench_fair.parse(["--only", "nonsense"])
