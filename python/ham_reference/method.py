@@ -10,8 +10,13 @@ from torch.nn import functional as F
 from . import noise
 
 
+def column(value):
+    """A number as it is; a tensor (n,), one value per row, so that it multiplies images."""
+    return value.view(-1, 1, 1, 1) if isinstance(value, torch.Tensor) else value
+
+
 def start_point(x, eps, norm, seed, step):
-    """x0 = clip(x + noise), noise uniform in the eps-ball."""
+    """x0 = clip(x + noise), noise uniform in the eps-ball; eps is a number, or (n,)."""
     in_ball = noise.in_cube if norm == "linf" else noise.in_ball
     return (x + in_ball(x, eps, seed, step)).clamp(0, 1)
 
@@ -25,13 +30,18 @@ def input_gradient(model, x_adv, y):
 
 
 def pgd_step(x_adv, x, gradient, eps, step_size, norm):
-    """Move along the gradient, project on the eps-ball around x, clip to [0, 1]."""
+    """Move along the gradient, project on the eps-ball around x, clip to [0, 1]; eps and step_size may be (n,)."""
+    move = gradient.sign() if norm == "linf" else direction(gradient.nan_to_num(0, 0, 0))[0]
+    return project(x_adv + column(step_size) * move, x, eps, norm)
+
+
+def project(x_adv, x, eps, norm):
+    """The nearest points in the eps-ball around x, clipped to [0, 1]."""
+    eps = column(eps)
     if norm == "linf":
-        x_adv = x_adv + step_size * gradient.sign()
         return torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
-    delta = x_adv - x + step_size * direction(gradient.nan_to_num(0, 0, 0))[0]
-    towards, length = direction(delta)
-    return (x + torch.where(length > eps, eps * towards, delta)).clamp(0, 1)
+    towards, length = direction(x_adv - x)
+    return (x + torch.where(length > eps, eps * towards, x_adv - x)).clamp(0, 1)
 
 
 def direction(t):
