@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .losses import row_divergence
-from .method import column, evaluating, is_hard, pgd_step, project, start_point
+from .method import column, evaluating, is_hard, margin, pgd_step, project, start_point
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Attacked:
     q: Tensor | None  # (n, classes), prediction of the clean images, which the attack on the KL raises from
     right_looks: Tensor  # (n,) how often of x^0, ..., x^(K-1) the row was right; K where it left at x^M
     max_step: Tensor  # (n,) largest L1 change of the logits between points that were looked at
+    least_margin: float = math.inf  # the nearest that a label was to a tie, at any look
 
 
 def attack(
@@ -48,18 +50,21 @@ def attack(
     moves = [(after - before).abs().sum(1) for before, after in pairwise(looks)] or [torch.zeros(len(x))]
     right = [(~is_hard(z, y)).long() for z in looks]
     x_adv, max_step, right_looks = points[-1], torch.stack(moves).amax(0), torch.stack(right).sum(0)
+    least_margin = min(margin(z, y).abs().min().item() for z in looks)
+    whole = Attacked(x_adv, is_hard(looks[-1], y), looks[-1], q, right_looks, max_step, least_margin)
     if not early_drop:
-        return Attacked(x_adv, is_hard(looks[-1], y), looks[-1], q, right_looks, max_step)
+        return whole
 
     m = screen_steps
     hard = is_hard(looks[m], y)
     left = points[m]
     if easy == "jump":  # as far as the steps that are left would reach along the last one
         left = project(left + reach(sizes[m:]) / reach(sizes[m - 1 : m]) * (left - points[m - 1]), x, eps, norm)
-    x_adv = torch.where(column(hard), x_adv, left)
-    max_step = torch.where(hard, max_step, torch.stack(moves[:m]).amax(0))
-    right_looks = torch.where(hard, right_looks, len(sizes))
-    return Attacked(x_adv, hard, looks[m], q, right_looks, max_step)
+    return replace(
+        whole, hard=hard, seen=looks[m], x_adv=torch.where(column(hard), x_adv, left),
+        max_step=torch.where(hard, max_step, torch.stack(moves[:m]).amax(0)),
+        right_looks=torch.where(hard, right_looks, len(sizes)),
+    )  # fmt: skip
 
 
 def gradient_of(model, x_adv, y, q):

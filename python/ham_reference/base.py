@@ -23,6 +23,7 @@ class Update:
     x_adv: Tensor  # (n, C, H, W), all rows
     rows: Tensor  # those in the loss
     weights: Tensor  # (rows,)
+    least_margin: float  # the nearest that a row was to a tie of its label at a look: how little decides what is hard
 
 
 @dataclass
@@ -73,7 +74,7 @@ class PGDAT:
         if not self.as_is:
             w = w / w.mean()
         if len(rows) == 0:
-            return Update(0.0, attacked.x_adv, rows, w)
+            return Update(0.0, attacked.x_adv, rows, w, attacked.least_margin)
 
         def loss_of(network):
             each = self.each(network, x[rows], attacked.x_adv[rows], y[rows], w, epoch)
@@ -84,7 +85,7 @@ class PGDAT:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return Update(loss.item(), attacked.x_adv, rows, w)
+        return Update(loss.item(), attacked.x_adv, rows, w, attacked.least_margin)
 
     # ------------------------------------------------------------ what a method may change
     def budget(self, y, epoch):

@@ -19,7 +19,7 @@ class DAFA(TRADES):
     """
 
     class_from: int = 71
-    class_strength: float | None = 1.0
+    strength: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -46,5 +46,5 @@ class DAFA(TRADES):
             return
         of_all = torch.stack(everything).mean(0)
         s = torch.stack([torch.stack(of).mean(0) if of else of_all for of in self.predictions])
-        self.w = class_weights.dafa(s, self.class_strength)
+        self.w = class_weights.dafa(s, self.strength)
         self.predictions = [[] for _ in range(self.classes)]

@@ -55,9 +55,13 @@ def direction(t):
 
 def is_hard(logits, y):
     """not (z_y > max of the others): misclassified, tied or NaN."""
+    return ~(margin(logits, y) > 0)
+
+
+def margin(logits, y):
+    """z_y - max of the others, (n,)."""
     z_y = logits.gather(1, y[:, None]).squeeze(1)
-    others = logits.scatter(1, y[:, None], -torch.inf).amax(1)
-    return ~(z_y > others)
+    return z_y - logits.scatter(1, y[:, None], -torch.inf).amax(1)
 
 
 def step_size_weights(max_step, lam):
