@@ -9,14 +9,13 @@ from .base import PGDAT
 
 @dataclass
 class FAIR(PGDAT):
-    """PGD-AT with both."""
+    """PGD-AT with both; fast: with three steps of falling size."""
 
     loss: str = "boosted_ce"
     class_weights: str = "hard_share"
+    fast: bool = False
 
-
-@dataclass
-class FAIRFast(FAIR):
-    """The same with three steps of falling size."""
-
-    step_sizes: tuple[float, ...] = (1.0, 0.5, 0.25)
+    def __post_init__(self):
+        super().__post_init__()
+        if self.fast and not self.step_sizes:
+            self.step_sizes = (1.0, 0.5, 0.25)
