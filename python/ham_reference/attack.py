@@ -47,7 +47,7 @@ def attack(
             z, gradient = gradient_of(model, points[-1], y, q)
             looks.append(z)
             points.append(pgd_step(points[-1], x, gradient, eps, size, norm))
-    moves = [(after - before).abs().sum(1) for before, after in pairwise(looks)] or [torch.zeros(len(x))]
+    moves = [(after - before).abs().sum(1) for before, after in pairwise(looks)] or [x.new_zeros(len(x))]
     right = [(~is_hard(z, y)).long() for z in looks]
     x_adv, max_step, right_looks = points[-1], torch.stack(moves).amax(0), torch.stack(right).sum(0)
     least_margin = min(margin(z, y).abs().min().item() for z in looks)
