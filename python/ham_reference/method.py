@@ -31,17 +31,22 @@ def input_gradient(model, x_adv, y):
 
 def pgd_step(x_adv, x, gradient, eps, step_size, norm):
     """Move along the gradient, project on the eps-ball around x, clip to [0, 1]; eps and step_size may be (n,)."""
-    move = gradient.sign() if norm == "linf" else direction(gradient.nan_to_num(0, 0, 0))[0]
-    return project(x_adv + column(step_size) * move, x, eps, norm)
+    if norm == "linf":
+        return project(x_adv + column(step_size) * gradient.sign(), x, eps, norm)
+    return shortened(x, x_adv - x + column(step_size) * direction(gradient.nan_to_num(0, 0, 0))[0], eps)
 
 
 def project(x_adv, x, eps, norm):
     """The nearest points in the eps-ball around x, clipped to [0, 1]."""
-    eps = column(eps)
     if norm == "linf":
-        return torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
-    towards, length = direction(x_adv - x)
-    return (x + torch.where(length > eps, eps * towards, x_adv - x)).clamp(0, 1)
+        return torch.min(torch.max(x_adv, x - column(eps)), x + column(eps)).clamp(0, 1)
+    return shortened(x, x_adv - x, eps)
+
+
+def shortened(x, delta, eps):
+    """x + delta, where delta is not longer than eps, clipped to [0, 1]."""
+    towards, length = direction(delta)
+    return (x + torch.where(length > column(eps), column(eps) * towards, delta)).clamp(0, 1)
 
 
 def direction(t):
