@@ -1,11 +1,26 @@
-"""Hard adversarial example mining in plain, slow, obvious PyTorch.
+"""Hard adversarial example mining, and the methods of the field beside it, in plain, slow, obvious PyTorch.
 
-Written to be read beside arXiv 2308.01823. It shares no code with ham_kernels, which tests and benchmarks compare
-against it; the public names, signatures and random numbers are the same.
+Written to be read beside arXiv 2308.01823, and beside the papers that the other files name. It shares no code with
+ham_kernels, which tests and benchmarks compare against it; public names, signatures and random numbers are the same.
 """
 
+from .base import PGDAT
+from .cfa import CFA
+from .dafa import DAFA
+from .faal import FAAL
+from .fair import FAIR
+from .gairat import GAIRAT
+from .ham import HAM
+from .mart import MART
 from .method import ham_loss, hard_examples, pgd_attack, step_size_weights
-from .trades import trades_loss
+from .trades import TRADES, trades_loss
 from .trainer import HAMTrainer
+from .wat import WAT
 
-__all__ = ["HAMTrainer", "ham_loss", "hard_examples", "pgd_attack", "step_size_weights", "trades_loss"]
+METHODS = {
+    "pgd_at": PGDAT, "ham": HAM, "trades": TRADES, "mart": MART, "gairat": GAIRAT, "faal": FAAL, "dafa": DAFA,
+    "cfa": CFA, "wat": WAT, "fair": FAIR,
+}  # fmt: skip
+"""Training methods by name: made with the number of classes and the attack, they have `step` and `end_epoch`."""
+
+__all__ = ["METHODS", "HAMTrainer", "ham_loss", "hard_examples", "pgd_attack", "step_size_weights", "trades_loss"]

@@ -10,8 +10,13 @@ from torch.nn import functional as F
 from . import noise
 
 
+def column(value):
+    """A number as it is; a tensor (n,), one value per row, so that it multiplies images."""
+    return value.view(-1, 1, 1, 1) if isinstance(value, torch.Tensor) else value
+
+
 def start_point(x, eps, norm, seed, step):
-    """x0 = clip(x + noise), noise uniform in the eps-ball."""
+    """x0 = clip(x + noise), noise uniform in the eps-ball; eps is a number, or (n,)."""
     in_ball = noise.in_cube if norm == "linf" else noise.in_ball
     return (x + in_ball(x, eps, seed, step)).clamp(0, 1)
 
@@ -25,13 +30,23 @@ def input_gradient(model, x_adv, y):
 
 
 def pgd_step(x_adv, x, gradient, eps, step_size, norm):
-    """Move along the gradient, project on the eps-ball around x, clip to [0, 1]."""
+    """Move along the gradient, project on the eps-ball around x, clip to [0, 1]; eps and step_size may be (n,)."""
     if norm == "linf":
-        x_adv = x_adv + step_size * gradient.sign()
-        return torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
-    delta = x_adv - x + step_size * direction(gradient.nan_to_num(0, 0, 0))[0]
+        return project(x_adv + column(step_size) * gradient.sign(), x, eps, norm)
+    return shortened(x, x_adv - x + column(step_size) * direction(gradient.nan_to_num(0, 0, 0))[0], eps)
+
+
+def project(x_adv, x, eps, norm):
+    """The nearest points in the eps-ball around x, clipped to [0, 1]."""
+    if norm == "linf":
+        return torch.min(torch.max(x_adv, x - column(eps)), x + column(eps)).clamp(0, 1)
+    return shortened(x, x_adv - x, eps)
+
+
+def shortened(x, delta, eps):
+    """x + delta, where delta is not longer than eps, clipped to [0, 1]."""
     towards, length = direction(delta)
-    return (x + torch.where(length > eps, eps * towards, delta)).clamp(0, 1)
+    return (x + torch.where(length > column(eps), column(eps) * towards, delta)).clamp(0, 1)
 
 
 def direction(t):
@@ -45,9 +60,13 @@ def direction(t):
 
 def is_hard(logits, y):
     """not (z_y > max of the others): misclassified, tied or NaN."""
+    return ~(margin(logits, y) > 0)
+
+
+def margin(logits, y):
+    """z_y - max of the others, (n,)."""
     z_y = logits.gather(1, y[:, None]).squeeze(1)
-    others = logits.scatter(1, y[:, None], -torch.inf).amax(1)
-    return ~(z_y > others)
+    return z_y - logits.scatter(1, y[:, None], -torch.inf).amax(1)
 
 
 def step_size_weights(max_step, lam):

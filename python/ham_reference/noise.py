@@ -31,14 +31,14 @@ def uniform(rows: int, positions: int, seed: int, step: int, stream: int) -> lis
     return [torch.from_numpy((word >> np.uint64(8)).astype(np.float32) / np.float32(2**24)) for word in words]
 
 
-def in_cube(x: torch.Tensor, eps: float, seed: int, step: int) -> torch.Tensor:
-    """Noise uniform in [-eps, eps], shape of x."""
+def in_cube(x: torch.Tensor, eps: float | torch.Tensor, seed: int, step: int) -> torch.Tensor:
+    """Noise uniform in [-eps, eps], shape of x; eps is a number, or (n,)."""
     numel = x[0].numel()
     u = torch.cat(uniform(len(x), math.ceil(numel / 4), seed, step, stream=0), dim=1)[:, :numel]
-    return ((2 * u - 1) * eps).reshape(x.shape).to(x.device)
+    return ((2 * u - 1) * _of_rows(eps)).reshape(x.shape).to(x.device)
 
 
-def in_ball(x: torch.Tensor, eps: float, seed: int, step: int) -> torch.Tensor:
+def in_ball(x: torch.Tensor, eps: float | torch.Tensor, seed: int, step: int) -> torch.Tensor:
     """Noise uniform in the L2 ball of radius eps, shape of x: Gaussian direction, radius eps * u^(1/dimension)."""
     numel = x[0].numel()
     a, b, c, d = uniform(len(x), math.ceil(numel / 4), seed, step, stream=0)
@@ -47,5 +47,9 @@ def in_ball(x: torch.Tensor, eps: float, seed: int, step: int) -> torch.Tensor:
         length = torch.sqrt(-2 * torch.log(1 - u))
         planes += [length * torch.cos(2 * math.pi * v), length * torch.sin(2 * math.pi * v)]
     gaussian = torch.cat(planes, dim=1)[:, :numel]
-    radius = uniform(len(x), 1, seed, step, stream=1)[0] ** (1 / numel) * eps
+    radius = uniform(len(x), 1, seed, step, stream=1)[0] ** (1 / numel) * _of_rows(eps)
     return (gaussian * (radius / gaussian.norm(dim=1, keepdim=True).clamp_min(1e-12))).reshape(x.shape).to(x.device)
+
+
+def _of_rows(eps: float | torch.Tensor) -> float | torch.Tensor:
+    return eps.cpu().view(-1, 1) if isinstance(eps, torch.Tensor) else eps

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional as F
 
+from .base import PGDAT
+from .losses import row_divergence
 from .method import draw_seed, evaluating, is_hard, pgd_step, start_point
 
 
 def divergence(q, logits):
-    """Sum over rows of KL(q || softmax(logits)), by its definition; 0 * log 0 is 0."""
-    log_q = torch.where(q > 0, q, 1.0).log()
-    return (q * (log_q - F.log_softmax(logits, 1))).sum()
+    """Sum over rows of KL(q || softmax(logits))."""
+    return row_divergence(q, logits).sum()
 
 
 def trades_examples(model, x, *, eps, step_size, steps, norm, seed, step):
@@ -48,3 +51,21 @@ def trades_loss(model, x, y, *, beta=6.0, eps=8 / 255, step_size=2 / 255, steps=
     attack = {"eps": eps, "step_size": step_size, "steps": steps, "norm": norm}
     x_adv = trades_examples(model, x, **attack, seed=draw_seed(generator), step=0)
     return two_terms(model, x, x_adv, y, beta)
+
+
+@dataclass
+class TRADES(PGDAT):
+    """TRADES with every switch that methods have in common; row weights multiply both terms."""
+
+    beta: float = 6.0
+
+    raises = "kl"
+
+    def each(self, model, x, x_adv, y, w, epoch):
+        ce, kl = self.terms(model, x, x_adv, y)
+        return w * (ce + self.beta * kl)
+
+    def terms(self, model, x, x_adv, y):
+        """(n,) each: cross entropy of the clean images, and divergence from their prediction; clean images first."""
+        clean, adversarial = model(x).float(), model(x_adv).float()
+        return self.classification(clean, y), row_divergence(F.softmax(clean, 1), adversarial)
