@@ -243,3 +243,10 @@ def test_a_batch_that_weighs_nothing_makes_a_loss_of_zero():
     made = objective.examples(model, x, y, seed=1, step=2)
     assert made.weights.tolist() == [0.0] * 6
     assert objective.loss(model, made).item() == 0.0
+
+
+def test_dafa_needs_an_epoch_of_its_own_before_its_weights():
+    with pytest.raises(ValueError, match="class_from: got 3 with start_epoch=4"):
+        ham.methods.DAFA(start_epoch=4, class_from=3)
+    with pytest.raises(ValueError, match="class_from: got 1 with start_epoch=1"):
+        ham.methods.DAFA(class_from=1)

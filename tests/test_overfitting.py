@@ -224,9 +224,9 @@ def test_noise_is_no_training_noise(seed, batch, monkeypatch):
     """Its seeds are negative; those of trainings, evaluations and losses are not."""
     seen = []
 
-    def spy(x, y, pgd, seed, step, track):
+    def spy(x, y, pgd, seed, step, *told):
         seen.append((seed, step))
-        return begin(x, y, pgd, seed, step, track)
+        return begin(x, y, pgd, seed, step, *told)
 
     begin = pgd_module.begin
     monkeypatch.setattr(pgd_module, "begin", spy)

@@ -61,8 +61,8 @@ def labels_of(z: Tensor, y: Tensor) -> Tensor:
 
 def by_class(values: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """(sums (C, k), counts (C,)) of the rows' values (n, k)."""
-    of_class = (y == torch.arange(classes, device=y.device)[:, None]).float()
-    return of_class @ values.float(), of_class.sum(1)
+    of_class = (y == torch.arange(classes, device=y.device)[:, None]).double()  # TF32 has no part in it
+    return (of_class @ values.double()).float(), of_class.sum(1).float()
 
 
 def for_rows(of_class: Tensor, y: Tensor) -> Tensor:

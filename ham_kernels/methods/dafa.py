@@ -35,8 +35,11 @@ class DAFA(TRADES):
 
     def check(self) -> None:
         super().check()
-        if self.class_from == 1:
-            raise ValueError("class_from: got 1; DAFA's weights come from an epoch before it, so that it is 2 or more")
+        if self.class_from <= self.start_epoch:
+            raise ValueError(
+                f"class_from: got {self.class_from} with start_epoch={self.start_epoch}; DAFA's weights come from "
+                "an epoch of its own before class_from"
+            )
 
     def remembers(self, classes):
         import torch
