@@ -10,7 +10,7 @@ from typing import Any
 
 from ..reading.evaluations import WEIGHTS, Attack, Easy
 from ..reading.runs import Epoch, Run
-from ..text_format import base_attack, margin_attack, steps_of
+from ..strength import of_each_family, strongest
 from .claims import claims, same_seeds
 from .comparable import machines_of, one_class, training_of
 from .groups import Group, Section
@@ -35,7 +35,8 @@ def _section(section: Section) -> dict[str, Any]:
     attack = headline_attack(section.groups)
     groups = [_group(group, group is section.baseline) for group in section.groups]
     base = groups[0] if section.baseline else None
-    pairs = _pairs(section, {attack, *_judging(section.groups, attack)}) if base else {}
+    judging = of_each_family(_attacks_run(section.groups), attack)
+    pairs = _pairs(section, set(judging)) if base else {}
     for group in groups[1:] if base else []:
         _relate(group, base, attack, pairs)
     seconds = {g.title: [_seconds(run) for run in g.counted] for g in section.groups}
@@ -46,11 +47,12 @@ def _section(section: Section) -> dict[str, Any]:
         "norm": section.norm,
         "classes": list(section.classes),
         "attack": attack,
+        "attack_of_all": attack is not None and all(attack in run for run in _attacks_run(section.groups)),
         "baseline": section.baseline.title if section.baseline else None,
         "notes": section.notes,
         "val_attack": _val_attack(section.groups),
         "groups": groups,
-        "claims": claims(groups, _judging(section.groups, attack), seconds, pairs),
+        "claims": claims(groups, judging, seconds, pairs),
     }
 
 
@@ -59,7 +61,7 @@ def _seconds(run: Run) -> list[tuple[int, float | None, float | None]]:
     return [(e.epoch, e.seconds, e.cpu_seconds) for e in run.epochs]
 
 
-def _pairs(section: Section, attacks: set[str | None]) -> dict[tuple[str, str, str], dict]:
+def _pairs(section: Section, attacks: set[str]) -> dict[tuple[str, str, str], dict]:
     """{(title, weights, attack): `paired` with the baseline}, where both are one run."""
     base, out = section.baseline.counted, {}
     for group in section.groups[1:]:
@@ -74,27 +76,23 @@ def _pairs(section: Section, attacks: set[str | None]) -> dict[tuple[str, str, s
 
 
 def headline_attack(groups: Sequence[Group]) -> str | None:
-    """The attack behind "robust accuracy": what most groups were judged with, PGD-20 before others."""
-    run = [name for name in _attacks_run(groups) if name != "clean"]
-    return max(sorted(set(run)), key=lambda name: (run.count(name), _preference(name)), default=None)
+    """The attack behind "robust accuracy": the strongest that all runs compared were judged with, on the same images.
 
-
-def _judging(groups: Sequence[Group], headline: str | None) -> list[str]:
-    """The attacks that claims are held against: the headline's, the CW loss and AutoAttack, as far as they were run."""
+    Where none is, that of most runs.
+    """
     run = _attacks_run(groups)
-    return [a for a in dict.fromkeys((headline, margin_attack(run), "autoattack")) if a in run]
+    alike = [{name for name in attacks if _same_images([r[name] for r in run if name in r])} for attacks in run]
+    return strongest(alike) or strongest(run)
 
 
-def _attacks_run(groups: Sequence[Group]) -> list[str]:
-    """Each attack as many times as there are groups that were judged with it."""
-    return [name for g in groups for name in {name for e in g.evaluated(g.weights) for name in e.attacks}]
+def _same_images(judged: Sequence[Attack]) -> bool:
+    return len({a.n for a in judged}) == 1 and len({a.images_sha256 for a in judged} - {None}) <= 1
 
 
-def _preference(attack: str) -> tuple[int, int, int]:
-    steps, (base, restarts) = steps_of(attack, "pgd"), base_attack(attack)
-    if steps:
-        return 4 if base == "pgd20" else 3, steps, restarts
-    return (2 if attack.startswith("autoattack") else 1 if attack.startswith("cw") else 0), 0, restarts
+def _attacks_run(groups: Sequence[Group]) -> list[dict[str, Attack]]:
+    """Attacks of each run compared: where training is finished, and for the weights shown."""
+    finished = [g for g in groups if g.finished]
+    return [dict(e.attacks) for g in finished or groups for e in g.evaluated(g.weights)]
 
 
 def _val_attack(groups: Sequence[Group]) -> str | None:
