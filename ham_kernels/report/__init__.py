@@ -24,6 +24,8 @@ def build(
 ) -> Path:
     """Writes index.html (needs no other file), table.md, table.tex, data.json and figures/*.png.
 
+    Where methods can be compared, frontier.html too: accuracy under the strongest attack against time and forwards.
+
     Args:
         runs: run folders, or folders of them such as a sweep's; what is missing or unreadable is said in the page.
         out: folder of the report, no run folder, made where it is missing. An earlier report's files are replaced.
@@ -43,7 +45,7 @@ def build(
     found = sections(read_runs(runs), baseline)
     from .comparing.summary import summarise
     from .drawing import figure_list  # matplotlib loads here
-    from .writing.page import page
+    from .writing.page import pages
     from .writing.render import render
     from .writing.tables import paper_table
 
@@ -56,8 +58,11 @@ def build(
     data["figures"] = list(files)
     for name in ("table.md", "table.tex"):
         files[name] = "\n".join(render(f"{name}.jinja", table=table) for table in papers).encode()
+    written = pages(data, papers, plots, absent)
+    data["pages"] = list(written)
     files["data.json"] = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    files["index.html"] = page(data, papers, plots, absent).encode()  # last: it belongs to all that is before it
+    # last: they belong to all that is before them
+    files |= {name: text.encode() for name, text in sorted(written.items())}
     _replace(out, files)
     return out / "index.html"
 
@@ -78,7 +83,7 @@ def _plain(value: Any) -> Any:
 def _replace(out: Path, files: dict[str, bytes]) -> None:
     """All files into a folder beside `out` first, then one by one into place: none is ever half written."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    old = _figures_of(out / "data.json")
+    old = _written_before(out / "data.json")
     beside = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True)
     with beside as temporary:
         for name, content in files.items():
@@ -92,10 +97,11 @@ def _replace(out: Path, files: dict[str, bytes]) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def _figures_of(path: Path) -> set[str]:
-    """Figures that an earlier report wrote, so that none of them stays beside a new one."""
+def _written_before(path: Path) -> set[str]:
+    """Figures and pages that an earlier report wrote, so that none of them stays beside a new one."""
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["figures"]
-        return {f"figures/{Path(name).name}" for name in names if name.endswith(".png")}
+        told = json.loads(path.read_text(encoding="utf-8"))
+        figures = {f"figures/{Path(name).name}" for name in told["figures"] if name.endswith(".png")}
+        return figures | {Path(name).name for name in told.get("pages", ()) if name.endswith(".html")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()

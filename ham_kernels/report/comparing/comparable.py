@@ -169,9 +169,7 @@ def _limits_of_times(section: Section) -> list[str]:
     for titles, shared in shared_epochs(section).items():
         once = f"Epochs 1 to {shared} were trained once per seed, for"
         if titles == everyone:
-            notes.append(
-                f"{once} all methods; their time counts in each. So times differ by the later epochs alone."
-            )
+            notes.append(f"{once} all methods; their time counts in each. So times differ by the later epochs alone.")
         else:
             notes.append(
                 f"{once} {'; '.join(sorted(titles))}; their time counts in each. The times of other methods are of "
@@ -181,7 +179,7 @@ def _limits_of_times(section: Section) -> list[str]:
 
 
 def shared_epochs(section: Section) -> dict[frozenset[str], int]:
-    """{titles: how many first epochs, but not all, the runs of each seed have in common, to the digit of their times}."""
+    """{titles: how many first epochs, but not all, runs of each seed have in common, to the digit of their times}."""
     found: dict[frozenset[str], list[int]] = {}
     seeds: dict[int | None, dict[tuple, list[tuple[str, list[tuple]]]]] = {}
     for group in section.groups:

@@ -10,10 +10,13 @@ from typing import Any
 
 from ..reading.evaluations import WEIGHTS, Attack, Easy
 from ..reading.runs import Epoch, Run
-from ..strength import of_each_family, strongest
+from ..strength import of_each_family
 from .claims import claims, same_seeds
 from .comparable import machines_of, one_class, training_of
+from .forwards import forwards
+from .frontier import FEWEST_CLASSES, frontier
 from .groups import Group, Section
+from .headline import attacks_run, headline_attack
 from .images import smallest_class
 from .over_seeds import difference, spread
 from .paired import paired
@@ -35,7 +38,7 @@ def _section(section: Section) -> dict[str, Any]:
     attack = headline_attack(section.groups)
     groups = [_group(group, group is section.baseline) for group in section.groups]
     base = groups[0] if section.baseline else None
-    judging = of_each_family(_attacks_run(section.groups), attack)
+    judging = of_each_family(attacks_run(section.groups), attack)
     pairs = _pairs(section, set(judging)) if base else {}
     for group in groups[1:] if base else []:
         _relate(group, base, attack, pairs)
@@ -47,11 +50,12 @@ def _section(section: Section) -> dict[str, Any]:
         "norm": section.norm,
         "classes": list(section.classes),
         "attack": attack,
-        "attack_of_all": attack is not None and all(attack in run for run in _attacks_run(section.groups)),
+        "attack_of_all": attack is not None and all(attack in run for run in attacks_run(section.groups)),
         "baseline": section.baseline.title if section.baseline else None,
         "notes": section.notes,
         "val_attack": _val_attack(section.groups),
         "groups": groups,
+        "frontier": frontier(groups, attack),
         "claims": claims(groups, judging, seconds, pairs),
     }
 
@@ -73,26 +77,6 @@ def _pairs(section: Section, attacks: set[str]) -> dict[tuple[str, str, str], di
             if None not in judged and (found := paired(*judged)):
                 out[group.title, weights, attack] = found
     return out
-
-
-def headline_attack(groups: Sequence[Group]) -> str | None:
-    """The attack behind "robust accuracy": the strongest that all runs compared were judged with, on the same images.
-
-    Where none is, that of most runs.
-    """
-    run = _attacks_run(groups)
-    alike = [{name for name in attacks if _same_images([r[name] for r in run if name in r])} for attacks in run]
-    return strongest(alike) or strongest(run)
-
-
-def _same_images(judged: Sequence[Attack]) -> bool:
-    return len({a.n for a in judged}) == 1 and len({a.images_sha256 for a in judged} - {None}) <= 1
-
-
-def _attacks_run(groups: Sequence[Group]) -> list[dict[str, Attack]]:
-    """Attacks of each run compared: where training is finished, and for the weights shown."""
-    finished = [g for g in groups if g.finished]
-    return [dict(e.attacks) for g in finished or groups for e in g.evaluated(g.weights)]
 
 
 def _val_attack(groups: Sequence[Group]) -> str | None:
@@ -120,6 +104,7 @@ def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
         "time": spread([run.seconds for run in group.counted]),
         "training": training_of(group.settings, group.counted),
         "relative_time": 1.0 if is_baseline else None,
+        "forwards": spread([forwards(run) for run in group.counted]),
         "accuracy": {w: _accuracies(group, w) for w in WEIGHTS if group.evaluated(w)},
         "differences": None,
         "curves": _curves(group.counted),
@@ -163,12 +148,19 @@ def _accuracy(judged: Sequence[Attack | None]) -> dict[str, Any]:
     return {
         "average": spread([a and a.accuracy for a in judged]),
         "worst": spread([a and a.worst_class for a in judged]),
+        "worst_three": spread([a and _worst_three(a) for a in judged]),
         "std": spread([a and a.std for a in judged]),
         "nstd": spread([a and a.nstd for a in judged]),
         "per_class": [spread(values) for values in classes],
         "images": sorted({a.n for a in known}, key=str),
         "digests": sorted({a.images_sha256 for a in known} - {None}),
     }
+
+
+def _worst_three(attack: Attack) -> float | None:
+    """Mean of the three lowest classes; None of few."""
+    known = sorted(c.value for c in attack.per_class if c.value is not None)
+    return statistics.fmean(known[:3]) if len(known) >= FEWEST_CLASSES else None
 
 
 def _relate(group: dict, base: dict, attack: str | None, pairs: dict[tuple, dict]) -> None:

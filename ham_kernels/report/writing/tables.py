@@ -20,6 +20,7 @@ class Cell:
     value: float | None = None  # what the column is ranked by
     best: bool = False
     std: float | None = None  # of `value`
+    words: bool = False  # text, which may be broken
 
 
 @dataclass
