@@ -10,7 +10,9 @@ import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.markers import CARETDOWNBASE
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
@@ -24,6 +26,7 @@ LETTERS = 34  # of a name in the figure
 FAR = 1 / 3  # of the best average: what has less, such as natural training, stands at the edge with its value
 EDGE = 4.0  # points below the others
 MOST = 15.0  # points that an axis reaches beyond the means; error bars may end outside
+DARKER = 0.7  # letters than points, which are larger
 HALO = [patheffects.withStroke(linewidth=2, foreground="white")]  # names are read over lines
 PLACES = (  # of a name beside its point: (x, y) in points, and how the text lies there
     *((sign * 7, up, "left" if sign > 0 else "right", "center") for up in (0, 6, -6) for sign in (1, -1)),
@@ -96,7 +99,7 @@ def _figure(section: Section, styles: Styles, cost: str, scale: float, xlabel: s
     panels[0].set_xlim(0 if min(ends) < max(ends) / 2 else min(ends) - room, max(ends) + room)
     figure.draw_without_rendering()  # fixes where the axes are
     for axes, gain in zip(panels, WORDS, strict=True):
-        _name(axes, spots[gain])
+        _name(axes, section, styles, spots[gain])
     return figure
 
 
@@ -118,8 +121,8 @@ def _panel(axes: Axes, section: Section, styles: Styles, spots: list[Spot], cost
     groups = {g["title"]: g for g in section["groups"]}
     for spot in spots:
         look = style_of(groups[spot.method["title"]], styles)
-        look = {"color": look["color"] if spot.named else GREY, "marker": "$↓$" if spot.far else look["marker"]}
-        order = 3.0 if spot.ahead else 2.2
+        look = {"color": look["color"] if spot.named else GREY, "marker": CARETDOWNBASE if spot.far else look["marker"]}
+        order = 3.0 if spot.ahead or spot.far else 2.2
         if not spot.far:
             bars = {"ecolor": look["color"], "elinewidth": 0.9, "capsize": 2, "alpha": 0.55, "zorder": order - 0.1}
             errors = _reach(spot.method[gain], 100), _reach(spot.method[cost], 1 / scale)
@@ -160,14 +163,17 @@ def _reach(value: dict, scale: float) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- names beside the points
-def _name(axes: Axes, spots: list[Spot]) -> None:
-    """Names first, so that the numbers find room after them."""
+def _name(axes: Axes, section: Section, styles: Styles, spots: list[Spot]) -> None:
+    """Names first, so that the numbers find room after them; in the colour of their points, as others may be near."""
+    colours = {g["title"]: np.array(to_rgb(style_of(g, styles)["color"])) for g in section["groups"]}
     marks = [_box((x, y), (x, y), 7) for x, y in axes.transData.transform([(spot.x, spot.y) for spot in spots])]
     x, y = _most(spots)
     corners = axes.transData.transform(np.stack([np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]], 1))
     taken = [_box(a, b, 1) for a, b in pairwise(corners)]
     for i, spot in sorted(enumerate(spots), key=lambda entry: not entry[1].named):
-        look = {"fontsize": 8, "color": "#1c1e21"} if spot.named else {"fontsize": 6.5, "color": "#6f6f6f"}
+        look = {"fontsize": 6.5, "color": "#6f6f6f"}
+        if spot.named:
+            look = {"fontsize": 8, "color": DARKER * colours[spot.method["title"]]}
         taken.append(_beside(axes, spot, [*taken, *marks[:i], *marks[i + 1 :]], look))
 
 
