@@ -115,7 +115,7 @@ def test_a_report_names_runs_that_did_not_finish(results):
 
 def test_a_report_by_a_weaker_attack_than_all_its_runs_share_is_refused(results):
     change(results / "sweep_cifar_small" / "data.json", lambda data: data["sections"][0].update(attack="pgd20"))
-    with pytest.raises(ValueError, match="sweep_cifar_small: its figures are by pgd20, but all .* by autoattack"):
+    with pytest.raises(ValueError, match=r"sweep_cifar_small: its figures are by pgd20, but all .* by autoattack"):
         measured.cifar_small(ROOT)
 
 
