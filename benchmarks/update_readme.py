@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from readme import measured
-from readme.methods_table import methods
+from readme.methods_table import details, methods
 from readme.troubles import troubles
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +37,7 @@ PAGES: dict[Path, Sections] = {
         "kernels": measured.kernels,
         "costs": measured.costs,
     },
+    ROOT / "docs" / "methods.md": {"methods": methods, "method_details": details},
     ROOT / "docs" / "troubleshooting.md": {"troubles": troubles},
 }
 

@@ -132,6 +132,16 @@ TROUBLES: dict[str, Trouble] = {
         "A gradient is infinite or NaN whatever the scale, so that every update is skipped.",
         "train in bf16 or fp32",
     ),
+    "classes_alike": Trouble(
+        "class_from: is {first}, and the training has {epochs} epochs; {method} treats all classes alike until then",
+        "The method's published course is longer than this training, and it names an epoch of that course.",
+        "give a lower class_from",
+    ),
+    "gate_without_validation": Trouble(
+        "gate: is {gate:g}, and there are no validation images to judge by; the weight average takes all updates",
+        "A gated average needs the worst class of validation images after each epoch.",
+        "give val_loader, or gate=0",
+    ),
     "short_for_its_average": Trouble(
         "ema_decay: {decay:g} averages over about {span} updates, and the whole training has {updates}",
         "An average with this decay would hardly leave the random start. Its decay grows with the updates t, as "

@@ -182,6 +182,13 @@ class TrainSettings:
             raise ValueError(
                 f"start_epoch: got {method.start_epoch} with epochs={optim.epochs}, so {method.name} would never start"
             )
+        if method.looks_at_classes and method.class_from > optim.epochs:
+            raise ValueError(
+                f"class_from: got {method.class_from} with epochs={optim.epochs}, so {method.name} would never tell "
+                "classes apart"
+            )
+        if method.gate and self.run.ema_decay is not None and not self.data.val_images:
+            raise ValueError(f"gate: got {method.gate:g} with val_images=0; it is judged by validation images")
         if re.fullmatch(r"fgsm|(pgd|cw)[1-9]\d*", self.run.val_attack) is None:
             raise ValueError(f"val_attack: got {self.run.val_attack!r}; allowed are fgsm, pgdK, cwK such as pgd10")
         last = min(method.start_epoch - 1, optim.epochs)

@@ -42,6 +42,10 @@ def check_fit(trainer: Trainer, train_loader, epochs: int, val_loader, scheduler
             raise ValueError(
                 f"val_loader: is an iterator, which is spent after one of {passes} passes; give a list or a DataLoader"
             )
+    if method.looks_at_classes and method.class_from > epochs:
+        troubles.warn("classes_alike", method=method.title, first=method.class_from, epochs=epochs)
+    if method.gate and trainer.average is not None and val_loader is None:
+        troubles.warn("gate_without_validation", gate=method.gate)
     _check_average(trainer, train_loader, epochs)
 
 
