@@ -122,10 +122,12 @@ def _warm_up(base: TrainSettings, **changes) -> TrainSettings:
 
 # ---------------------------------------------------------------- the field's methods
 def _methods(base: TrainSettings) -> Iterator[tuple[str, TrainSettings | str]]:
-    """Every method as it is published; then each that does not screen, with easy rows that jump."""
+    """Every method as it is published, with both defaults where it has two; then those that do not screen, screened."""
     yield from _baseline(base)
     for name in names():
         yield _allowed(base, name)
+        if hasattr(_named(base, name).method, "fast"):
+            yield _allowed(base, name, "fast", fast=True)
     for name in names():
         if not _named(base, name).method.early_drop:
             yield _screened(base, name, "jump")
@@ -137,9 +139,17 @@ def _frontier(base: TrainSettings) -> Iterator[tuple[str, TrainSettings | str]]:
     for name in (name for name in FRONTIER if name in names()):
         yield _allowed(base, name)
         for sizes in SCHEDULES:
-            yield _allowed(base, name, f"k{len(sizes)}", step_sizes=sizes, early_drop=False)
+            yield _scheduled(base, name, sizes)
         for easy in EASY:
             yield _screened(base, name, easy)
+
+
+def _scheduled(base: TrainSettings, name: str, sizes: tuple[float, ...]) -> tuple[str, TrainSettings | str]:
+    """An attack of these steps; where they are those of the method's own `fast`, that."""
+    method = _named(base, name).method
+    if hasattr(method, "fast") and replace(method, fast=True).step_sizes == sizes:
+        return _allowed(base, name, "fast", fast=True)
+    return _allowed(base, name, f"k{len(sizes)}", step_sizes=sizes, early_drop=False)
 
 
 def _screened(base: TrainSettings, name: str, easy: str) -> tuple[str, TrainSettings | str]:
