@@ -96,11 +96,11 @@ class Sweep:
     """How each run is judged on the test set in the end. HAM gains more under PGD than under CW: look at both.
     AutoAttack takes the equivalent of up to 9000 forwards of each image that resists it, CW-20 of 40."""
     masking: Annotated[bool, _default("--no-masking; of methods and frontier --masking")] = False
-    """Check each run for gradient masking, which takes about 350 forwards and backwards of each image of:"""
+    """Check each run for gradient masking: about 350 forwards and backwards of each image."""
     masking_images: int = 128
-    """Test images of these checks; `ham evaluate` takes 512."""
+    """So many test images are checked; `ham evaluate` takes 512."""
     share_warmup: bool = True
-    """Train the epochs before start_epoch once per seed and kind: they are the same in every run."""
+    """Train the epochs before start_epoch once per seed and kind, for all runs that begin with the same."""
     settings: TrainSettings = field(default_factory=TrainSettings)
     """Of every run; the experiment's own come on top."""
 
