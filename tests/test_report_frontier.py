@@ -240,6 +240,28 @@ def test_the_dominated_are_grey_and_numbered_as_in_the_table(field, tmp_path, mo
     assert min(axis for axis in average.get_ylim()) > 5
 
 
+def test_each_that_nothing_dominates_is_named_and_where_it_leads(tmp_path, monkeypatch):
+    """A leads in average, B in worst class, and C, between them, in neither: it is named in the upper panel."""
+    values = {"pgd_at": [0.5, 0.1], "trades": [0.9, 0.2], "mart": [0.5, 0.4], "wat": [0.7, 0.3]}
+    runs = [run(tmp_path, m, m, value, 100.0 + (m == "wat")) for m, value in values.items()]
+    section, styles = section_of(runs, tmp_path / "out", monkeypatch)
+    a, b, c = (class_of(name).title for name in ("trades", "mart", "wat"))
+    worst, average = ({text.get_text() for text in axes.texts} for axes in frontier.against_time(section, styles).axes)
+    assert {title in worst for title in (b, c, "PGD-AT")} == {True}
+    assert a not in worst
+    assert a in average
+    assert not {b, c} & average
+
+
+def test_a_model_without_robustness_does_not_pale_the_other_changes(tmp_path, monkeypatch):
+    base, near = [0.5, 0.4, 0.6], [0.54, 0.43, 0.6]
+    runs = [run(tmp_path, "p", "pgd_at", base, 100.0), run(tmp_path, "n", "natural", [0.0] * 3, 10.0)]
+    runs += [run(tmp_path, f"t{i}", "trades", near, 100.0, settings={"method.beta": float(i)}) for i in range(1, 7)]
+    section, styles = section_of(runs, tmp_path / "out", monkeypatch)
+    image = frontier.class_changes(section, styles).axes[0].images[0]
+    assert image.get_clim() == pytest.approx((-4 * 4.0, 4 * 4.0))  # four times the usual change, 4 points
+
+
 def test_the_captions_attack_is_the_strongest(field, tmp_path, monkeypatch):
     section, _ = section_of(field, tmp_path / "out", monkeypatch)
     titles = [figure_list._titled(e.title, section) for e in figure_list.ENTRIES if e.frontier]

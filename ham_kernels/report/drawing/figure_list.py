@@ -176,10 +176,11 @@ def _easy(section: Section) -> str:
 
 def _frontier(section: Section) -> str:
     return (
-        "Upper left is better. In colour and named: what nothing dominates. Grey, with its number in the table: another"
-        " method costs no more and is no worse in average and worst class. Bars: 95 % intervals of the mean over seeds "
-        "(Student's t), with one seed over test images; long ones end outside. Solid: the most that so much buys. "
-        "Dotted: the baseline. An arrow stands at the edge for a value far below, which is beside it."
+        "Upper left is better. In colour: what nothing dominates, named at least once, numbered as in the table where "
+        "another has more in this panel at no more cost. Grey: another method costs no more and is no worse in average "
+        "and worst class. Bars: 95 % intervals of the mean over seeds (Student's t), with one seed over test images; "
+        "long ones end outside. Solid: the most that so much buys. Dotted: the baseline. A triangle at the lower edge "
+        "stands for a value far below, which is beside it."
     )
 
 

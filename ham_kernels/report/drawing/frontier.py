@@ -26,6 +26,7 @@ LETTERS = 34  # of a name in the figure
 FAR = 1 / 3  # of the best average: what has less, such as natural training, stands at the edge with its value
 EDGE = 4.0  # points below the others
 MOST = 15.0  # points that an axis reaches beyond the means; error bars may end outside
+NEAR = 8  # points: names farther away have a line to their point
 DARKER = 0.7  # letters than points, which are larger
 HALO = [patheffects.withStroke(linewidth=2, foreground="white")]  # names are read over lines
 PLACES = (  # of a name beside its point: (x, y) in points, and how the text lies there
@@ -47,11 +48,8 @@ class Spot(NamedTuple):
     y: float
     ahead: bool  # nothing dominates it
     far: bool  # at the edge, as its value is far below the others
+    named: bool
     text: str  # beside it: its name, or its number in the table
-
-    @property
-    def named(self) -> bool:
-        return self.ahead or self.method["baseline"]
 
 
 def against_time(section: Section, styles: Styles) -> Figure | None:
@@ -109,19 +107,39 @@ def _spots(section: Section, cost: str, scale: float, gain: str) -> list[Spot]:
     best = {m["title"] for m in undominated(methods, cost)}
     values = [100 * m[gain]["mean"] for m in methods]
     floor = min(value for value in values if gain != "average" or value >= FAR * max(values))
+    named = _named(methods, cost, gain)
     out = []
     for m, value in zip(methods, values, strict=True):
         ahead, far = m["title"] in best, value < floor
-        text = (titles if ahead or m["baseline"] else numbers)[m["title"]] + (f": {value:.1f}" if far else "")
-        out.append(Spot(m, m[cost]["mean"] / scale, max(floor - EDGE, 0.0) if far else value, ahead, far, text))
+        text = (titles if m["title"] in named else numbers)[m["title"]] + (f": {value:.1f}" if far else "")
+        y = max(floor - EDGE, 0.0) if far else value
+        out.append(Spot(m, m[cost]["mean"] / scale, y, ahead, far, m["title"] in named, text))
     return out
+
+
+def _named(methods: list[dict], cost: str, gain: str) -> set[str]:
+    """The baseline, and what is the most that its cost buys in this panel; above, also what is so in no panel.
+
+    So each that nothing dominates is named at least once, and names stay few where many are close.
+    """
+
+    def most(m: dict, gain: str) -> bool:
+        gains = [(m[cost]["mean"] - o[cost]["mean"], o[gain]["mean"] - m[gain]["mean"]) for o in methods]
+        return not any(min(pair) >= 0 and max(pair) > 0 for pair in gains)
+
+    best = undominated(methods, cost)
+    here = [m for m in best if most(m, gain) or (gain == "worst" and not any(most(m, name) for name in WORDS))]
+    return {m["title"] for m in (*here, *methods) if m in here or m["baseline"]}
 
 
 def _panel(axes: Axes, section: Section, styles: Styles, spots: list[Spot], cost: str, scale: float, gain: str) -> None:
     groups = {g["title"]: g for g in section["groups"]}
     for spot in spots:
         look = style_of(groups[spot.method["title"]], styles)
-        look = {"color": look["color"] if spot.named else GREY, "marker": CARETDOWNBASE if spot.far else look["marker"]}
+        look = {
+            "color": look["color"] if spot.ahead or spot.method["baseline"] else GREY,
+            "marker": CARETDOWNBASE if spot.far else look["marker"],
+        }
         order = 3.0 if spot.ahead or spot.far else 2.2
         if not spot.far:
             bars = {"ecolor": look["color"], "elinewidth": 0.9, "capsize": 2, "alpha": 0.55, "zorder": order - 0.1}
@@ -171,9 +189,9 @@ def _name(axes: Axes, section: Section, styles: Styles, spots: list[Spot]) -> No
     corners = axes.transData.transform(np.stack([np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]], 1))
     taken = [_box(a, b, 1) for a, b in pairwise(corners)]
     for i, spot in sorted(enumerate(spots), key=lambda entry: not entry[1].named):
-        look = {"fontsize": 6.5, "color": "#6f6f6f"}
-        if spot.named:
-            look = {"fontsize": 8, "color": DARKER * colours[spot.method["title"]]}
+        look = {"fontsize": 8 if spot.named else 6.5, "color": "#6f6f6f"}
+        if spot.named or spot.ahead:
+            look["color"] = DARKER * colours[spot.method["title"]]
         taken.append(_beside(axes, spot, [*taken, *marks[:i], *marks[i + 1 :]], look))
 
 
@@ -192,6 +210,8 @@ def _beside(axes: Axes, spot: Spot, taken: Sequence[Bbox], look: dict) -> Bbox:
             break
     _, i, box = min(found, key=lambda place: place[:2])
     x, y, ha, va = PLACES[i]
+    if abs(y) > NEAR:  # others may lie between
+        look["arrowprops"] = {"arrowstyle": "-", "color": look["color"], "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
     note: Annotation = axes.annotate(spot.text, (spot.x, spot.y), (x, y), ha=ha, va=va, **look)
     note.set_in_layout(False)
     return box
