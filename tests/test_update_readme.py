@@ -124,3 +124,13 @@ def test_the_strongest_attack_is_told_first(results):
     assert [next(title for title in measured.JUDGES if title in line) for line in lines] == [
         "AutoAttack", "CW-20", "PGD-20",
     ]  # fmt: skip
+
+
+def test_the_frontier_comes_first_where_a_report_has_one(results):
+    folder = results / "sweep_cheaper"
+    (folder / "frontier.md").write_text("| the frontier |\n")
+    (folder / "frontier_time.png").write_bytes(b"")
+    text = measured.report(ROOT, "sweep_cheaper", "")
+    table = (folder / "table.md").read_text().strip()
+    places = [text.index(part) for part in ("frontier_time.png", "worst_class_time.png", "| the frontier |", table)]
+    assert places == sorted(places)

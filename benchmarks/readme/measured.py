@@ -150,7 +150,7 @@ def bench_pgd_short(here: Path) -> str:
 
 # ---------------------------------------------------------------- reports of `ham`
 def report(here: Path, name: str, said: str, *, table: bool = True) -> str:
-    """What a report compares, kept in benchmarks/results/: its own table, and its figures where they are kept too.
+    """What a report compares, kept in benchmarks/results/: its own tables, and its figures where they are kept too.
 
     `said` is the sentence above it; {seeds} and {machines} stand for those of its runs.
     """
@@ -166,7 +166,8 @@ def report(here: Path, name: str, said: str, *, table: bool = True) -> str:
     ]
     kept = [(name, words) for name, words in FIGURES.items() if (folder / name).exists()]
     parts += [f"![{words}]({os.path.relpath(folder / name, here)})" for name, words in kept]
-    return "\n\n".join([*parts, (folder / "table.md").read_text().strip()] if table else parts)
+    tables = [folder / name for name in ("frontier.md", "table.md") if (folder / name).exists()] if table else []
+    return "\n\n".join([*parts, *(path.read_text().strip() for path in tables)])
 
 
 def _check_headline(section: dict, folder: Path) -> None:
