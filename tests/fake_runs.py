@@ -64,7 +64,9 @@ def environment() -> dict:
 
 
 def epoch_line(epoch: int, seconds: float, config: dict) -> dict:
-    mines = config["method"]["name"] == "ham" and epoch >= config["method"]["start_epoch"]
+    method = config["method"]
+    late = epoch >= (method.get("start_epoch") or 1)
+    mines = method["name"] == "ham" and late
     n_hard = 1280 // 4 if mines else 1280
     robust = 0.3 + 0.02 * epoch
     val = {
@@ -73,7 +75,7 @@ def epoch_line(epoch: int, seconds: float, config: dict) -> dict:
     }
     val_ema = {name: {**entry, "accuracy": entry["accuracy"] + 0.01} for name, entry in val.items()}
     return {
-        "epoch": epoch, "phase": "ham" if mines else "pgd_at", "loss": 2.0 / epoch, "n": 1280, "n_hard": n_hard,
+        "epoch": epoch, "phase": method["name"] if late else "pgd_at", "loss": 2.0 / epoch, "n": 1280, "n_hard": n_hard,
         "hard_fraction": n_hard / 1280, "skipped": 0, "seconds": seconds, "images_per_s": 1280 / seconds, "lr": 0.1,
         "val": val, "val_ema": val_ema,
     }  # fmt: skip

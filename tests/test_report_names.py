@@ -74,7 +74,7 @@ def test_every_method_is_in_every_legend_and_no_letter_is_a_box(tmp_path, monkey
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         page = report.build(runs, tmp_path / "out").read_text()
-    assert len(legends) == 8
+    assert len(legends) == 9
     assert all(entries[:2] == ["_baseline", "#2"] for entries in legends)
     assert page.count("Methods (no font here has all letters): #2 方法. Classes (no font here has all letters): #1 猫.")
 

@@ -111,3 +111,26 @@ def test_each_device_has_its_own_tables(results):
 def test_a_report_names_runs_that_did_not_finish(results):
     change(results / "sweep_cheaper" / "data.json", lambda data: data["runs"][1].update(state="failed", name="the one"))
     assert "Did not finish: the one." in measured.cheaper(ROOT)
+
+
+def test_a_report_by_a_weaker_attack_than_all_its_runs_share_is_refused(results):
+    change(results / "sweep_cifar_small" / "data.json", lambda data: data["sections"][0].update(attack="pgd20"))
+    with pytest.raises(ValueError, match=r"sweep_cifar_small: its figures are by pgd20, but all .* by autoattack"):
+        measured.cifar_small(ROOT)
+
+
+def test_the_strongest_attack_is_told_first(results):
+    lines = [line for line in measured.claims(ROOT).splitlines() if "worst class" in line]
+    assert [next(title for title in measured.JUDGES if title in line) for line in lines] == [
+        "AutoAttack", "CW-20", "PGD-20",
+    ]  # fmt: skip
+
+
+def test_the_frontier_comes_first_where_a_report_has_one(results):
+    folder = results / "sweep_cheaper"
+    (folder / "frontier.md").write_text("| the frontier |\n")
+    (folder / "frontier_time.png").write_bytes(b"")
+    text = measured.report(ROOT, "sweep_cheaper", "")
+    table = (folder / "table.md").read_text().strip()
+    places = [text.index(part) for part in ("frontier_time.png", "worst_class_time.png", "| the frontier |", table)]
+    assert places == sorted(places)

@@ -43,8 +43,8 @@ TITLES = {
     FOREIGN: "PGD-AT (torchattacks)",
 }
 MODELS = {"small": "small_cnn", "preact": "preact_resnet18"}
-# The paper's attack, and one that does not depend on the scale of the logits, which reweighting changes.
-ATTACKS = {"pgd20": "PGD-20", "cw20": "CW-20"}
+# One that does not depend on the scale of the logits, which reweighting changes; and the paper's, which is weaker.
+ATTACKS = {"cw20": "CW-20", "pgd20": "PGD-20"}
 
 
 def settings_of(args: argparse.Namespace, name: str, seed: int) -> TrainSettings:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
-from ..methods.settings import with_name
+from ..methods.settings import names, warm_up_of, with_name
 from ..runs.settings import TrainSettings
 
 GRID_SCREEN_STEPS = (1, 2, 3, 4, 5)
 GRID_LAM = (0.5, 1.0, 1.5, 2.0)
+SCHEDULES = ((1.0, 0.5, 0.25), (1.0, 0.5), (1.25,))  # steps in units of eps, of the frontier
+EASY = ("drop", "stop", "jump")
+FRONTIER = ("pgd_at", "fair")  # the methods whose schedules and screenings it tries, as far as they are known
+STRONG = ("methods", "frontier")  # by default judged by AutoAttack too, and checked for gradient masking
 
 
 @dataclass(frozen=True)
@@ -22,15 +26,24 @@ class Cell:
 
 def cells(experiment: str, base: TrainSettings, seeds: tuple[int, ...]) -> list[Cell]:
     """The runs of an experiment, seed by seed, so that a sweep that is stopped has whole comparisons."""
+    return planned(experiment, base, seeds)[0]
+
+
+def planned(experiment: str, base: TrainSettings, seeds: tuple[int, ...]) -> tuple[list[Cell], dict[str, str]]:
+    """Its runs as in `cells`, and {name: why} of the combinations that a method refuses."""
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds: got {seeds}; give at least one, and each once")
     found: dict[str, Cell] = {}
+    left_out: dict[str, str] = {}
     for seed in seeds:
         seeded = replace(base, run=replace(base.run, seed=seed, label=None))
         for name, settings in _EXPERIMENTS[experiment](seeded):
+            if isinstance(settings, str):
+                left_out[name] = settings
+                continue
             name = f"{name}-seed{seed}"
             found.setdefault(name, Cell(name, settings))
-    return list(found.values())
+    return list(found.values()), left_out
 
 
 def _method(base: TrainSettings, **changes) -> TrainSettings:
@@ -43,8 +56,16 @@ def _named(base: TrainSettings, name: str) -> TrainSettings:
 
 def _ham(base: TrainSettings, **changes) -> tuple[str, TrainSettings]:
     settings = _method(_named(base, "ham"), **changes)
-    m = settings.method
-    return f"ham-M{m.screen_steps}-lam{m.lam:g}", settings
+    return _name_of(settings), settings
+
+
+def _name_of(settings: TrainSettings) -> str:
+    """The method's name; of one that mines by default with M and lambda, as far as they have an effect."""
+    m, words = settings.method, [settings.method.name]
+    if type(m)().mines:
+        told = m.in_effect()
+        words += [f"M{m.screen_steps}"] * ("screen_steps" in told) + [f"lam{m.lam:g}"] * ("lam" in told)
+    return "-".join(words)
 
 
 def _baseline(base: TrainSettings) -> Iterator[tuple[str, TrainSettings]]:
@@ -99,6 +120,64 @@ def _warm_up(base: TrainSettings, **changes) -> TrainSettings:
     return replace(base, warm_up=replace(base.warm_up, **changes))
 
 
+# ---------------------------------------------------------------- the field's methods
+def _methods(base: TrainSettings) -> Iterator[tuple[str, TrainSettings | str]]:
+    """Every method as it is published, with both defaults where it has two; then those that do not screen, screened."""
+    yield from _baseline(base)
+    for name in names():
+        yield _allowed(base, name)
+        if hasattr(_named(base, name).method, "fast"):
+            yield _allowed(base, name, "fast", fast=True)
+    for name in names():
+        if not _named(base, name).method.early_drop:
+            yield _screened(base, name, "jump")
+
+
+def _frontier(base: TrainSettings) -> Iterator[tuple[str, TrainSettings | str]]:
+    """What the time of a whole run buys: schedules of few large steps, and each kind of screening."""
+    yield from _baseline(base)
+    for name in (name for name in FRONTIER if name in names()):
+        yield _allowed(base, name)
+        for sizes in SCHEDULES:
+            yield _scheduled(base, name, sizes)
+        for easy in EASY:
+            yield _screened(base, name, easy)
+
+
+def _scheduled(base: TrainSettings, name: str, sizes: tuple[float, ...]) -> tuple[str, TrainSettings | str]:
+    """An attack of these steps; where they are those of the method's own `fast`, that."""
+    method = _named(base, name).method
+    if hasattr(method, "fast") and replace(method, fast=True).step_sizes == sizes:
+        return _allowed(base, name, "fast", fast=True)
+    return _allowed(base, name, f"k{len(sizes)}", step_sizes=sizes, early_drop=False)
+
+
+def _screened(base: TrainSettings, name: str, easy: str) -> tuple[str, TrainSettings | str]:
+    """HAM's screening, from the first epoch on where the method is its own warm-up."""
+    method = _named(base, name).method
+    try:
+        whole = warm_up_of(method, base.warm_up.name) == method and not base.warm_up.natural_epochs
+    except ValueError:  # of the warm-up's name, which is not about this method
+        whole = False
+    start = {"start_epoch": 1} if whole else {}
+    return _allowed(base, name, easy, early_drop=True, easy=easy, **start)
+
+
+def _allowed(base: TrainSettings, name: str, word: str = "", **changes) -> tuple[str, TrainSettings | str]:
+    """(name of the run, its settings), or in their place why the method refuses them."""
+    from ..attack.pgd import PGD
+
+    named = _named(base, name)
+    called = "-".join(filter(None, (_name_of(named), word)))
+    try:
+        settings = _method(named, **changes)
+        settings.check()
+        settings.method.attack(PGD(**asdict(settings.attack)))
+    except ValueError as error:
+        return called, str(error)
+    return called, settings
+
+
 _EXPERIMENTS = {
     "baseline": _baseline,
     "ham": _paper_ham,
@@ -106,4 +185,6 @@ _EXPERIMENTS = {
     "paper": _paper,
     "ablations": _ablations,
     "cheaper": _cheaper,
+    "methods": _methods,
+    "frontier": _frontier,
 }

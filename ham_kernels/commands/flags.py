@@ -15,6 +15,7 @@ from ..methods.settings import with_name
 from ..runs.config_file import from_toml, read_toml
 from ..runs.presets import for_folder, preset, rescaled
 from ..runs.settings import EvaluateSettings, TrainSettings
+from .experiments import STRONG
 
 T = TypeVar("T")
 
@@ -75,19 +76,31 @@ class Sweep:
     baseline: PGD-AT. ham: HAM with M and lambda of the preset. grid: M from 1 to 5 x lambda from 0.5 to 2.0.
     ablations: early dropping alone, reweighting alone, random rows, and three kinds of BatchNorm while mining.
     cheaper: cheaper warm-ups, screening by one step, and batches screened together. paper: the first three.
+    methods: every method as published, then each with HAM's screening, easy rows jumping. frontier: PGD-AT and fair
+    with attacks of 3, 2 and 1 large steps, and screened with easy rows that drop, stop or jump.
     --seed, --method and --label are the experiment's own.
     """
 
-    experiment: Annotated[Literal["baseline", "ham", "grid", "ablations", "cheaper", "paper"], tyro.conf.Positional]
+    experiment: Annotated[
+        Literal["baseline", "ham", "grid", "ablations", "cheaper", "paper", "methods", "frontier"], tyro.conf.Positional
+    ]
     out: Annotated[Path | None, _default("runs/sweep-DATASET, the same for all experiments")] = None
     """Sweep folder."""
     config: Path | None = None
     """TOML file of settings for every run."""
     seeds: tuple[int, ...] = (0,)
-    attacks: tuple[str, ...] = ("clean", "pgd20", "cw20")
-    """How each run is judged on the test set in the end. HAM gains more under PGD than under CW: look at both."""
+    attacks: Annotated[
+        tuple[str, ...],
+        _default("clean pgd20 cw20; of methods and frontier autoattack too, where torchattacks is installed"),
+    ] = ()
+    """How each run is judged on the test set in the end. HAM gains more under PGD than under CW: look at both.
+    AutoAttack takes the equivalent of up to 9000 forwards of each image that resists it, CW-20 of 40."""
+    masking: Annotated[bool, _default("--no-masking; of methods and frontier --masking")] = False
+    """Check each run for gradient masking: about 350 forwards and backwards of each image."""
+    masking_images: int = 128
+    """So many test images are checked; `ham evaluate` takes 512."""
     share_warmup: bool = True
-    """Train the epochs before start_epoch once per seed and kind: they are the same in every run."""
+    """Train the epochs before start_epoch once per seed and kind, for all runs that begin with the same."""
     settings: TrainSettings = field(default_factory=TrainSettings)
     """Of every run; the experiment's own come on top."""
 
@@ -122,6 +135,8 @@ def parse_report(argv: list[str]) -> Report:
 
 def parse_sweep(argv: list[str]) -> Sweep:
     wanted = _cli(Sweep, argv, "ham sweep", Sweep(tyro.MISSING, settings=_base(argv)))
+    if not {"--masking", "--no-masking"} & set(argv):
+        wanted = replace(wanted, masking=wanted.experiment in STRONG)
     own = {"--seed": "give --seeds", "--method": "the experiment sets it", "--label": "the experiment sets it"}
     if wanted.experiment in ("grid", "paper"):
         own |= {"--screen-steps": "the grid sets it", "--lam": "the grid sets it"}

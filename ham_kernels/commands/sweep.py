@@ -7,21 +7,26 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from .. import report
+from ..evaluation import autoattack
 from ..evaluation.named_attacks import plans
 from ..methods.pgd_at import PGDAT
+from ..methods.settings import warm_up_of
+from ..report.strength import CLEAN, strongest
 from ..runs.folder import RunFolder
-from ..runs.settings import TrainSettings
-from .experiments import Cell, cells
+from ..runs.settings import EvaluateSettings, TrainSettings
+from .experiments import STRONG, Cell, planned
 from .flags import Sweep
 from .from_settings import device_of, model_of
 from .progress import duration, say
 from .run_images import images_of
 from .signals import StopRequest
 
+ATTACKS = ("clean", "pgd20", "cw20")  # unless others are asked for
 WARM_UPS = "warm-ups"  # one level deeper than the runs, so that reports of the folder leave them out
 
 
@@ -35,14 +40,19 @@ def sweep(wanted: Sweep) -> int:
     """
     wanted.settings.check()
     folder = wanted.out or Path("runs") / f"sweep-{wanted.settings.data.source}"
-    plan = cells(wanted.experiment, wanted.settings, wanted.seeds)
+    plan, left_out = planned(wanted.experiment, wanted.settings, wanted.seeds)
     for cell in plan:
         cell.settings.check()
         _check_unchanged(folder / cell.name, cell.settings)
-        _check_unchanged(_warm_up_folder(folder, cell.settings), _warm_up_settings(cell.settings))
+        if _starts_behind_pgd_at(cell.settings):
+            _check_unchanged(_warm_up_folder(folder, cell.settings), _warm_up_settings(cell.settings))
     _outcome(folder)
+    wanted, judged = _judged_by(wanted)
     _check_for_all(wanted)
     say(f"{folder}: {wanted.experiment}, {len(plan)} runs")
+    say(judged)
+    for name, why in left_out.items():
+        say(f"left out: {name}: {why}")
     failed = 0
     with StopRequest("the process at hand") as stop:
         worker = _Worker(folder, wanted, stop)
@@ -53,7 +63,7 @@ def sweep(wanted: Sweep) -> int:
             problem = worker.bring_to_end(cell)
             took = duration(time.monotonic() - start)
             _note(folder, wanted.experiment, cell.name, problem)
-            say(f"[{i}/{len(plan)}] {cell.name}: {problem or _summary(folder / cell.name)}  ({took})")
+            say(f"[{i}/{len(plan)}] {cell.name}: {problem or _summary(folder / cell.name, wanted.attacks)}  ({took})")
             failed += bool(problem)
     if failed == len(plan):
         say("every run failed: there is nothing to report")
@@ -76,7 +86,8 @@ class _Worker:
                 self._begin(path, cell.settings)
             if RunFolder.open(path).status()["state"] != "finished":
                 self._run(path, "train", "--resume", str(path), "--quiet")
-            self._run(path, "evaluate", str(path), "--attacks", *self.wanted.attacks, "--no-masking", "--quiet")
+            asked = ["--masking-images", str(self.wanted.masking_images)] if self.wanted.masking else ["--no-masking"]
+            self._run(path, "evaluate", str(path), "--attacks", *self.wanted.attacks, *asked, "--quiet")
         except (OSError, ValueError, RuntimeError) as error:
             # A judgement that failed takes nothing from a training that is finished.
             if (path / "config.toml").exists() and RunFolder(path).status()["state"] != "finished":
@@ -96,13 +107,12 @@ class _Worker:
 
     def _begin(self, path: Path, settings: TrainSettings) -> None:
         """A new run, behind the warm-up where that can be shared."""
-        epochs = settings.method.start_epoch - 1
         if path.exists():
             raise FileExistsError(f"out: {path} is there and holds no run; move it away")
-        if not (self.wanted.share_warmup and 0 < epochs < settings.optim.epochs):
+        if not (self.wanted.share_warmup and _starts_behind_pgd_at(settings)):
             RunFolder.create(path, settings)
             return
-        warm_up = self._warm_up(settings, epochs)
+        warm_up = self._warm_up(settings, settings.method.start_epoch - 1)
         aside = path.with_name(f".{path.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
         RunFolder.create(aside, settings)
@@ -156,6 +166,16 @@ class _Worker:
                     return process.wait()
 
 
+def _starts_behind_pgd_at(settings: TrainSettings) -> bool:
+    """Whether a run's first epochs, but not all, are those that PGD-AT's training would begin with.
+
+    Not where a method starts at once, or is its own warm-up with another loss or schedule: it trains all its epochs.
+    """
+    method, shared = settings.method, _warm_up_settings(settings).method
+    own, others = (warm_up_of(m, settings.warm_up.name).in_effect() for m in (method, shared))
+    return 1 < method.start_epoch <= settings.optim.epochs and own == others
+
+
 def _warm_up_folder(folder: Path, settings: TrainSettings) -> Path:
     kind = settings.warm_up
     words = [] if kind.name == "pgd_at" else [kind.name]
@@ -178,9 +198,24 @@ def _check_unchanged(path: Path, settings: TrainSettings) -> None:
         raise ValueError(f"out: {path} was begun with other settings; give another --out, or remove it")
 
 
+def _judged_by(wanted: Sweep) -> tuple[Sweep, str]:
+    """With its attacks where none are given, and what to say of them."""
+    if wanted.attacks:
+        return wanted, f"judged by {', '.join(wanted.attacks)}"
+    attacks, more = ATTACKS, ""
+    if wanted.experiment in STRONG:
+        try:
+            autoattack.library()
+            attacks = (*ATTACKS, "autoattack")
+        except ImportError as error:
+            more = f"; AutoAttack, which is stronger, is left out: {str(error).removeprefix('attacks: ')}"
+    return replace(wanted, attacks=attacks), f"judged by {', '.join(attacks)}{more}"
+
+
 def _check_for_all(wanted: Sweep) -> None:
     """What would end every run alike: the attacks, the device, the images (downloaded here, once), the model."""
     settings = wanted.settings
+    EvaluateSettings(attacks=wanted.attacks, masking_images=wanted.masking_images).check()
     attack = settings.attack
     plans(wanted.attacks, eps=attack.eps, step_size=attack.step_size, norm=attack.norm)
     device_of(settings.run.device)
@@ -211,10 +246,10 @@ def _note(folder: Path, experiment: str, name: str, problem: str) -> None:
     RunFolder(folder).write_json("sweep.json", {"experiment": experiment, "runs": runs, "failed": failed})
 
 
-def _summary(path: Path) -> str:
-    """Worst class and average under the strongest attack judged."""
+def _summary(path: Path, attacks: Sequence[str]) -> str:
+    """Worst class and average under the strongest attack that all runs of the sweep are judged by."""
     settings = RunFolder.open(path).settings()
     kind = "last" if settings.run.ema_decay is None else "ema"
-    attacks = json.loads((path / "evaluation" / f"{kind}.json").read_text())["attacks"]
-    name, worst = min(attacks.items(), key=lambda item: item[1]["accuracy"]["value"])
-    return f"{name} {100 * worst['accuracy']['value']:.1f} %, worst class {100 * worst['worst_class']['value']:.1f} %"
+    name = strongest([attacks]) or CLEAN
+    found = json.loads((path / "evaluation" / f"{kind}.json").read_text())["attacks"][name]
+    return f"{name} {100 * found['accuracy']['value']:.1f} %, worst class {100 * found['worst_class']['value']:.1f} %"

@@ -9,12 +9,15 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..common.provenance import package_version
 from .comparing.sections import sections
 from .reading.find_runs import lost_cells, read_runs
 from .reading.runs import MARKS, Run, read_run
+
+if TYPE_CHECKING:
+    from .writing.tables import Table
 
 __all__ = ["Run", "build", "read_run", "read_runs"]
 
@@ -23,6 +26,9 @@ def build(
     runs: Sequence[str | Path], out: str | Path, *, title: str | None = None, baseline: str | None = None
 ) -> Path:
     """Writes index.html (needs no other file), table.md, table.tex, data.json and figures/*.png.
+
+    Where methods can be compared, frontier.html too (frontier.md, frontier.tex): accuracy under the strongest attack
+    against training time and forwards.
 
     Args:
         runs: run folders, or folders of them such as a sweep's; what is missing or unreadable is said in the page.
@@ -43,8 +49,8 @@ def build(
     found = sections(read_runs(runs), baseline)
     from .comparing.summary import summarise
     from .drawing import figure_list  # matplotlib loads here
-    from .writing.page import page
-    from .writing.render import render
+    from .writing.frontier_tables import frontier_table
+    from .writing.page import pages
     from .writing.tables import paper_table
 
     head = {"format": 1, "title": title or "Fair adversarial training: comparison of runs"}
@@ -55,11 +61,24 @@ def build(
     files = {plot.file: plot.png for section in plots for plot in section}
     data["figures"] = list(files)
     for name in ("table.md", "table.tex"):
-        files[name] = "\n".join(render(f"{name}.jinja", table=table) for table in papers).encode()
+        files[name] = _in_turn(name, papers)
+    frontiers = [frontier_table(section) for section in data["sections"] if section["frontier"]]
+    for name in ("frontier.md", "frontier.tex") if frontiers else ():
+        files[name] = _in_turn(name.replace("frontier", "table"), frontiers)
+    written = pages(data, papers, plots, absent)
+    data["files"] = [name for name in (*files, *written) if name.startswith("frontier")]
     files["data.json"] = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    files["index.html"] = page(data, papers, plots, absent).encode()  # last: it belongs to all that is before it
+    # last: they belong to all that is before them
+    files |= {name: text.encode() for name, text in sorted(written.items())}
     _replace(out, files)
     return out / "index.html"
+
+
+def _in_turn(name: str, tables: Sequence[Table]) -> bytes:
+    """Tables one after the other, by the template of this file's format."""
+    from .writing.render import render
+
+    return "\n".join(render(f"{name}.jinja", table=table) for table in tables).encode()
 
 
 def _plain(value: Any) -> Any:
@@ -78,7 +97,7 @@ def _plain(value: Any) -> Any:
 def _replace(out: Path, files: dict[str, bytes]) -> None:
     """All files into a folder beside `out` first, then one by one into place: none is ever half written."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    old = _figures_of(out / "data.json")
+    old = _written_before(out / "data.json")
     beside = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent, ignore_cleanup_errors=True)
     with beside as temporary:
         for name, content in files.items():
@@ -92,10 +111,11 @@ def _replace(out: Path, files: dict[str, bytes]) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def _figures_of(path: Path) -> set[str]:
-    """Figures that an earlier report wrote, so that none of them stays beside a new one."""
+def _written_before(path: Path) -> set[str]:
+    """Figures and files that an earlier report wrote and not every one does, so that none stays beside a new one."""
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))["figures"]
-        return {f"figures/{Path(name).name}" for name in names if name.endswith(".png")}
+        told = json.loads(path.read_text(encoding="utf-8"))
+        figures = {f"figures/{Path(name).name}" for name in told["figures"] if name.endswith(".png")}
+        return figures | {Path(name).name for name in told.get("files", ()) if name.startswith("frontier.")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()

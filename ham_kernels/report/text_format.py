@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
+from .strength import base_attack
+
 NONE = "–"
 BEFORE = 4  # letters shown before two names differ
 
@@ -18,29 +20,11 @@ def attack_title(name: str | None) -> str:
     base, restarts = base_attack(name)
     if base != name:
         return f"{attack_title(base)}, {restarts} restarts"
-    known = {"fgsm": "FGSM", "autoattack": "AutoAttack"}
-    for prefix in ("pgd", "cw"):
+    known = {"fgsm": "FGSM", "autoattack": "AutoAttack", "apgd": "APGD"}
+    for prefix in ("pgd", "cw", "apgd"):
         if name.startswith(prefix) and name[len(prefix) :].isdecimal():
             return f"{prefix.upper()}-{name[len(prefix) :]}"
     return known.get(name, name)
-
-
-def base_attack(name: str) -> tuple[str, int]:
-    """ "pgd20-r5" -> ("pgd20", 5), "pgd20" -> ("pgd20", 1)."""
-    base, _, restarts = name.partition("-r")
-    return (base, int(restarts)) if restarts.isdecimal() else (name, 1)
-
-
-def steps_of(name: str, family: str) -> int:
-    """Steps of "pgd20" or "pgd20-r5" in the family "pgd"; 0 where it is of another one."""
-    steps = base_attack(name)[0].removeprefix(family)
-    return int(steps) if name.startswith(family) and steps.isdecimal() else 0
-
-
-def margin_attack(attacks: Sequence[str]) -> str | None:
-    """The CW attack with the most steps; with that many, what is there most often, with more restarts before fewer."""
-    found = [a for a in attacks if steps_of(a, "cw")]
-    return max(sorted(set(found)), key=lambda a: (steps_of(a, "cw"), found.count(a), base_attack(a)[1]), default=None)
 
 
 def shortened(text: str, length: int = 40) -> str:

@@ -102,7 +102,7 @@ def limits(section: Section) -> list[str]:
     trainings = [training_of(g.settings, g.counted) for g in section.groups if g.settings]
     return [
         *_limits_of_models(section), *_limits_of_evaluations(shown), *_limits_of_trainings(trainings),
-        *_limits_of_runs(counted),
+        *_limits_of_runs(counted), *_limits_of_times(section),
     ]  # fmt: skip
 
 
@@ -157,29 +157,42 @@ def _limits_of_runs(runs: Sequence[Run]) -> list[str]:
     commits = sorted({str(run.environment["commit"]) for run in runs if run.environment.get("commit")})
     if len(commits) > 1:
         notes.append(f"Not of one commit: {', '.join(commits)} (-dirty: with changes that no commit holds).")
-    if shared := shared_epochs(runs):
-        notes.append(
-            f"Epochs 1 to {shared} were trained once per seed, for all methods; their time counts in each. So times "
-            "differ by the later epochs alone."
-        )
     machines = {machine for run in runs for machine in machines_of(run)}
     if len(machines) > 1:
         notes.append(f"Trained on different machines, so times do not compare: {'; '.join(sorted(machines))}.")
     return notes
 
 
-def shared_epochs(runs: Iterable[Run]) -> int:
-    """How many first epochs, but not all, the runs of each seed have in common, to the digit of their times."""
-    seeds: dict[int | None, list[Run]] = {}
-    for run in runs:
-        seeds.setdefault(run.seed, []).append(run)
-    shared = []
-    for same in seeds.values():
-        logs = [[(e.epoch, e.loss, e.seconds) for e in run.epochs] for run in same]
-        alike = (len(set(epoch)) == 1 for epoch in zip(*logs, strict=False))
-        count = len(list(takewhile(bool, alike)))
-        shared.append(count if len(same) > 1 and count < max(map(len, logs)) else 0)
-    return min(shared, default=0)
+def _limits_of_times(section: Section) -> list[str]:
+    """Which runs share the time of a warm-up. Others are timed whole, so that both are times of all epochs."""
+    notes, everyone = [], {g.title for g in section.groups if any(run.epochs for run in g.counted)}
+    for titles, shared in shared_epochs(section).items():
+        once = f"Epochs 1 to {shared} were trained once per seed, for"
+        if titles == everyone:
+            notes.append(f"{once} all methods; their time counts in each. So times differ by the later epochs alone.")
+        else:
+            notes.append(
+                f"{once} {'; '.join(sorted(titles))}; their time counts in each. The times of other methods are of "
+                "epochs that they trained themselves, at another time."
+            )
+    return notes
+
+
+def shared_epochs(section: Section) -> dict[frozenset[str], int]:
+    """{titles: how many first epochs, but not all, runs of each seed have in common, to the digit of their times}."""
+    found: dict[frozenset[str], list[int]] = {}
+    seeds: dict[int | None, dict[tuple, list[tuple[str, list[tuple]]]]] = {}
+    for group in section.groups:
+        for run in group.counted:
+            log = [(e.epoch, e.loss, e.seconds) for e in run.epochs]
+            if log:
+                seeds.setdefault(run.seed, {}).setdefault(log[0], []).append((group.title, log))
+    for members in (members for of_seed in seeds.values() for members in of_seed.values()):
+        logs = [log for _, log in members]
+        count = len(list(takewhile(lambda epoch: len(set(epoch)) == 1, zip(*logs, strict=False))))
+        if len(members) > 1 and count < max(map(len, logs)):
+            found.setdefault(frozenset(title for title, _ in members), []).append(count)
+    return {titles: min(counts) for titles, counts in found.items()}
 
 
 def machines_of(run: Run) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...methods.settings import Method, warm_up_of
@@ -44,10 +44,11 @@ class Group:
 
     @property
     def is_pgd_at(self) -> bool:
-        """Plain PGD-AT, which others are compared with."""
+        """Plain PGD-AT, no switch of it changed: what others are compared with."""
         method = self.method
-        plain = method is None or not (method.mines or method.step_sizes)
-        return self.method_name == "pgd_at" and plain
+        if self.method_name != "pgd_at" or method is None:
+            return self.method_name == "pgd_at"
+        return replace(method, start_epoch=1).in_effect() == type(method)(start_epoch=1).in_effect()
 
     def evaluated(self, weights: str | None) -> list[Evaluation]:
         return [run.evaluations[weights] for run in self.counted if weights in run.evaluations]

@@ -10,10 +10,13 @@ from typing import Any
 
 from ..reading.evaluations import WEIGHTS, Attack, Easy
 from ..reading.runs import Epoch, Run
-from ..text_format import base_attack, margin_attack, steps_of
+from ..strength import of_each_family
 from .claims import claims, same_seeds
 from .comparable import machines_of, one_class, training_of
+from .forwards import forwards
+from .frontier import FEWEST_CLASSES, frontier
 from .groups import Group, Section
+from .headline import attacks_run, headline_attack
 from .images import smallest_class
 from .over_seeds import difference, spread
 from .paired import paired
@@ -35,7 +38,8 @@ def _section(section: Section) -> dict[str, Any]:
     attack = headline_attack(section.groups)
     groups = [_group(group, group is section.baseline) for group in section.groups]
     base = groups[0] if section.baseline else None
-    pairs = _pairs(section, {attack, *_judging(section.groups, attack)}) if base else {}
+    judging = of_each_family(attacks_run(section.groups), attack)
+    pairs = _pairs(section, set(judging)) if base else {}
     for group in groups[1:] if base else []:
         _relate(group, base, attack, pairs)
     seconds = {g.title: [_seconds(run) for run in g.counted] for g in section.groups}
@@ -46,11 +50,13 @@ def _section(section: Section) -> dict[str, Any]:
         "norm": section.norm,
         "classes": list(section.classes),
         "attack": attack,
+        "attack_of_all": attack is not None and all(attack in run for run in attacks_run(section.groups)),
         "baseline": section.baseline.title if section.baseline else None,
         "notes": section.notes,
         "val_attack": _val_attack(section.groups),
         "groups": groups,
-        "claims": claims(groups, _judging(section.groups, attack), seconds, pairs),
+        "frontier": frontier(groups, attack),
+        "claims": claims(groups, judging, seconds, pairs),
     }
 
 
@@ -59,7 +65,7 @@ def _seconds(run: Run) -> list[tuple[int, float | None, float | None]]:
     return [(e.epoch, e.seconds, e.cpu_seconds) for e in run.epochs]
 
 
-def _pairs(section: Section, attacks: set[str | None]) -> dict[tuple[str, str, str], dict]:
+def _pairs(section: Section, attacks: set[str]) -> dict[tuple[str, str, str], dict]:
     """{(title, weights, attack): `paired` with the baseline}, where both are one run."""
     base, out = section.baseline.counted, {}
     for group in section.groups[1:]:
@@ -71,30 +77,6 @@ def _pairs(section: Section, attacks: set[str | None]) -> dict[tuple[str, str, s
             if None not in judged and (found := paired(*judged)):
                 out[group.title, weights, attack] = found
     return out
-
-
-def headline_attack(groups: Sequence[Group]) -> str | None:
-    """The attack behind "robust accuracy": what most groups were judged with, PGD-20 before others."""
-    run = [name for name in _attacks_run(groups) if name != "clean"]
-    return max(sorted(set(run)), key=lambda name: (run.count(name), _preference(name)), default=None)
-
-
-def _judging(groups: Sequence[Group], headline: str | None) -> list[str]:
-    """The attacks that claims are held against: the headline's, the CW loss and AutoAttack, as far as they were run."""
-    run = _attacks_run(groups)
-    return [a for a in dict.fromkeys((headline, margin_attack(run), "autoattack")) if a in run]
-
-
-def _attacks_run(groups: Sequence[Group]) -> list[str]:
-    """Each attack as many times as there are groups that were judged with it."""
-    return [name for g in groups for name in {name for e in g.evaluated(g.weights) for name in e.attacks}]
-
-
-def _preference(attack: str) -> tuple[int, int, int]:
-    steps, (base, restarts) = steps_of(attack, "pgd"), base_attack(attack)
-    if steps:
-        return 4 if base == "pgd20" else 3, steps, restarts
-    return (2 if attack.startswith("autoattack") else 1 if attack.startswith("cw") else 0), 0, restarts
 
 
 def _val_attack(groups: Sequence[Group]) -> str | None:
@@ -122,6 +104,7 @@ def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
         "time": spread([run.seconds for run in group.counted]),
         "training": training_of(group.settings, group.counted),
         "relative_time": 1.0 if is_baseline else None,
+        "forwards": spread([forwards(run) for run in group.counted]),
         "accuracy": {w: _accuracies(group, w) for w in WEIGHTS if group.evaluated(w)},
         "differences": None,
         "curves": _curves(group.counted),
@@ -165,12 +148,19 @@ def _accuracy(judged: Sequence[Attack | None]) -> dict[str, Any]:
     return {
         "average": spread([a and a.accuracy for a in judged]),
         "worst": spread([a and a.worst_class for a in judged]),
+        "worst_three": spread([a and _worst_three(a) for a in judged]),
         "std": spread([a and a.std for a in judged]),
         "nstd": spread([a and a.nstd for a in judged]),
         "per_class": [spread(values) for values in classes],
         "images": sorted({a.n for a in known}, key=str),
         "digests": sorted({a.images_sha256 for a in known} - {None}),
     }
+
+
+def _worst_three(attack: Attack) -> float | None:
+    """Mean of the three lowest classes; None of few."""
+    known = sorted(c.value for c in attack.per_class if c.value is not None)
+    return statistics.fmean(known[:3]) if len(known) >= FEWEST_CLASSES else None
 
 
 def _relate(group: dict, base: dict, attack: str | None, pairs: dict[tuple, dict]) -> None:

@@ -17,6 +17,7 @@ from .figures import MANY_GROUPS, Section, Styles, handles_of, legend_below, sho
 
 MANY_CLASSES = 20  # above: classes sorted, or only those that change most
 BRIGHT = 43  # percent from which viridis needs black letters
+USUAL = 4  # times the usual change: where the colours of a heat map end
 ROUNDING = 1e-9  # bars that end at a multiple of ten need no more room
 
 
@@ -144,7 +145,7 @@ def _heat_map(
     values = np.array([_percent([spreads[c] for c in order])[0] for _, spreads, _ in rows])
     figure = Figure(figsize=(6.5, 1.6 + 0.26 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    top = np.nanmax(np.abs(values), initial=1.0)
+    top = _strongest_shade(values)
     limits = {"cmap": "PuOr", "vmin": -top, "vmax": top} if signed else {"cmap": "viridis", "vmin": 0, "vmax": 100}
     image = axes.imshow(values, aspect="auto", **limits)
     axes.grid(visible=False)
@@ -158,8 +159,18 @@ def _heat_map(
             if np.isfinite(value):
                 ink = "white" if dark else "black"
                 axes.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=7, color=ink)
-    figure.colorbar(image, ax=axes, label=label.replace("\n", " "), location="top", shrink=0.7, aspect=40)
+    beyond = "both" if signed and np.nanmax(np.abs(values), initial=0.0) > top else "neither"
+    figure.colorbar(
+        image, ax=axes, extend=beyond, label=label.replace("\n", " "), location="top", shrink=0.7, aspect=40
+    )
     return figure
+
+
+def _strongest_shade(values: np.ndarray) -> float:
+    """Of changes: that of the largest, but no more than a few times the usual one, so that the others are seen."""
+    sizes = np.abs(values[np.isfinite(values)])
+    usual = np.median(sizes[sizes > 0]) if sizes.any() else 1.0
+    return max(1.0, min(sizes.max(initial=1.0), USUAL * usual))
 
 
 def _percent(spreads: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from ..text_format import attack_title
-from . import by_class, curves, figures, names
+from . import by_class, curves, figures, frontier, names
 from .plot import Plot
 
 Section = dict[str, Any]
@@ -23,6 +23,7 @@ class _Entry(NamedTuple):
     draw: Callable
     caption: Callable[[Section], str]
     of_many: str = ""  # its title where the classes are too many to show all
+    frontier: bool = False  # on the page of the frontier
 
 
 def plots(data: dict[str, Any]) -> tuple[list[list[Plot]], list[list[str]]]:
@@ -33,7 +34,7 @@ def plots(data: dict[str, Any]) -> tuple[list[list[Plot]], list[list[str]]]:
             prefix = f"{i}_{_slug(section['title'])}_" if len(data["sections"]) > 1 else ""
             found = [(entry, entry.draw(section, data["styles"])) for entry in ENTRIES]
             drawn.append([_plot(entry, figure, section, prefix) for entry, figure in found if figure])
-            absent.append([_titled(entry.title, section) for entry, figure in found if not figure])
+            absent.append([_titled(e.title, section) for e, figure in found if not (figure or e.frontier)])
     return drawn, absent
 
 
@@ -47,7 +48,8 @@ def _plot(entry: _Entry, figure: Figure, section: Section, prefix: str) -> Plot:
     figure.savefig(png, format="png", dpi=figures.DPI)
     title = entry.of_many if entry.of_many and _many(section) else entry.title
     file = f"figures/{prefix}{entry.name}.png"
-    return Plot(file, _titled(title, section), entry.caption(section) + names.key(section), png.getvalue())
+    caption = entry.caption(section) + names.key(section)
+    return Plot(file, _titled(title, section), caption, png.getvalue(), entry.frontier)
 
 
 def _titled(title: str, section: Section) -> str:
@@ -172,7 +174,33 @@ def _easy(section: Section) -> str:
     )
 
 
+def _frontier(section: Section) -> str:
+    return (
+        "Upper left is better. In colour: what nothing dominates, named at least once, numbered as in the table where "
+        "another has more in this panel at no more cost. Grey: another method costs no more and is no worse in average "
+        "and worst class. Bars: 95 % intervals of the mean over seeds (Student's t), with one seed over test images; "
+        "long ones end outside. Solid: the most that so much buys. Dotted: the baseline. A triangle at the lower edge "
+        "stands for a value far below, which is beside it."
+    )
+
+
+def _frontier_classes(section: Section) -> str:
+    return f"{_differences(section)} 95 % intervals are in the table."
+
+
 ENTRIES = (
+    _Entry("frontier_time", f"Accuracy against training time{UNDER}", frontier.against_time, _frontier, frontier=True),
+    _Entry(
+        "frontier_forwards", f"Accuracy against forwards{UNDER}", frontier.against_forwards, _frontier, frontier=True
+    ),
+    _Entry(
+        "frontier_classes",
+        f"What each class gains or loses{UNDER}",
+        frontier.class_changes,
+        _frontier_classes,
+        f"Classes that gain or lose most{UNDER}",
+        frontier=True,
+    ),
     _Entry("class_accuracy", f"Robust accuracy of each class{UNDER}", by_class.class_bars, _bars),
     _Entry(
         "class_differences",

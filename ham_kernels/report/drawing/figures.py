@@ -85,7 +85,7 @@ def worst_against_time(section: Section, styles: Styles) -> Figure | None:
     ]
     if not found:
         return None
-    scale, unit = _unit_of_time(max(time["mean"] for _, time, _ in found))
+    scale, unit = unit_of_time(max(time["mean"] for _, time, _ in found))
     swept, handles = _sweep([g for g, _, _ in found])
     figure = Figure(figsize=(6.5, 4.0), layout="constrained")
     axes = figure.subplots()
@@ -190,5 +190,6 @@ def legend_below(figure: Figure, handles: Sequence[Artist], lines: bool = True) 
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=LONG if lines else None)
 
 
-def _unit_of_time(seconds: float) -> tuple[float, str]:
+def unit_of_time(seconds: float) -> tuple[float, str]:
+    """(seconds in one, its name) of the unit for times up to this."""
     return (1.0, "s") if seconds < 120 else (60.0, "min") if seconds < 7200 else (3600.0, "h")

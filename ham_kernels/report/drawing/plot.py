@@ -13,3 +13,4 @@ class Plot:
     title: str
     caption: str
     png: bytes
+    frontier: bool = False  # on the page of the frontier

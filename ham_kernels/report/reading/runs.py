@@ -107,6 +107,15 @@ class Run:
         return self._scalar("attack", "norm", str)
 
     @property
+    def attack_steps(self) -> int | None:
+        return self._scalar("attack", "steps", int)
+
+    @property
+    def warm_up(self) -> str:
+        """The method of the epochs before the run's own; PGD-AT where it does not tell."""
+        return self._scalar("warm_up", "name", str) or "pgd_at"
+
+    @property
     def dataset(self) -> str | None:
         """The named data set, or the name of the folder or tar given instead."""
         path = self._scalar("data", "path", str)

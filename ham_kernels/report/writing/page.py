@@ -1,4 +1,4 @@
-"""index.html: what data.json says in words, tables and embedded figures."""
+"""index.html and frontier.html: what data.json says in words, tables and embedded figures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from ..drawing.plot import Plot
 from ..reading.evaluations import WEIGHTS
 from ..text_format import attack_title
+from .frontier_tables import class_table, frontier_table
 from .render import render
 from .tables import Table, all_accuracies
 
@@ -19,17 +20,26 @@ _SETTINGS = {
 }  # fmt: skip
 
 
-def page(
+def pages(
     data: dict[str, Any], tables: Sequence[Table], plots: Sequence[Sequence[Plot]], absent: Sequence[Sequence[str]]
-) -> str:
-    """The whole page. tables, plots, absent (titles of figures without data): one entry per section of `data`."""
+) -> dict[str, str]:
+    """{file: text}; the page of the frontier where there is one.
+
+    tables, plots, absent (titles of figures without data): one entry per section of `data`.
+    """
     sections = [
         section
-        | {"table": table, "plots": drawn, "absent": missing, "accuracies": all_accuracies(section)}
+        | {"table": table, "absent": missing, "accuracies": all_accuracies(section), "number": i}
+        | {"plots": [p for p in drawn if not p.frontier], "frontier_plots": [p for p in drawn if p.frontier]}
         | {"shown": _shown(section, data["runs"]), "shared": _shared_settings(section["groups"])}
-        for section, table, drawn, missing in zip(data["sections"], tables, plots, absent, strict=True)
+        for i, (section, table, drawn, missing) in enumerate(zip(data["sections"], tables, plots, absent, strict=True))
     ]
-    return render("page.html.jinja", data=data, sections=sections)
+    found = {"index.html": render("page.html.jinja", data=data, sections=sections)}
+    for section in (section for section in sections if section["frontier"]):
+        section |= {"frontier_table": frontier_table(section), "class_table": class_table(section)}
+    if any(section["frontier"] for section in sections):
+        found["frontier.html"] = render("frontier.html.jinja", data=data, sections=sections)
+    return found
 
 
 def _shown(section: dict, runs: Sequence[dict]) -> dict[str, Any] | None:

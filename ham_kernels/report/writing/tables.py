@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from ..comparing.comparable import judged_unlike, same_work
 from ..reading.evaluations import WEIGHTS
-from ..text_format import NONE, attack_title, margin_attack, mean_std, mean_std_time
+from ..strength import CLEAN, of_each_family
+from ..text_format import NONE, attack_title, mean_std, mean_std_time
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Cell:
     value: float | None = None  # what the column is ranked by
     best: bool = False
     std: float | None = None  # of `value`
+    words: bool = False  # text, which may be broken
 
 
 @dataclass
@@ -105,8 +107,9 @@ def _columns(section: dict, groups: Sequence[dict]) -> list[_Column]:
         return _Column(span, name, lambda g: _accuracy(_judged(g, attack), measure), best, alike, attack)
 
     robust = section["attack"]
-    judged_by = [a for g in groups for a in g["accuracy"].get(g["weights"], {})]
-    attacks = [a for a in dict.fromkeys(("clean", robust, margin_attack(judged_by), "autoattack")) if a in judged_by]
+    judged_by = [list(g["accuracy"].get(g["weights"], {})) for g in groups]
+    attacks = [CLEAN] if any(CLEAN in names for names in judged_by) else []
+    attacks += reversed(of_each_family(judged_by, robust))
     columns: list[_Column] = []
     for attack in attacks:
         span = f"{_title(attack)}, %"

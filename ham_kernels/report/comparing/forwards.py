@@ -1,0 +1,37 @@
+"""What a run cost by the cost model, at the shares of hard rows that were measured."""
+
+from __future__ import annotations
+
+import statistics
+
+from ...methods.settings import Method, class_of, warm_up_of
+from ..reading.runs import Epoch, Run
+
+
+def forwards(run: Run) -> float | None:
+    """Full-batch forwards of a training step, mean over all epochs of a run, each by the method that trained it.
+
+    None where an epoch, its share of hard rows or its method is not known.
+    """
+    method, steps = run.method, run.attack_steps
+    if method is None or steps is None or run.seconds is None:
+        return None
+    try:
+        costs = [_cost(_trained_by(method, run.warm_up, epoch), steps, epoch.hard_fraction) for epoch in run.epochs]
+    except ValueError:  # a method that is not known here, or of settings that do not fit
+        return None
+    return None if None in costs else statistics.fmean(costs)
+
+
+def _trained_by(method: Method, warm_up: str, epoch: Epoch) -> Method:
+    late = epoch.epoch >= method.start_epoch
+    if late and epoch.phase in (None, method.name):
+        return method
+    planned = warm_up_of(method, warm_up)
+    return planned if not late and epoch.phase in (None, planned.name) else class_of(epoch.phase)()
+
+
+def _cost(method: Method, steps: int, hard: float | None) -> float | None:
+    if hard is None:
+        return None if method.early_drop else method.cost(steps)
+    return method.cost(steps, hard)

@@ -1,0 +1,152 @@
+"""The frontier of a section: average and worst class under its attack, against training time and against forwards.
+
+By means over seeds, method A dominates B where A costs no more, is no worse in average and in worst class, and is
+better in one of the three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..text_format import attack_title
+from .claims import same_seeds
+from .comparable import PLACE, WORK, judged_unlike, unlike
+from .over_seeds import mean_interval
+
+COSTS = ("time", "forwards")
+GAINS = ("average", "worst")
+SHARES = ("average", "worst", "worst_three", "std")
+FEWEST_CLASSES = 4  # of which the worst three are told
+
+
+def frontier(groups: Sequence[dict[str, Any]], attack: str | None) -> dict[str, Any] | None:
+    """{"attack", "methods", "left_out", "untimed"} of plain values; None of fewer than two methods.
+
+    A method is {"title", "baseline", "seeds", "average", "worst", "worst_three", "std", "time", "forwards",
+    "relative_time", "relative_forwards", "dominated_by", "changes"}. Measures are {"mean", "low", "high"} with the
+    ends of the 95 % interval: of the mean over seeds, of one seed over test images. "dominated_by" is {cost: [{"title",
+    "clear"}]} of methods that nothing dominates; clear: the interval of a difference, seed by seed, leaves out 0, None
+    where seeds do not pair. "changes" are those of each class against the baseline.
+    """
+    if attack is None:
+        return None
+    left_out = {g["title"]: why for g in groups if (why := _unranked(g, attack))}
+    ranked = [g for g in groups if g["title"] not in left_out]
+    if not ranked:
+        return None
+    first = ranked[0]  # the baseline where there is one
+    for group in ranked[1:]:
+        if why := judged_unlike([_judged(first, attack), _judged(group, attack)]):
+            left_out[group["title"]] = f"judged {why}"
+        elif apart := unlike((first["training"], group["training"]), WORK):
+            left_out[group["title"]] = f"trained unlike {first['title']} in {_words(apart)}"
+    ranked = [g for g in ranked if g["title"] not in left_out]
+    if len(ranked) < 2:
+        return None
+    places = {g["title"]: unlike((first["training"], g["training"]), PLACE) for g in ranked}
+    untimed = {title: f"trained unlike {first['title']} in {_words(apart)}" for title, apart in places.items() if apart}
+    spreads = {g["title"]: _spreads(g, attack, g["title"] in untimed) for g in ranked}
+    base = first if first["baseline"] else None
+    methods = [_method(g, spreads, base, attack) for g in ranked]
+    for cost in COSTS:
+        _dominate(methods, ranked, spreads, cost)
+    return {"attack": attack, "methods": methods, "left_out": left_out, "untimed": untimed}
+
+
+def undominated(methods: Sequence[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
+    """Those of known cost that nothing dominates."""
+    return [m for m in methods if m[cost]["mean"] is not None and not m["dominated_by"][cost]]
+
+
+# ---------------------------------------------------------------- who is compared
+def _unranked(group: dict, attack: str) -> str:
+    if not group["finished"]:
+        return "training is not finished"
+    if group["weights"] in group["one_class"]:
+        return "answers one class for nearly all images"
+    return "" if _judged(group, attack) else f"not judged under {attack_title(attack)}"
+
+
+def _judged(group: dict, attack: str) -> dict[str, Any] | None:
+    return group["accuracy"].get(group["weights"], {}).get(attack)
+
+
+def _words(apart: dict[str, list[str]]) -> str:
+    return ", ".join(f"{what} ({' and '.join(values)})" for what, values in apart.items())
+
+
+# ---------------------------------------------------------------- measures
+def _spreads(group: dict, attack: str, untimed: bool) -> dict[str, dict[str, Any]]:
+    unknown = {"mean": None, "std": None, "low": None, "high": None, "n": 0, "values": []}
+    accuracy = _judged(group, attack)
+    found = {name: accuracy[name] for name in SHARES if name in accuracy}
+    return found | {"time": unknown if untimed else group["time"], "forwards": group["forwards"]}
+
+
+def _method(group: dict, spreads: dict, base: dict | None, attack: str) -> dict[str, Any]:
+    mine = spreads[group["title"]]
+    out = {"title": group["title"], "baseline": group["baseline"], "seeds": len(group["runs"])}
+    out |= {name: _estimate(value, name in SHARES) for name, value in mine.items()}
+    theirs = spreads[base["title"]] if base else None
+    for cost in COSTS:
+        known = theirs and mine[cost]["mean"] is not None and theirs[cost]["mean"]
+        out[f"relative_{cost}"] = mine[cost]["mean"] / theirs[cost]["mean"] if known else None
+    out["dominated_by"] = {cost: [] for cost in COSTS}
+    out["changes"] = _changes(group, base, attack) if base and group is not base else None
+    return out
+
+
+def _estimate(spread: dict, share: bool) -> dict[str, Any]:
+    values = [v for v in spread["values"] if v is not None]
+    low, high = mean_interval(values) or (spread["low"], spread["high"])
+    if share and None not in (low, high):
+        low, high = max(0.0, low), min(1.0, high)
+    return {"mean": spread["mean"], "low": low, "high": high}
+
+
+def _changes(group: dict, base: dict, attack: str) -> list[dict[str, Any]] | None:
+    """Of each class; None where other weights are shown."""
+    if group["differences"] is None:
+        return None
+    paired, out = same_seeds(group, base), []
+    for c, told in enumerate(group["differences"]):
+        spreads = [g["accuracy"][group["weights"]][attack]["per_class"][c] for g in (group, base)]
+        each = _differences(spreads, paired)
+        low, high = mean_interval(each) or ((told["low"], told["high"]) if told["n"] == 1 else (None, None))
+        out.append({"mean": told["mean"], "low": low, "high": high})
+    return out
+
+
+def _differences(spreads: Sequence[dict], paired: bool) -> list[float]:
+    pairs: Iterator = zip(*(s["values"] for s in spreads), strict=True) if paired else iter(())
+    return [a - b for a, b in pairs if None not in (a, b)]
+
+
+# ---------------------------------------------------------------- dominance
+def _dominate(methods: list[dict], groups: Sequence[dict], spreads: dict, cost: str) -> None:
+    known = [i for i, m in enumerate(methods) if None not in (m[n]["mean"] for n in (cost, *GAINS))]
+    over = {i: [j for j in known if _better(methods[j], methods[i], cost)] for i in known}
+    for i in known:
+        methods[i]["dominated_by"][cost] = [
+            {"title": methods[j]["title"], "clear": _clear(groups[j], groups[i], spreads, cost)}
+            for j in over[i]
+            if not over[j]
+        ]
+
+
+def _better(a: dict, b: dict, cost: str) -> bool:
+    gains = [b[cost]["mean"] - a[cost]["mean"], *(a[name]["mean"] - b[name]["mean"] for name in GAINS)]
+    return min(gains) >= 0 and max(gains) > 0
+
+
+def _clear(a: dict, b: dict, spreads: dict, cost: str) -> bool | None:
+    """Whether a is better than b in one of the three by more than chance."""
+    if not same_seeds(a, b):
+        return None
+    found = []
+    for name, sign in ((cost, -1), *((gain, 1) for gain in GAINS)):
+        each = _differences([spreads[g["title"]][name] for g in (a, b)], True)
+        if ends := mean_interval([sign * value for value in each]):
+            found.append(ends[0] > 0)
+    return any(found) if found else None
