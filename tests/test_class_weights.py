@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 import ham_kernels as ham
 from ham_kernels.attack.pgd import PGD
+from ham_kernels.common.troubles import HamWarning
 from ham_kernels.engine import NonFiniteError
 from ham_kernels.methods import Objective, class_weights
 from ham_kernels.methods.class_weights import RULES
@@ -250,3 +252,17 @@ def test_dafa_needs_an_epoch_of_its_own_before_its_weights():
         ham.methods.DAFA(start_epoch=4, class_from=3)
     with pytest.raises(ValueError, match="class_from: got 1 with start_epoch=1"):
         ham.methods.DAFA(class_from=1)
+
+
+def test_a_loss_says_that_it_forgets(batch):
+    """A method given to loss() anew each time has no memory; an Objective made once has."""
+    model = small_cnn()
+    with pytest.warns(HamWarning, match="method: fair remembers classes from batch to batch"):
+        ham.loss(ham.methods.Fair(), model, *batch, **ATTACK)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HamWarning)
+        ham.loss(ham.methods.FAAL(), model, *batch, **ATTACK)  # by this batch alone
+        objective = Objective(ham.methods.Fair(), PGD(**ATTACK))
+        for _ in range(2):
+            ham.loss(objective, model, *batch)
+    assert objective.class_counts.sum() == pytest.approx(40 * 1.9)

@@ -132,6 +132,14 @@ TROUBLES: dict[str, Trouble] = {
         "A gradient is infinite or NaN whatever the scale, so that every update is skipped.",
         "train in bf16 or fp32",
     ),
+    "memory_lost": Trouble(
+        "method: {method} remembers classes from batch to batch, and a method that is given to loss() anew each time "
+        "remembers nothing",
+        "What a method remembers lies in its Objective, and loss() makes a new one for each call.",
+        "make one: objective = ham_kernels.methods.Objective(ham_kernels.methods.{kind}(), "
+        "ham_kernels.attack.pgd.PGD(eps, step_size, steps)), give that to loss(), and after each epoch call "
+        "objective.end_epoch",
+    ),
     "classes_alike": Trouble(
         "class_from: is {first}, and the training has {epochs} epochs; {method} treats all classes alike until then",
         "The method's published course is longer than this training, and it names an epoch of that course.",

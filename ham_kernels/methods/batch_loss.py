@@ -43,6 +43,8 @@ def loss(
     if torch.is_inference_mode_enabled():
         raise troubles.error("inference_mode")
     objective = method if isinstance(method, Objective) else Objective(method, PGD(eps, step_size, steps, norm))
+    if objective is not method and method.keeps_over_batches:
+        troubles.warn("memory_lost", method=method.title, kind=type(method).__name__)
     if objective.method.awp:
         raise ValueError(
             f"awp: got {objective.method.awp:g}; it acts around the optimiser's step, which a loss does not see: train "

@@ -24,7 +24,7 @@ class Fair(Method):
     name = "fair"
     title = "fair"
 
-    fast: Annotated[bool, Words(by_value=((True, "fast"),))] = False
+    fast: bool = False
     """Attack by three steps of eps, eps/2 and eps/4, unless step_sizes says others."""
     loss: Annotated[Literal["ce", "boosted_ce"], CE_KINDS] = "boosted_ce"
     """The cross entropy."""

@@ -278,6 +278,12 @@ class Method:
 
         return empty_state(self.class_weights, classes)
 
+    @property
+    def keeps_over_batches(self) -> bool:
+        """Whether what it remembers of one batch bears on later ones."""
+        own = type(self).remembers is not Method.remembers
+        return own or (self.class_weights != "none" and self.class_memory > 0)
+
     def end_epoch(self, end: EpochEnd, memory: Objective) -> None:
         """After an epoch that it has trained, validation included."""
 
