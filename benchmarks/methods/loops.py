@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from training.steps import CLASSES, TINY_EPS, Arm, K
 
-from ham_reference.method import start_point
+from ham_reference.noise import in_cube
 
 START = "starts from 0.001 * N(0, 1)"
 TRAIN_MODE = "attacks in train mode"
@@ -51,7 +51,7 @@ class Loop(Arm):
     # ------------------------------------------------------------ what loops are made of
     def start(self, x: Tensor, eps: float | Tensor) -> Tensor:
         if self.like_ours:
-            return start_point(x, eps, "linf", 0, self.steps_done)
+            return (x + in_cube(x, 1.0, 0, self.steps_done) * eps).clamp(0, 1)
         if self.gaussian_start:
             return x + 0.001 * torch.randn_like(x)
         return (x + (2 * torch.rand_like(x) - 1) * eps).clamp(0, 1)

@@ -34,7 +34,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "wat": lambda: methods.WAT(),
     "faal": lambda: methods.FAAL(),
     "fair": lambda: methods.Fair(),
-    "fair_fast": lambda: methods.FairFast(),
+    "fair_fast": lambda: methods.Fair(fast=True),
 }
 TITLES = {
     PGD_AT: "PGD-AT", "trades": "TRADES", "mart": "MART", "at_awp": "AT-AWP", "gairat": "GAIRAT",
