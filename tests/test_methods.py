@@ -58,7 +58,7 @@ def assert_same_state(ours, theirs):
 
 
 def test_names():
-    assert methods.names()[:3] == ("pgd_at", "ham", "trades")
+    assert methods.names()[:4] == ("pgd_at", "ham", "fair", "trades")
     assert {methods.HAM, methods.PGDAT, methods.TRADES, methods.NFGSM, methods.FGSMRS, methods.Natural} <= {
         class_of(name) for name in methods.names()
     }
@@ -169,14 +169,16 @@ def test_screening(name, easy, switches, batches):
     objective = methods.Objective(method, PGD(**ATTACK))
     model.forward_rows = model.input_backward_rows = 0
     mined = objective.examples(model, x, y, seed=1, step=2)
-    h, k, n = mined.n_hard / mined.n, ATTACK["steps"], mined.n
+    h, k, n = mined.n_hard / mined.n, objective.pgd.steps, mined.n
     assert 0 < mined.n_hard < n
     screening = 1 if switches.get("screen") else 2
     clean = objective.pgd.loss == "kl"  # the prediction of the clean images
     assert model.full_batch_forwards(n) == pytest.approx(clean + 2 * screening + 1 + 2 * h * (k - 2))
     assert mined.n_kept == (mined.n_hard if easy == "drop" else n)
-    assert (mined.weights is None) == (not switches.get("reweight"))
-    if mined.weights is not None:
+    weighs = method.reweight or method.counts_right or method.looks_at_classes
+    assert mined.weights is None or weighs
+    assert mined.weights is not None or not method.reweight
+    if mined.weights is not None and method.scales_weights:
         assert mined.weights.mean().item() == pytest.approx(1.0, rel=1e-5)
     assert ((mined.x_adv - mined.x).abs() <= ATTACK["eps"] + 1e-6).all()
     loss = objective.loss(model, mined)
@@ -250,7 +252,8 @@ def test_a_group_is_its_batches(name, batches):
     assert sum(p.n_hard for p in parts) == whole.n_hard
     assert torch.equal(torch.cat([p.x_adv for p in parts]), whole.x_adv)
     for part, labels in zip(parts, (y, y2), strict=True):
-        assert part.weights.mean().item() == pytest.approx(1.0, rel=1e-5)
+        if objective.method.scales_weights:
+            assert part.weights.mean().item() == pytest.approx(1.0, rel=1e-5)
         assert int(part.hard.sum()) == part.n_hard == part.n_kept
         assert torch.equal(part.y, labels[part.hard])
 
@@ -304,7 +307,7 @@ def dummy():
         def attack_on(self, pgd, y, memory):
             return dataclasses.replace(pgd, eps=pgd.eps * (1 + 0.1 * (y % 2)))
 
-        def loss(self, model, examples, memory):
+        def loss_of(self, model, examples, memory):
             memory.seen += torch.bincount(examples.y, minlength=len(memory.seen))
             losses = torch.nn.functional.cross_entropy(model(examples.x_adv), examples.y, reduction="none")
             weights = 1 + self.strength * memory.seen[examples.y] / memory.seen.sum()

@@ -83,7 +83,8 @@ def test_ham_from_flat_arguments():
     others = {
         "start_epoch": 2, "easy": "stop", "screen_steps": 2, "screen": "one_step", "rows": "random", "round_to": 4,
         "freeze_bn": True, "reweight": False, "lam": 2.0, "step_sizes": (1.0, 0.5, 0.25), "group": 2,
-        "group_updates": "one",
+        "group_updates": "one", "loss": "boosted_ce", "label_smoothing": 0.1, "class_weights": "chi2",
+        "class_strength": 0.3, "class_memory": 0.5, "class_from": 3, "awp": 0.01, "gate": 0.1,
     }  # fmt: skip
     for told in (others, {"bn_rows": "all"}, {"early_drop": False}):
         wanted = ham.methods.HAM(**told)
@@ -92,6 +93,8 @@ def test_ham_from_flat_arguments():
         assert trainer.method == wanted
     default = ham.methods.HAM()
     assert all(getattr(default, name) != value for name, value in others.items())
+    kept = ham.HAMTrainer(model, sgd(model), early_drop=False, reweight=False, awp=0.01, class_weights="chi2").method
+    assert kept == ham.methods.PGDAT(awp=0.01, class_weights="chi2")
     assert others.keys() | {"bn_rows", "early_drop"} == {f.name for f in dataclasses.fields(default)}
 
 
@@ -113,7 +116,7 @@ def test_a_method_is_named_in_toml(tmp_path):
     assert read == ham.methods.TRADES(beta=3.0)
     assert isinstance(read.beta, float)
     assert not merge(preset("svhn"), {"method": {"name": "pgd_at"}}).method.mines
-    with pytest.raises(ValueError, match="method: got 'HAM'; allowed are 'pgd_at', 'ham', 'trades'"):
+    with pytest.raises(ValueError, match="method: got 'HAM'; allowed are 'pgd_at', 'ham', 'fair', 'trades', "):
         merge(preset("digits"), {"method": {"name": "HAM"}})
     with pytest.raises(TypeError, match=r"method\.name: got 3"):
         merge(preset("digits"), {"method": {"name": 3}})
@@ -122,7 +125,7 @@ def test_a_method_is_named_in_toml(tmp_path):
 @pytest.mark.parametrize("name", ham.methods.names())
 def test_an_unknown_key_names_the_methods_own(name, tmp_path):
     own = [f.name for f in dataclasses.fields(class_of(name))]
-    assert ("beta" in own) == (name == "trades")
+    assert ("beta" in own) == (name in ("trades", "mart", "cfa", "dafa", "wat"))
     assert ("noise" in own) == (name == "n_fgsm")
     (tmp_path / "c.toml").write_text(f'[method]\nname = "{name}"\nlambda = 1.0')
     with pytest.raises(ValueError, match=r"c\.toml: ") as error:
@@ -203,7 +206,7 @@ print("torch" in sys.modules)
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown in out
     assert hidden not in out
-    assert "One of pgd_at, ham, trades" in " ".join(out.replace("│", " ").split())
+    assert "One of pgd_at, ham, fair, trades" in " ".join(out.replace("│", " ").split())
     assert out.split()[-1] == "False"
 
 

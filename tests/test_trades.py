@@ -140,7 +140,7 @@ def test_gradient_is_finite_where_a_clean_probability_underflows(gap):
     """The usual form, whose target is a probability, has NaN there from a gap of 104 on."""
     x, y = torch.rand(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64)
     model = Given([0.0, -gap, 1.0], [1.0, 0.0, 0.0])
-    loss = ham.methods.TRADES().loss(model, Examples(x, x, y, None, 3, 3), None)
+    loss = ham.methods.TRADES().loss_of(model, Examples(x, x, y, None, 3, 3), None)
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -159,8 +159,8 @@ def test_weights_multiply_both_terms(batch):
     x_adv, weights = (x + 0.1 * torch.rand_like(x)).clamp(0, 1), torch.rand(len(x)) + 0.5
     method = ham.methods.TRADES(beta=2.0)
     each = [
-        method.loss(model, Examples(a[None], b[None], c[None], None, 1, 1), None)
+        method.loss_of(model, Examples(a[None], b[None], c[None], None, 1, 1), None)
         for a, b, c in zip(x_adv, x, y, strict=True)
     ]
-    whole = method.loss(model, Examples(x_adv, x, y, weights, len(y), len(y)), None)
+    whole = method.loss_of(model, Examples(x_adv, x, y, weights, len(y), len(y)), None)
     assert whole.item() == pytest.approx((torch.stack(each) * weights).mean().item(), rel=1e-5)

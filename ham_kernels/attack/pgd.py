@@ -19,7 +19,8 @@ class Attack:
     """A PGD attack under way on one batch, its model in attack mode (`engine.attacking(model)`).
 
     `rows` are the rows still attacked, x_adv among them; `guard` gathers what only the host can judge. With `track`
-    each step also keeps the largest L1 change of the logits between consecutive points.
+    each step also keeps the largest L1 change of the logits between consecutive points; with `count_right`, at how many
+    points a row was right.
 
     Args:
         model: classifier in attack mode.  x: images (n, ...) in [0, 1].  y: (n,) int64.
@@ -29,11 +30,11 @@ class Attack:
 
     def __init__(
         self, model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, *, seed: int, step: int, engine: Engine = PLAIN,
-        track: bool = False, only: Tensor | None = None,
+        track: bool = False, count_right: bool = False, only: Tensor | None = None,
     ):  # fmt: skip
         self._model, self._pgd, self._engine = model, pgd, engine
         self.guard = BatchGuard(x, y)
-        self.rows = begin(x, y, pgd, seed, step, track)
+        self.rows = begin(x, y, pgd, seed, step, track, count_right)
         if only is not None:
             self.rows = self.rows.named(only)
         self.done = 0

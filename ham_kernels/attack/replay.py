@@ -11,7 +11,7 @@ from ..engine import BatchGuard, Engine
 from ..engine.graphs import Captured, CaptureError, ambient, no_autocast_cache
 from .step import PGD, ActiveSet, take_look, take_step
 
-_LOADED = ("x_adv", "x", "y", "eps_rows", "step_rows", "target")
+_LOADED = ("x_adv", "x", "y", "eps_rows", "step_rows", "target", "right")
 
 
 def bucket_for(model: nn.Module, like: ActiveSet, pgd: PGD, engine: Engine, what: str) -> Bucket | None:
@@ -23,7 +23,7 @@ def bucket_for(model: nn.Module, like: ActiveSet, pgd: PGD, engine: Engine, what
     rows = graphs.rows_for(n, max(like.batch, n))
     key = (
         "attack", rows, x.shape[1:], x.stride()[1:], x.dtype, like.eps, like.step_size, like.eps_rows is None,
-        like.step_rows is None, pgd.norm, pgd.loss, like.track, ambient(x.device),
+        like.step_rows is None, like.right is None, pgd.norm, pgd.loss, like.track, ambient(x.device),
     )  # fmt: skip
     try:
         bucket = graphs.kept(key, lambda: Bucket(model, like, rows, pgd, engine))
@@ -85,6 +85,8 @@ class Bucket(Captured):
             if rows.track and rows.prev is None:  # what was measured is no step of these rows
                 self._load_max_step(rows, count)
         rows.x_adv.copy_(self.rows.x_adv[:count])
+        if rows.right is not None:
+            rows.right.copy_(self.rows.right[:count])
         self._hand_over(rows, count)
 
     def look(self, rows: ActiveSet, guard: BatchGuard) -> tuple[Tensor, Tensor]:
@@ -93,7 +95,7 @@ class Bucket(Captured):
         self.replay("look")
         guard.logits(self.logits[:count])
         self._hand_over(rows, count)
-        return self.hard[:count].clone(), self.logits[:count].clone()
+        return self.hard[:count].clone(), rows.z
 
     def _load(self, rows: ActiveSet) -> int:
         count = len(rows.y)
@@ -111,5 +113,6 @@ class Bucket(Captured):
             self.max_step[:count].copy_(rows.max_step)
 
     def _hand_over(self, rows: ActiveSet, count: int) -> None:
+        rows.z = self.logits[:count].clone()
         if rows.track:
-            rows.prev, rows.max_step = self.logits[:count].clone(), self.max_step[:count].clone()
+            rows.prev, rows.max_step = rows.z, self.max_step[:count].clone()

@@ -72,9 +72,11 @@ class ActiveSet:
     step_rows: Tensor | None
     batch: int  # rows of the whole batch, of which these are some
     track: bool = False  # whether steps keep the largest L1 change of the logits between consecutive points
-    prev: Tensor | None = None  # (n, classes), logits at the last point that was looked at
+    z: Tensor | None = None  # (n, classes), logits at the last point that was looked at
+    prev: Tensor | None = None  # z, where steps are tracked and the next look is a step away
     max_step: Tensor | None = None  # (n,), maximum adversarial step size so far
     target: Tensor | None = None  # (n, classes), q of the loss "kl"
+    right: Tensor | None = None  # (n,) fp32, at how many of its steps' points a row was right; None: not counted
     largest: Tensor | None = None  # (n,), largest |gradient| of the first step
 
     def named(self, index: Tensor) -> ActiveSet:
@@ -87,11 +89,14 @@ class ActiveSet:
         return replace(
             self, x_adv=pick(self.x_adv), x=pick(self.x), y=pick(self.y), eps_rows=pick(self.eps_rows),
             step_rows=pick(self.step_rows), max_step=pick(self.max_step), target=pick(self.target),
-            largest=None, prev=None,  # the next forward is at the same point: there is no step to measure yet
+            right=pick(self.right), largest=None, z=None,
+            prev=None,  # the next forward is at the same point: there is no step to measure yet
         )  # fmt: skip
 
 
-def begin(x: Tensor, y: Tensor, pgd: PGD, seed: int, step: int, track: bool = False) -> ActiveSet:
+def begin(
+    x: Tensor, y: Tensor, pgd: PGD, seed: int, step: int, track: bool = False, count_right: bool = False
+) -> ActiveSet:
     """The starting points x0: random in the ball, or the images themselves."""
     x = x.detach()
     eps, eps_rows = checks.per_row("eps", pgd.eps, x)
@@ -101,7 +106,8 @@ def begin(x: Tensor, y: Tensor, pgd: PGD, seed: int, step: int, track: bool = Fa
         x_adv = random_start(x, radius, seed=seed, step=step, norm=pgd.norm)
     else:
         x_adv = x.clone()
-    return ActiveSet(x_adv, x, y, eps, eps_rows, step_size, step_rows, batch=len(y), track=track)
+    right = torch.zeros(len(y), device=x.device) if count_right else None
+    return ActiveSet(x_adv, x, y, eps, eps_rows, step_size, step_rows, batch=len(y), track=track, right=right)
 
 
 def set_step_size(rows: ActiveSet, pgd: PGD, share: float) -> None:
@@ -125,9 +131,13 @@ def take_step(model: nn.Module, rows: ActiveSet, pgd: PGD, engine: Engine, measu
     checks.model_output(logits, point.shape[0])
     half = logits.dtype == torch.float16
     z = logits.detach().float() if half else logits.detach()
-    if pgd.loss == "ce" or rows.track:
+    counts = rows.right is not None
+    if pgd.loss == "ce" or rows.track or counts:
         prev, largest = (rows.prev, rows.max_step) if rows.track else (None, None)
-        z_grad, _, max_step = _ops.margin_stats(z, rows.y, prev, largest, probs=False, want_hard=False)
+        z_grad, hard, max_step = _ops.margin_stats(z, rows.y, prev, largest, probs=False, want_hard=counts)
+    if counts:
+        rows.right += ~hard  # in place, as captured steps need it
+    rows.z = z
     if rows.track:
         rows.prev, rows.max_step = z, max_step if max_step.numel() else z.new_zeros(len(z)).float()
     if pgd.loss == "cw":
@@ -155,6 +165,7 @@ def take_look(model: nn.Module, rows: ActiveSet, engine: Engine) -> tuple[Tensor
     checks.model_output(z, rows.x_adv.shape[0])
     z = z.float() if z.dtype == torch.float16 else z
     _, hard, max_step = _ops.margin_stats(z, rows.y, rows.prev if rows.track else None, rows.max_step, probs=False)
+    rows.z = z
     if rows.track:
         rows.prev, rows.max_step = z, max_step
     return hard, z

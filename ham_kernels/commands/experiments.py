@@ -38,7 +38,7 @@ def _method(base: TrainSettings, **changes) -> TrainSettings:
 
 
 def _named(base: TrainSettings, name: str) -> TrainSettings:
-    return replace(base, method=with_name(base.method, name))
+    return replace(base, method=with_name(base.method, name, base.optim.epochs))
 
 
 def _ham(base: TrainSettings, **changes) -> tuple[str, TrainSettings]:

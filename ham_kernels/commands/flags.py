@@ -153,7 +153,7 @@ def _base(argv: list[str]) -> TrainSettings:
         own_epochs = get(told, "optim", "epochs")
         base = from_toml(config, rescaled(base, own_epochs) if own_epochs else base, of_flag)
     if named is not None:
-        base = replace(base, method=with_name(base.method, named))
+        base = replace(base, method=with_name(base.method, named, base.optim.epochs))
     try:
         return base if epochs is None else rescaled(base, int(epochs))
     except ValueError:  # tyro and check() say what is wrong with it

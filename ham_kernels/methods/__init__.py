@@ -12,8 +12,8 @@ import pkgutil
 from ..common.lazy import names_of
 from .settings import Method, class_of, names
 
-_MACHINERY = {"settings", "objective", "mining", "batch_loss"}
-_FIRST = ("pgd_at", "ham", "trades")  # in help and tables; the others follow by name
+_MACHINERY = {"settings", "objective", "mining", "batch_loss", "class_weights", "awp", "losses"}
+_FIRST = ("pgd_at", "ham", "fair", "trades")  # in help and tables; the others follow by name
 
 _found = {module.name for module in pkgutil.iter_modules(__path__)} - _MACHINERY
 for _name in (*_FIRST, *sorted(_found - {*_FIRST})):
@@ -24,7 +24,7 @@ globals().update(_CLASSES)
 _HOMES = {
     "EpochEnd": "objective",
     "Objective": "objective",
-    "weighted_ce": "objective",
+    "weighted_ce": "losses",
     "ham_loss": "batch_loss",
     "loss": "batch_loss",
 }

@@ -43,6 +43,11 @@ def loss(
     if torch.is_inference_mode_enabled():
         raise troubles.error("inference_mode")
     objective = method if isinstance(method, Objective) else Objective(method, PGD(eps, step_size, steps, norm))
+    if objective.method.awp:
+        raise ValueError(
+            f"awp: got {objective.method.awp:g}; it acts around the optimiser's step, which a loss does not see: train "
+            "by ham_kernels.Trainer, or leave it 0"
+        )
     if objective.pgd.steps:
         look_once(model, x, y)
     examples = objective.examples(model, x, y, seed=draw_seed(generator), step=0)
@@ -78,6 +83,19 @@ def ham_or_pgd_at(*, early_drop: bool, reweight: bool, **switches) -> Method:
     checks.flag("reweight", reweight)
     if early_drop or reweight:
         return HAM(early_drop=early_drop, reweight=reweight, **switches)
-    start = {"start_epoch": switches["start_epoch"]} if "start_epoch" in switches else {}
     HAM(**switches)  # what was told is checked all the same
-    return PGDAT(**start)
+    return PGDAT(**{name: value for name, value in switches.items() if name not in _OF_MINING})
+
+
+_OF_MINING = {
+    "easy",
+    "screen_steps",
+    "screen",
+    "rows",
+    "round_to",
+    "bn_rows",
+    "freeze_bn",
+    "lam",
+    "group",
+    "group_updates",
+}

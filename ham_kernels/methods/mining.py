@@ -17,6 +17,18 @@ _ops = torch.ops.ham_kernels
 
 
 @dataclass
+class Look:
+    """What the attack saw of the whole batch, in eval mode, at the last point where it looked at all rows.
+
+    That is x^M where rows are screened, else the point before the last step. It costs nothing.
+    """
+
+    z: Tensor  # (n, classes), logits in fp32
+    y: Tensor  # (n,)
+    target: Tensor | None = None  # (n, classes), the prediction of the clean images, where the attack follows that
+
+
+@dataclass
 class Examples:
     """What a batch became: the rows in the loss with their adversarial examples and weights."""
 
@@ -33,6 +45,8 @@ class Examples:
     hard: Tensor | None = None  # (n,) bool, the flags of the look; None where nothing was screened
     hard_counts: Sequence[int] | None = None  # of each batch, where several were attacked as one
     no_gradient: int = 0  # rows whose attack began without a gradient to follow
+    look: Look | None = None  # where the method looks at classes
+    right: Tensor | None = None  # (n_kept,) fp32, at how many of the attack's K points a row was right, where counted
 
     @property
     def n_kept(self) -> int:
@@ -58,13 +72,17 @@ def mine(
     that the attack looks at anyway. f(x^K) is only ever computed in train mode, where it is no step of the attack.
     """
     with engine.attacking(model):
-        attack = Attack(model, x, y, pgd, seed=seed, step=step, engine=engine, track=method.reweight)
+        attack = Attack(
+            model, x, y, pgd, seed=seed, step=step, engine=engine, track=method.reweight,
+            count_right=method.counts_right,
+        )  # fmt: skip
         if not method.early_drop:
             attack.steps(pgd.steps)
             attack.guard.read()
-            return _examples(attack.rows, len(y), attack.guard.no_gradient)
+            return replace(_examples(attack.rows, len(y), attack.guard.no_gradient), look=_look(method, attack))
         before = _screen(attack, method)
         hard, z = attack.look()
+        look = _look(method, attack)
         order, count = _ops.compact(hard)
         counts = attack.guard.read(count if sizes is None else _of_each(hard, sizes))  # the one read of the step
         order, n_finished = _finished(method, order, counts, sizes or (len(y),), z, y, hard, seed, step)
@@ -75,7 +93,10 @@ def mine(
             attack.keep(index)
             attack.steps(pgd.steps - method.screen_steps)
     found = {"n_hard": sum(counts), "hard": hard, "hard_counts": counts, "no_gradient": attack.guard.no_gradient}
+    found["look"] = look
     if method.easy != "drop":
+        if whole.right is not None:
+            whole.right.fill_(pgd.steps)  # what a row resists at M it mostly resists to the end
         if n_finished:
             _put_back(whole, attack.rows, index.long())
         return replace(_examples(whole, len(y)), **found)
@@ -87,7 +108,14 @@ def mine(
 
 
 def _examples(rows: ActiveSet, n: int, no_gradient: int = 0) -> Examples:
-    return Examples(rows.x_adv, rows.x, rows.y, None, n, n, max_step=rows.max_step, no_gradient=no_gradient)
+    return Examples(
+        rows.x_adv, rows.x, rows.y, None, n, n, max_step=rows.max_step, no_gradient=no_gradient, right=rows.right
+    )
+
+
+def _look(method: Method, attack: Attack) -> Look | None:
+    rows = attack.rows
+    return Look(rows.z.float(), rows.y, rows.target) if method.looks_at_classes and rows.z is not None else None
 
 
 def _of_each(flags: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -123,6 +151,8 @@ def _flags_of(index: Tensor, like: Tensor) -> Tensor:
 def _put_back(whole: ActiveSet, finished: ActiveSet, index: Tensor) -> None:
     """The rows attacked to the end, in their places among all."""
     whole.x_adv[index] = finished.x_adv
+    if finished.right is not None:
+        whole.right[index] = finished.right
     if finished.max_step is not None:
         whole.max_step = whole.max_step.index_copy(0, index, finished.max_step)
 
@@ -173,8 +203,11 @@ def split(examples: Examples, sizes: Sequence[int]) -> list[Examples]:
         t = getattr(examples, name)
         return [None] * len(sizes) if t is None else t.split(list(by))
 
-    parts = {name: cut(name, kept) for name in ("x_adv", "x", "y", "index", "max_step")}
+    parts = {name: cut(name, kept) for name in ("x_adv", "x", "y", "index", "max_step", "right")}
     parts |= {"hard": cut("hard", sizes), "n": sizes, "n_hard": hard}
+    if examples.look is not None:
+        look = [t if t is None else t.split(list(sizes)) for t in vars(examples.look).values()]
+        parts["look"] = [Look(*(None if t is None else t[b] for t in look)) for b in range(len(sizes))]
     parts["no_gradient"] = [examples.no_gradient] + [0] * (len(sizes) - 1)  # counted for all of them
     parts |= {name: cut(name, gone[::-1])[::-1] for name in ("rest", "rest_x")}  # those of the last batch first
     return [

@@ -16,8 +16,8 @@ class Natural(Method):
 
     def check(self) -> None:
         super().check()
-        for field in ("early_drop", "reweight", "step_sizes"):
-            if getattr(self, field):
+        for field, off in (("early_drop", False), ("reweight", False), ("step_sizes", ()), ("class_weights", "none")):
+            if getattr(self, field) != off:
                 raise ValueError(
                     f"{field}: got {getattr(self, field)!r}; natural training has no attack to apply it to"
                 )
@@ -28,7 +28,7 @@ class Natural(Method):
     def attack(self, pgd):
         return replace(pgd, eps=0.0, step_size=0.0, steps=0, step_sizes=(), random_start=False)
 
-    def loss(self, model, examples, memory):
+    def loss_of(self, model, examples, memory):
         """Mean cross entropy; NaN where a label on a GPU is none that the model knows, so that nothing is updated.
 
         In other methods the attack's forward has told the number of classes, and the labels were judged by it. Reading
@@ -36,10 +36,15 @@ class Natural(Method):
         """
         import torch
 
-        from ..common import checks
-        from ..ops import weighted_cross_entropy
+        from .losses import adversarial_ce
 
-        logits = model(examples.x_adv)
-        checks.model_output(logits, len(examples.y))
-        loss = weighted_cross_entropy(logits, examples.y, examples.weights)
-        return loss.masked_fill((examples.y >= logits.shape[1]).any(), torch.nan)
+        classes = 0
+
+        def counted(x):
+            nonlocal classes
+            logits = model(x)
+            classes = logits.shape[1] if logits.dim() == 2 else 0
+            return logits
+
+        loss = adversarial_ce(self, counted, examples)
+        return loss.masked_fill((examples.y >= classes).any(), torch.nan)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..attack.pgd import PGD
 from ..common import checks
 from ..engine import PLAIN, Engine, attack_mode
-from ..ops import weighted_cross_entropy
+from .awp import Gradients
 from .mining import Examples, mine, split
 from .settings import Method
 
@@ -44,7 +44,8 @@ class Objective(nn.Module):
             pgd = replace(pgd, step_sizes=method.step_sizes)
         method.attack_steps(pgd.steps)
         self.method, self.pgd = method, method.attack(pgd)
-        self._remembers = type(method).remembers is not Method.remembers
+        self.epoch = 1  # under way; a trainer sets it, a loop of one's own does so by `end_epoch`
+        self._remembers = bool(method.remembers(2))
 
     def examples(
         self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int, step: int, engine: Engine = PLAIN
@@ -60,36 +61,51 @@ class Objective(nn.Module):
         rounds = self.method.round_to
         if rounds > 1 and len(sizes) > 1:
             raise ValueError(f"round_to: got {rounds} for {len(sizes)} updates; rows are rounded for one")
-        self._prepare(model, x)
+        if not self.method.looks_at_classes:
+            self._prepare(model, x)
         pgd = self.method.attack_on(self.pgd, y, self)
         several = sizes if len(sizes) > 1 else None
         mined = mine(model, x, y, pgd, self.method, seed=seed, step=step, engine=engine, sizes=several)
         parts = split(mined, sizes)
         for part in parts:
+            if part.look is not None:
+                self._remember(part.look.z)
+            self.method.observe(part, self)
             part.weights = self.method.weights(part, self)
         return parts
 
     def loss(self, model: nn.Module, examples: Examples) -> Tensor:
         """0-dim."""
-        return self.method.loss(model, examples, self)
+        return self.method.loss_of(model, examples, self)
 
-    def around(self, model: nn.Module, examples: Examples):
-        """Context of an update."""
-        return self.method.around(model, examples, self)
+    def around(self, model: nn.Module, examples: Examples, gradients: Gradients):
+        """Context of an update; see `Method.around`."""
+        return self.method.around(model, examples, self, gradients)
 
     def end_epoch(self, end: EpochEnd) -> bool:
         """Returns whether the next epoch's updates enter the weight average."""
         self.method.end_epoch(end, self)
+        self.epoch = end.epoch + 1
         return self.method.keeps_average(end, self)
 
     # ------------------------------------------------------------ what it remembers
     def _prepare(self, model: nn.Module, x: Tensor) -> None:
-        """Buffers for as many classes as the model knows, at the first batch."""
-        if not self._remembers or dict(self.named_buffers()):
+        """Buffers for as many classes as the model knows, before the first batch."""
+        if not self._remembers or self.has_memory:
             return
         with attack_mode(model), torch.no_grad():
             z = model(x[:1].detach())
         checks.model_output(z, 1)
+        self._remember(z)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the buffers are there. Where a method looks at classes, its first attack tells how many there are."""
+        return bool(self._buffers)
+
+    def _remember(self, z: Tensor) -> None:
+        if not self._remembers or self.has_memory:
+            return
         for name, value in self.method.remembers(z.shape[1]).items():
             self.register_buffer(name, value.to(z.device))
 
@@ -104,29 +120,11 @@ class Objective(nn.Module):
 
     def load_memory(self, state: Mapping[str, Tensor], device: torch.device) -> None:
         """Takes over what `state_dict` gave, checked by `check_state`."""
-        for name in [name for name, _ in self.named_buffers()]:
+        own = dict(self.named_buffers())
+        for name in own.keys() - state.keys():
             delattr(self, name)
         for name, value in state.items():
-            self.register_buffer(name, value.detach().clone().to(device))
-
-
-# ---------------------------------------------------------------- what losses are made of
-def logits_at(model: nn.Module, examples: Examples, x: Tensor) -> Tensor:
-    """Logits in fp32 of examples.x or examples.x_adv; the rest of the batch passes through the model beside them."""
-    rest = examples.rest if x is examples.x_adv else examples.rest_x
-    z = model(x if rest is None else torch.cat([x, rest]))
-    checks.model_output(z, len(x) if rest is None else len(x) + len(rest))
-    return z[: len(x)].float()
-
-
-def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """sum_i w_i * losses_i / n."""
-    return (losses if weights is None else losses * weights).mean()
-
-
-def weighted_ce(model: nn.Module, examples: Examples) -> Tensor:
-    """sum_i w_i * CE(f(x_adv_i), y_i) / n_kept, fused. Rows in `rest` pass through the model, and have no loss."""
-    x = examples.x_adv if examples.rest is None else torch.cat([examples.x_adv, examples.rest])
-    logits = model(x)
-    checks.model_output(logits, len(x))
-    return weighted_cross_entropy(logits[: examples.n_kept], examples.y, examples.weights)
+            if name in own and own[name].shape == value.shape:
+                own[name].copy_(value)  # in place: captured steps read it there
+            else:
+                self.register_buffer(name, value.detach().clone().to(device))

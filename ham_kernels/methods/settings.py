@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le, Lt
 
 from ..common import field_types
 from ..common.field_types import Words
@@ -20,10 +20,25 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..attack.pgd import PGD
+    from .awp import Gradients
     from .mining import Examples
     from .objective import EpochEnd, Objective
 
 _registry: dict[str, type[Method]] = {}
+
+# words of settings that methods have other defaults of
+CE_KINDS = Words(by_value=(("boosted_ce", "boosted CE"), ("ce", "plain CE")))
+CLASS_RULES = Words(
+    by_value=(
+        ("none", "no class weights"),
+        ("hard_share", "classes by hard share"),
+        ("kl_ball", "classes in a KL ball"),
+        ("chi2", "classes in a χ² ball"),
+        ("exponentiated", "classes exponentiated"),
+        ("dafa", "classes by DAFA's rule"),
+    ),
+    off="none",
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,11 @@ class Method:
 
     name: ClassVar[str]  # on the command line, in TOML, in folders
     title: ClassVar[str]  # in tables and figures
+    counts_right: ClassVar[bool] = False  # the attack counts at how many of its points a row is right
+    scales_weights: ClassVar[bool] = True  # weights have mean 1 over the rows in the loss; else they are used as made
+    target_forwards: ClassVar[float] = 0  # of the full batch, before the attack
+    update_forwards: ClassVar[float] = 3  # cost of an update, in forwards of its rows
+    course: ClassVar[int] = 120  # epochs of the training that its defaults are from
     # trains on one step: watched for catastrophic overfitting, and replaced by PGD-AT where that is found
     one_step: ClassVar[bool] = False
 
@@ -66,6 +86,24 @@ class Method:
     """Weigh examples by how far a step of the attack moved their logits."""
     lam: Annotated[float, Ge(0), Words("λ={}", needs="reweight")] = 1.0
     """Lambda of the weights sigmoid(lambda * s), s the largest change of logits in a step; higher is more uniform."""
+    loss: Annotated[Literal["ce", "boosted_ce"], CE_KINDS] = "ce"
+    """Cross entropy, or that and -log(1.0001 - the largest probability of another class), the first term of MART."""
+    label_smoothing: Annotated[float, Ge(0), Lt(1), Words("smoothing {}", off=0.0)] = 0.0
+    """Share of the label's probability that all classes share in the cross entropy of the loss."""
+    class_weights: Annotated[Literal["none", "hard_share", "kl_ball", "chi2", "exponentiated", "dafa"], CLASS_RULES] = (
+        "none"
+    )
+    """Weigh classes by what the attack sees of them: see docs/methods.md."""
+    class_strength: Annotated[float | None, Ge(0), Words("strength {}", needs="class_weights")] = None
+    """Of the class weights; 0: all alike. None (TOML: false): the rule's own."""
+    class_memory: Annotated[float, Ge(0), Lt(1), Words("memory {}", needs="class_weights")] = 0.9
+    """Share of the class statistics that stays from batch to batch."""
+    class_from: Annotated[int, Ge(1), Words("classes from epoch {}", off=1, scales=True)] = 1
+    """First epoch (1-based) in which classes are treated apart; statistics are taken before it too."""
+    awp: Annotated[float, Ge(0), Words("AWP {}", off=0.0)] = 0.0
+    """Gamma of adversarial weight perturbation around the update, such as 0.005 to 0.01; 0: off."""
+    gate: Annotated[float, Ge(0), Le(1), Words("gate {}", off=0.0)] = 0.0
+    """The weight average takes the next epoch's updates where the worst class of the validation images reaches this."""
     step_sizes: Annotated[tuple[float, ...], Gt(0), Words("steps of {} ε", off=())] = ()
     """Sizes of the attack's steps in units of eps, one each, such as 1 0.5 0.25; in place of steps and step_size."""
     group: Annotated[int, Ge(1), Words("groups of {}", off=1)] = 1
@@ -77,6 +115,10 @@ class Method:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if callable(cls.__dict__.get("loss")):
+            raise TypeError(
+                f"loss: {cls.__qualname__} defines a function of this name, which is a setting; name it loss_of"
+            )
         name = cls.__dict__.get("name")
         if name is not None:
             other = _registry.setdefault(name, cls)
@@ -114,6 +156,18 @@ class Method:
                 "is left for the hard examples"
             )
         return steps
+
+    def cost(self, steps: int, h: float = 1.0) -> float:
+        """Forwards of a full batch that a training step takes: a backward to the images is 1, that of an update 2.
+
+        Args: steps: K, as the training was told.  h: share of the rows that is attacked to the end, where it screens.
+        """
+        k, m = self.attack_steps(steps), self.screen_steps
+        update = self.update_forwards * (2 if self.awp else 1)
+        if not self.early_drop:
+            return self.target_forwards + 2 * k + update
+        screening = 2 * (m if self.screen == "steps" else 1) + 1 + 2 * h * (k - m)
+        return self.target_forwards + screening + update * (h if self.easy == "drop" and self.bn_rows == "hard" else 1)
 
     @property
     def mines(self) -> bool:
@@ -159,34 +213,80 @@ class Method:
         """The same for one batch: eps and step_size may be tensors, one value per row."""
         return pgd
 
+    def in_course(self, epochs: int) -> Method:
+        """Epochs that it names, start_epoch apart, from its published course to one of so many epochs."""
+        named = [n for n, w in field_types.words(type(self)).items() if w.scales and n != "start_epoch"]
+        now = {
+            n: max(2, 1 + round((getattr(self, n) - 1) * epochs / self.course)) for n in named if getattr(self, n) > 1
+        }
+        return dataclasses.replace(self, **now) if now else self
+
+    @property
+    def looks_at_classes(self) -> bool:
+        """Whether `observe` reads the look of a batch."""
+        return self.class_weights != "none"
+
+    def observe(self, examples: Examples, memory: Objective) -> None:
+        """Takes note of a batch, before its weights are made. Here: what `class_weights` need."""
+        if self.class_weights != "none":
+            from .class_weights import observe
+
+            observe(memory, examples.look, self.class_weights, self.class_memory)
+
     def weights(self, examples: Examples, memory: Objective) -> Tensor | None:
-        """(n_kept,) weight of each row in the loss; None for ones. Here: HAM's, where `reweight` is on."""
-        from ..ops import step_size_weights
+        """(n_kept,) weight of each row in the loss; None for ones. Here: by `reweight` and `class_weights`."""
+        weights = None
+        if self.reweight:
+            from ..ops import step_size_weights
 
-        if not self.reweight:
-            return None
-        return step_size_weights(examples.max_step.contiguous(), self.lam)
+            weights = step_size_weights(examples.max_step.contiguous(), self.lam)
+        if self.class_weights == "none" or memory.epoch < self.class_from:
+            return weights
+        from .class_weights import for_rows, weights_of
 
-    def loss(self, model: nn.Module, examples: Examples, memory: Objective) -> Tensor:
+        own = for_rows(weights_of(memory, self.class_weights, self.class_strength), examples.y)
+        return self.scaled(own if weights is None else own * weights)
+
+    def scaled(self, weights: Tensor) -> Tensor:
+        """Mean 1, where the method has it so; rows that all weigh nothing stay so."""
+        return weights / weights.mean().clamp_min(1e-30) if self.scales_weights else weights
+
+    def loss_of(self, model: nn.Module, examples: Examples, memory: Objective) -> Tensor:
         """0-dim. Here: the weighted mean of the cross entropies at x_adv."""
-        from .objective import weighted_ce
+        from .losses import adversarial_ce
 
-        return weighted_ce(model, examples)
+        return adversarial_ce(self, model, examples)
 
-    def around(self, model: nn.Module, examples: Examples, memory: Objective) -> AbstractContextManager[None]:
-        """Entered before the forward of an update, left after the optimiser's step, also where that failed."""
-        return nullcontext()
+    def around(
+        self, model: nn.Module, examples: Examples, memory: Objective, gradients: Gradients
+    ) -> AbstractContextManager[None]:
+        """Entered before the forward of an update, left after the optimiser's step, also where that failed.
+
+        `gradients(parameters)` are those of the loss of these examples; no buffer moves.
+        """
+        if not self.awp:
+            return nullcontext()
+        from .awp import perturbed
+
+        return perturbed(model, gradients, self.awp)
 
     def remembers(self, classes: int) -> dict[str, Tensor]:
         """What `memory` starts with: buffers by name, for a model of so many classes. Saved with every checkpoint."""
-        return {}
+        if self.class_weights == "none":
+            return {}
+        from .class_weights import empty_state
+
+        return empty_state(self.class_weights, classes)
 
     def end_epoch(self, end: EpochEnd, memory: Objective) -> None:
         """After an epoch that it has trained, validation included."""
 
     def keeps_average(self, end: EpochEnd, memory: Objective) -> bool:
-        """Whether the updates of the next epoch enter the weight average."""
-        return True
+        """Whether the updates of the next epoch enter the weight average. Here: what `gate` says."""
+        if not self.gate or not end.val:
+            return True
+        strongest = min(end.val.values(), key=lambda accuracy: accuracy.accuracy)
+        return strongest.worst_class >= self.gate
 
 
 def names() -> tuple[str, ...]:
@@ -201,15 +301,18 @@ def class_of(name: str) -> type[Method]:
     return _registry[name]
 
 
-def with_name(method: Method, name: str) -> Method:
+def with_name(method: Method, name: str, epochs: int | None = None) -> Method:
     """The method of this name; M, and where it starts unless that is the first epoch, as they are told `method`.
 
+    With `epochs`, the length of the training, other epochs that it names keep their share of the course.
     Raises: ValueError for a name that no method has.
     """
     kind = class_of(name)
     if kind is type(method):
         return method
     usual = kind()
+    if epochs is not None:
+        usual = usual.in_course(epochs)
     told = {"screen_steps": method.screen_steps}
     if usual.start_epoch > 1 and method.start_epoch > 1:
         told["start_epoch"] = method.start_epoch

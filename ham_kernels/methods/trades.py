@@ -30,15 +30,21 @@ class TRADES(Method):
     beta: Annotated[float, Ge(0), Words("β={}")] = 6.0
     """Weight of the divergence."""
 
+    target_forwards = 1
+    update_forwards = 6
+
     def attack(self, pgd):
         return replace(pgd, loss="kl")
 
-    def loss(self, model, examples, memory):
-        from torch.nn import functional as F
+    def loss_of(self, model, examples, memory):
+        from .losses import weighted_mean
 
-        from .objective import logits_at, weighted_mean
+        ce, kl = self.terms(model, examples)
+        return weighted_mean(ce + self.beta * kl, examples.weights)
+
+    def terms(self, model, examples):
+        """(CE at x, KL(p(x) || p(x'))), (n_kept,) each."""
+        from .losses import divergence, logits_at, row_ce
 
         clean, adversarial = logits_at(model, examples, examples.x), logits_at(model, examples, examples.x_adv)
-        q, p = F.log_softmax(clean, 1), F.log_softmax(adversarial, 1)
-        kl = F.kl_div(p, q, reduction="none", log_target=True).sum(1)
-        return weighted_mean(F.cross_entropy(clean, examples.y, reduction="none") + self.beta * kl, examples.weights)
+        return row_ce(self, clean, examples.y), divergence(clean, adversarial)

@@ -55,7 +55,7 @@ def from_toml(path: str | Path, base: TrainSettings, method: str | None = None) 
     """
     sections = read_toml(path)
     if method is not None:
-        base = dataclasses.replace(base, method=with_name(base.method, method))
+        base = dataclasses.replace(base, method=with_name(base.method, method, base.optim.epochs))
     try:
         return merge(base, sections)
     except (TypeError, ValueError) as error:
@@ -76,7 +76,7 @@ def merge(base: TrainSettings, sections: dict[str, Any]) -> TrainSettings:
             raise ValueError(f"{section}: got {values!r}; it is a section, with keys of its own")
         old = getattr(base, section)
         if section == "method":
-            old, values = _method(old, values)
+            old, values = _method(old, values, base.optim.epochs)
         hints = field_types.hints(type(old))
         unknown = sorted(set(values) - set(hints))
         if unknown:
@@ -87,7 +87,7 @@ def merge(base: TrainSettings, sections: dict[str, Any]) -> TrainSettings:
     return dataclasses.replace(base, **changed)
 
 
-def _method(old: Method, values: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
+def _method(old: Method, values: dict[str, Any], epochs: int) -> tuple[Method, dict[str, Any]]:
     """The method that a section names, and the other values of the section."""
     values = dict(values)
     name = values.pop("name", old.name)
@@ -96,7 +96,7 @@ def _method(old: Method, values: dict[str, Any]) -> tuple[Method, dict[str, Any]
     if name == "pgd_at" and values.keys() >= _HAMS and "easy" not in values:
         # config.toml of a time when HAM's switches were written for PGD-AT too, which did not use them
         values = {k: v for k, v in values.items() if k == "start_epoch"}
-    return with_name(old, name), values
+    return with_name(old, name, epochs), values
 
 
 _HAMS = {"screen_steps", "lam", "reweight", "early_drop", "rows"}

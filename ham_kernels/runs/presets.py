@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..common import field_types
 from ..data.glance import glance
 from ..data.table import CROP_SIZE, IN_MEMORY, SETS
 from ..methods.ham import HAM
@@ -103,9 +104,11 @@ def rescaled(settings: TrainSettings, epochs: int) -> TrainSettings:
     def moved(epoch: int) -> int:
         return 1 + round((epoch - 1) * factor)
 
+    method = settings.method
+    named = [name for name, words in field_types.words(type(method)).items() if words.scales]
     return replace(
         settings,
-        method=replace(settings.method, start_epoch=min(moved(settings.method.start_epoch), epochs)),
+        method=replace(method, **{name: min(moved(getattr(method, name)), epochs) for name in named}),
         warm_up=replace(settings.warm_up, natural_epochs=round(settings.warm_up.natural_epochs * factor)),
         optim=replace(settings.optim, epochs=epochs, milestones=tuple(moved(m) for m in settings.optim.milestones)),
     )

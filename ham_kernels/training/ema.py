@@ -30,7 +30,14 @@ class WeightAverage:
                 f"ema_decay: this model cannot be averaged ({type(error).__name__}: {reason}); train it without"
             ) from error
 
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, enters: bool = True) -> None:
+        """After an update of the model. One that does not enter moves the average only where none has entered yet: it
+        then is the model, and no average of the weights that it started from.
+        """
+        if not enters:
+            if self.updates == 0:
+                self._follow(model, 1.0)
+            return
         decay = self.decay
         if self.updates is not None:
             self.updates += 1

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..methods.batch_loss import ham_or_pgd_at
+from ..methods.ham import HAM
 from .trainer import Trainer
 
-_SWITCHES = ("rows", "bn_rows", "screen", "round_to", "easy", "step_sizes", "group", "group_updates")
+_SWITCHES = {f.name for f in dataclasses.fields(HAM)}
 
 
 class HAMTrainer(Trainer):
@@ -23,8 +25,8 @@ class HAMTrainer(Trainer):
         reweight, early_drop: the two mechanisms. Both off is PGD-AT throughout.
         freeze_bn: from start_epoch on, BatchNorm uses (and keeps) its running statistics, so that it does not shift
             to those of hard examples.
-        further: other fields of methods.HAM (rows, bn_rows, screen, round_to, easy, step_sizes, group, group_updates)
-            and arguments of `Trainer` (warm_up, natural_epochs, channels_last, compile, cuda_graphs, winograd,
+        further: other fields of methods.HAM, the switches that every method has (easy, step_sizes, class_weights, awp,
+            ...), and arguments of `Trainer` (warm_up, natural_epochs, channels_last, compile, cuda_graphs, winograd,
             keep_memory).
     """
 

@@ -92,7 +92,8 @@ class Trainer:
         self.engine = Engine(options, self.device)
         self._update = Updater(optimizer, self.engine, self.device)
         self.average = None if ema_decay is None else WeightAverage(model, ema_decay)
-        self._averages = True  # whether updates enter the weight average; the method's gate may close it
+        # whether updates enter the weight average; the method's gate may close it, and is closed at first
+        self._averages = not self.phases.objective(1).method.gate
         self.epoch = 0  # epochs completed by fit
         self.steps_done = 0  # names the noise of the next step
         self.history: list[EpochReport] = []
@@ -138,7 +139,7 @@ class Trainer:
         checks.integer("epoch", epoch, 1)
         check_group(batches, model_device(self.model))
         objective = self.phases.objective(epoch)
-        method = objective.method
+        method, objective.epoch = objective.method, epoch
         stopwatch = Stopwatch(batches[0][0].device)
         x, y = batches[0] if len(batches) == 1 else (torch.cat(parts) for parts in zip(*batches, strict=True))
         if torch.is_inference_mode_enabled():
@@ -157,8 +158,8 @@ class Trainer:
                 loss = 0.0
                 if part.n_kept:
                     loss = self._update(self.model, objective, part, method.freeze_bn)
-                    if self.average is not None and self._averages:
-                        self.average.update(self.model)
+                    if self.average is not None:
+                        self.average.update(self.model, self._averages)
                 reports.append(
                     StepReport(loss, part.n, part.n_hard, stopwatch.stop(), part.n_kept, together, part.no_gradient)
                 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -32,7 +33,16 @@ class Updater:
     def __call__(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool) -> float:
         """Returns the loss. Raises: NonFiniteError; parameters and optimiser are then as before, buffers have moved."""
         freeze_bn = freeze_bn or examples.n_forward == 1  # one row has no statistics of its own
-        with objective.around(model, examples):
+
+        def gradients(parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
+            moved = Buffers(model, objective)
+            try:
+                with self._forward(model, objective, examples, freeze_bn) as loss:
+                    return torch.autograd.grad(self._scaled(loss), parameters, allow_unused=True)
+            finally:
+                moved.undo()
+
+        with objective.around(model, examples, gradients):
             value = self._gradients(model, objective, examples, freeze_bn)
             if self._scaler is None:
                 self.optimizer.step()
@@ -61,17 +71,26 @@ class Updater:
     def _eager(
         self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool
     ) -> Callable[[], list[float]]:
-        with self._engine.updating(model, freeze_bn):
-            with self._engine.autocast(examples.x_adv.device):
-                loss = objective.loss(model, examples)
+        with self._forward(model, objective, examples, freeze_bn) as loss:
             self.optimizer.zero_grad(set_to_none=True)
-            if not loss.requires_grad:
-                raise troubles.error("nothing_to_train")
-            (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+            self._scaled(loss).backward()
         if not any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):
             raise troubles.error("nothing_to_train")
         judged = _gradients_of(model) if self._scaler is None else []  # the scaler skips what is not finite
         return start_read(_loss_and_size(loss, judged))
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self._scaler is None else self._scaler.scale(loss)
+
+    @contextmanager
+    def _forward(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool) -> Iterator[Tensor]:
+        """The loss, in a block that its backward belongs to."""
+        with self._engine.updating(model, freeze_bn):
+            with self._engine.autocast(examples.x_adv.device):
+                loss = objective.loss(model, examples)
+            if not loss.requires_grad:
+                raise troubles.error("nothing_to_train")
+            yield loss
 
     def _replayed(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool):
         """Loss of a replay where there is a graph for so many rows, else None. There is no padding: rows are exact."""

@@ -1,0 +1,167 @@
+"""Weights by class from numbers that the attack has anyway: five rules, all on the statistics of one look a batch.
+
+Each rule sums numbers of the rows by class, and divides by how many rows a class had, so that classes need not be of
+one size. Sums and counts fade by `class_memory` from batch to batch. All stays on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .mining import Look
+
+LEAST = 0.05  # of DAFA's weights, which its formula does not bound
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is summed by class, and how the sums become weights of the classes.
+
+    rows: of the logits and labels, (n, k).  weigh(sums (C, k), counts (C,), strength): (C,), up to a factor.
+    strength: where none is told.
+    """
+
+    strength: float
+    rows: Callable[[Tensor, Tensor], Tensor]
+    weigh: Callable[[Tensor, Tensor, float], Tensor]
+
+
+# ---------------------------------------------------------------- the state
+def empty_state(rule: str, classes: int) -> dict[str, Tensor]:
+    columns = classes if rule == "dafa" else 1
+    return {"class_sums": torch.zeros(classes, columns), "class_counts": torch.zeros(classes)}
+
+
+@torch.no_grad()
+def observe(memory: nn.Module, look: Look, rule: str, keep: float) -> None:
+    """Adds a batch; of what was there before, the share `keep` stays."""
+    sums, counts = by_class(RULES[rule].rows(look.z, look.y), look.y, len(memory.class_counts))
+    memory.class_sums.mul_(keep).add_(sums)
+    memory.class_counts.mul_(keep).add_(counts)
+
+
+@torch.no_grad()
+def weights_of(memory: nn.Module, rule: str, strength: float | None) -> Tensor:
+    """(C,), up to a factor."""
+    chosen = RULES[rule]
+    return chosen.weigh(memory.class_sums, memory.class_counts, chosen.strength if strength is None else strength)
+
+
+# ---------------------------------------------------------------- rows and classes
+def labels_of(z: Tensor, y: Tensor) -> Tensor:
+    """(n, C) bool. Compares, since an index by a label that has not been judged yet could reach anywhere."""
+    return y[:, None] == torch.arange(z.shape[1], device=z.device)
+
+
+def by_class(values: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """(sums (C, k), counts (C,)) of the rows' values (n, k)."""
+    of_class = (y == torch.arange(classes, device=y.device)[:, None]).float()
+    return of_class @ values.float(), of_class.sum(1)
+
+
+def for_rows(of_class: Tensor, y: Tensor) -> Tensor:
+    """(n,), each row's value by its label."""
+    return of_class[y.clamp(0, len(of_class) - 1)]
+
+
+def mean_by_class(sums: Tensor, counts: Tensor) -> Tensor:
+    """(C, k). A class that no row was of has the mean of all rows; without any row all is 0."""
+    everywhere = sums.sum(0) / counts.sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(counts[:, None] > 0, sums / counts[:, None], everywhere)
+
+
+def is_hard(z: Tensor, y: Tensor) -> Tensor:
+    """(n,) bool: not (z_y > the largest other); a tie and a NaN are hard."""
+    of_label = labels_of(z, y)
+    return ~(z.masked_fill(~of_label, -torch.inf).amax(1) > z.masked_fill(of_label, -torch.inf).amax(1))
+
+
+def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    """(n,)."""
+    return -F.log_softmax(z, 1).masked_fill(~labels_of(z, y), 0).sum(1)
+
+
+def probability_margin(z: Tensor, y: Tensor) -> Tensor:
+    """(n,): the largest probability of another class less that of the label."""
+    p, of_label = F.softmax(z, 1), labels_of(z, y)
+    return p.masked_fill(of_label, 0).amax(1) - p.masked_fill(~of_label, 0).amax(1)
+
+
+# ---------------------------------------------------------------- the rules
+def hard_share_weights(sums: Tensor, counts: Tensor, strength: float) -> Tensor:
+    """The share of hard rows, to a power. One row more, as hard as the mean, keeps a class from weighing nothing."""
+    share = sums.sum() / counts.sum()
+    return torch.where(share > 0, (sums[:, 0] + share) / (counts + 1), 1.0) ** strength
+
+
+def kl_ball_weights(margins: Tensor, radius: float) -> Tensor:
+    """C * p for the p with KL(uniform || p) <= radius that makes sum_c p_c * margin_c largest (FAAL, arXiv 2402.17729).
+
+    Its closed form: p_c = mu * u_c / (nu - a_c); nu, above the largest a, is the root of
+    sum u log(nu - a) + log sum u / (nu - a) = radius, which falls as nu grows. Neither shift nor scale of the margins
+    matters. The root lies between two of 64 points of a logarithmic grid, six times over: 36 bits.
+    """
+    a = margins.double()
+    width = a.max() - a.min()
+    below = (a.max() - a) / torch.where(width > 0, width, 1.0)  # nu - a_c = d + below_c
+    low, high = a.new_tensor(-250.0), a.new_tensor(25.0)  # of log d
+    grid = torch.linspace(0, 1, 64, dtype=a.dtype, device=a.device)
+    for _ in range(6):
+        logs = low + (high - low) * grid
+        d = logs.exp()[:, None] + below
+        spent = d.log().mean(1) + d.reciprocal().mean(1).log()
+        step = (high - low) / 63
+        low = low + step * ((spent > radius).sum() - 1).clamp(0, 62)
+        high = low + step
+    p = 1 / (low.exp() + below)
+    return torch.where(width > 0, p / p.mean(), 1.0).float()
+
+
+def chi2_weights(losses: Tensor, radius: float) -> Tensor:
+    """1 + sqrt(2 radius) * (L_c - mean) / std, at least 0: the worst case within a chi-squared ball (CODAT's set)."""
+    std = losses.std(correction=0)
+    return (1 + math.sqrt(2 * radius) * (losses - losses.mean()) / torch.where(std > 0, std, 1.0)).clamp_min(0)
+
+
+def dafa_weights(probabilities: Tensor, strength: float) -> Tensor:
+    """W_i = 1 + strength * (sum of S_ij S_jj over classes j that are safer than i, less S_ji S_ii over the others).
+
+    S (C, C): row i holds the mean probabilities of class i's rows (DAFA, arXiv 2401.12532).
+    """
+    right = probabilities.diagonal()
+    safer = right[None, :] > right[:, None]
+    gains = probabilities * right[None, :]
+    losses = (probabilities * right[None, :]).T  # S_ji S_ii
+    change = torch.where(safer, gains, -losses).fill_diagonal_(0).sum(1)
+    return (1 + strength * change).clamp_min(LEAST)
+
+
+RULES: dict[str, Rule] = {
+    "hard_share": Rule(0.5, lambda z, y: is_hard(z, y)[:, None], hard_share_weights),
+    "kl_ball": Rule(
+        0.1,
+        lambda z, y: probability_margin(z, y)[:, None],
+        lambda sums, counts, r: kl_ball_weights(mean_by_class(sums, counts)[:, 0], r),
+    ),
+    "chi2": Rule(
+        0.1,
+        lambda z, y: cross_entropy(z, y)[:, None],
+        lambda sums, counts, r: chi2_weights(mean_by_class(sums, counts)[:, 0], r),
+    ),
+    "exponentiated": Rule(
+        1.0,
+        lambda z, y: cross_entropy(z, y)[:, None],
+        lambda sums, counts, eta: len(counts) * torch.softmax(eta * mean_by_class(sums, counts)[:, 0], 0),
+    ),
+    "dafa": Rule(
+        1.0,
+        lambda z, y: F.softmax(z, 1),
+        lambda sums, counts, s: dafa_weights(mean_by_class(sums, counts), s),
+    ),
+}

@@ -1,0 +1,59 @@
+"""What the losses of methods are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..common import checks
+from ..ops import weighted_cross_entropy
+from .class_weights import cross_entropy, labels_of
+from .mining import Examples
+from .settings import Method
+
+ABOVE_ONE = 1.0001  # MART's; keeps the logarithm finite where another class has all the probability
+
+
+def logits_at(model: nn.Module, examples: Examples, x: Tensor) -> Tensor:
+    """Logits in fp32 of examples.x or examples.x_adv; the rest of the batch passes through the model beside them."""
+    rest = examples.rest if x is examples.x_adv else examples.rest_x
+    z = model(x if rest is None else torch.cat([x, rest]))
+    checks.model_output(z, len(x) if rest is None else len(x) + len(rest))
+    return z[: len(x)].float()
+
+
+def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """sum_i w_i * losses_i / n."""
+    return (losses if weights is None else losses * weights).mean()
+
+
+def row_ce(method: Method, z: Tensor, y: Tensor) -> Tensor:
+    """(n,): the cross entropy that the method's `loss` and `label_smoothing` name, of logits in fp32."""
+    ce, s = cross_entropy(z, y), method.label_smoothing
+    if s:
+        ce = (1 - s) * ce - s * F.log_softmax(z, 1).mean(1)
+    if method.loss == "boosted_ce":
+        ce = ce - torch.log(ABOVE_ONE - F.softmax(z, 1).masked_fill(labels_of(z, y), 0).amax(1))
+    return ce
+
+
+def adversarial_ce(method: Method, model: nn.Module, examples: Examples) -> Tensor:
+    """sum_i w_i * CE_i / n_kept at x_adv; fused, where it is the plain one."""
+    if method.loss == "ce" and not method.label_smoothing:
+        return weighted_ce(model, examples)
+    z = logits_at(model, examples, examples.x_adv)
+    return weighted_mean(row_ce(method, z, examples.y), examples.weights)
+
+
+def weighted_ce(model: nn.Module, examples: Examples) -> Tensor:
+    """sum_i w_i * CE(f(x_adv_i), y_i) / n_kept, fused. Rows in `rest` pass through the model, and have no loss."""
+    x = examples.x_adv if examples.rest is None else torch.cat([examples.x_adv, examples.rest])
+    logits = model(x)
+    checks.model_output(logits, len(x))
+    return weighted_cross_entropy(logits[: examples.n_kept], examples.y, examples.weights)
+
+
+def divergence(clean: Tensor, adversarial: Tensor) -> Tensor:
+    """(n,): KL(softmax(clean) || softmax(adversarial)), whose gradient stays finite where a clean probability is 0."""
+    return F.kl_div(F.log_softmax(adversarial, 1), F.log_softmax(clean, 1), reduction="none", log_target=True).sum(1)
