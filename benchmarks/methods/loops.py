@@ -27,6 +27,7 @@ class Loop(Arm):
     kinds = ("step",)
     forwards = 3 * K + 3
     gaussian_start = False
+    tolerance = 2e-5  # of a loss, relative: how far `like_ours` may be from our method's
     differs: tuple[str, ...] = ()
 
     def __init__(self, name: str, model: nn.Module, lr: float = 0.0, eps: float = TINY_EPS, like_ours: bool = False):
@@ -147,6 +148,7 @@ class AWP(Loop):
 
     forwards = 3 * K + 8
     differs = (TRAIN_MODE,)
+    tolerance = 1e-4  # the proxy's step is rounded to the size of its weights
     gamma = 0.01
 
     def __init__(self, *args, **more):
@@ -380,6 +382,7 @@ class FAAL(Loop):
 
     forwards = 3 * K + 5
     differs = ("class margins are of the update's logits, times the rows of the class",)
+    tolerance = 1e-3  # the solver's
     radius = 0.5
 
     def __init__(self, *args, **more):

@@ -50,7 +50,7 @@ def judge(result: dict) -> list[dict]:
         )  # fmt: skip
         value, why = lanes.get(arm, {}).get(figure), ""
         if (device["type"], device["threads"], case["model"], case["batch_size"]) != ("cpu", 2, "small_cnn", 128):
-            why = f"it is for {WHERE}"
+            why = f"goals are for {WHERE}"
         elif value is None:
             parties = (arm, arm + LOOP if figure == "speed_up" else PGD_AT)
             said = case["left_out"] | {name: f"wrong results: {text}" for name, text in result["wrong"].items()}
@@ -58,7 +58,7 @@ def judge(result: dict) -> list[dict]:
         held = not why and (value <= limit if figure == "over_lean" else value >= limit)
         state = "not measured here" if why else "held" if held else "missed"
         measured = "" if why else f"{value:.2f} ×"
-        out.append({"goal": f"{goal}, {WHERE}", "measured": measured, "state": state, "why": why})
+        out.append({"goal": goal, "measured": measured, "state": state, "why": why})
     return out
 
 
@@ -119,7 +119,7 @@ def setup(result: dict) -> str:
         f'easy="jump"`, M {M}, {s["hard"]:.0%} of the rows hard, against the same loop. WAT\'s pass over held-out '
         "images after each epoch is no part of a step. In three updates with the same starts both ways gave the same "
         "losses, where the loops took our definitions for what differs (list below). The process keeps freed memory "
-        "for our arms and returns it to the system for the others."
+        f"for our arms and returns it to the system for the others. Goals are for {WHERE}."
     )
 
 
