@@ -116,7 +116,7 @@ class MethodContest(Contest):
 
 # ------------------------------------------------------------ are they what they are said to be?
 def check(name: str, x: Tensor) -> str | None:
-    """Three epochs of one update each on about 64 images, by our method and by the loop with our definitions.
+    """Three epochs of one update each on x, by our method and by the loop with our definitions.
 
     Returns: what differs in the losses, None for nothing. Raises: ImportError where the loop cannot run here.
     """
