@@ -117,8 +117,9 @@ def setup(result: dict) -> str:
         "batch where nothing is computed twice (a backward to the input counts 1, one of an update 2). Measured / "
         "lean: (time / time of our PGD-AT) / (forwards / forwards of PGD-AT). HAM's screening: `early_drop=True, "
         f'easy="jump"`, M {M}, {s["hard"]:.0%} of the rows hard, against the same loop. WAT\'s pass over held-out '
-        "images after each epoch is no part of a step. In three updates with the same starts both ways gave the same "
-        "losses, where the loops took our definitions for what differs (list below). The process keeps freed memory "
+        "images after each epoch is no part of a step. Before, both ways make three updates with the same starts, "
+        "the loops with our definitions of what differs (list below); a method whose losses are others is marked. The "
+        "process keeps freed memory "
         f"for our arms and returns it to the system for the others. Goals are for {WHERE}."
     )
 
