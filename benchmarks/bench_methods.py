@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from bench_training import images_of
-from methods.steps import LOOPS, METHODS, PGD_AT, MethodContest, arms_of, build, check, count, title
+from methods.steps import LOOPS, METHODS, PGD_AT, MethodContest, arms_of, build, check, count, cpu_clock, title
 from methods.table import cells, derive, judge, notes, setup
 from readme.machine import machine
 from readme.output import aligned, write_json
@@ -45,6 +45,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--hard", type=float, default=0.3, metavar="H", help="share of hard rows (default 0.3)")
     p.add_argument("--data", type=Path, metavar="PATH", help="folder or tar of class folders (default: random images)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="time by CPU seconds of one thread, for a machine that does other work (OMP_NUM_THREADS=1)",
+    )
     p.add_argument("--quick", action="store_true", help="batch 16, 2 rounds")
     p.add_argument("--out", type=Path, help="folder for the JSON (default: results beside this file; --quick: runs)")
     p.add_argument("--check", action="store_true", help="exit 1 when a goal is missed that applies to this device")
@@ -58,6 +63,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, value, low in (("rounds", args.rounds, 1), ("batch-size", args.batch_size, 4)):
         if value < low:
             p.error(f"--{name}: got {value}; it must be at least {low}")
+    threads = torch.get_num_threads()
+    if args.cpu_time and (torch.device(args.device).type != "cpu" or threads != 1):
+        p.error(f"--cpu-time: got {args.device} with {threads} threads; give --device cpu and set OMP_NUM_THREADS=1")
     args.methods = list(dict.fromkeys([PGD_AT, *args.methods]))
     args.out = args.out or (Path("runs") if args.quick else RESULTS)
     return args
@@ -106,6 +114,7 @@ def run(args: argparse.Namespace) -> dict:
         "machine": about,
         "settings": {
             "images": images, "hard": args.hard, "rounds": args.rounds, "quick": args.quick, "load": load,
+            "cpu_time": args.cpu_time,
         },
         "device": {
             "type": device.type, "name": about["gpu" if device.type == "cuda" else "cpu"],
@@ -118,6 +127,8 @@ def run(args: argparse.Namespace) -> dict:
     result["counts"], broken = counts_of(arms, x[:COUNTED_ROWS], args.hard)
     print(f"results compared, forwards counted: {time.perf_counter() - start:.0f} s", flush=True)
     contest = MethodContest(SMALL, x, [args.batch_size], args.hard, arms, {}, tuple(arms), build)
+    if args.cpu_time:
+        contest.clock = cpu_clock
     contest.warm_up(float("inf"))
     result["case"] = contest.case(args.batch_size, args.rounds, float("inf"))
     derive(result["case"], result["wrong"])

@@ -143,7 +143,7 @@ def result_of(*lanes: dict, wrong: dict | None = None, left_out: dict | None = N
     out = {
         "machine": MACHINE, "case": case, "wrong": wrong or {}, "unchecked": {}, "broken": {}, "counts": [],
         "device": {"type": "cpu", "name": "a CPU", "threads": 2} | device, "seconds": 1.0,
-        "settings": {"images": "random images", "hard": 0.3, "rounds": 2, "quick": False, "load": 0.5},
+        "settings": {"images": "random images", "hard": 0.3, "rounds": 2, "quick": False, "load": 0.5, "cpu_time": False},
     }  # fmt: skip
     return out | {"goals": table.judge(out)}
 

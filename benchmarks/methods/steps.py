@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -100,6 +101,14 @@ class Ours(Arm):
 def build(name: str, model: nn.Module, trainers: dict | None = None) -> Ours | loops.Loop:
     """Raises: ImportError where it cannot run here."""
     return LOOPS[base_of(name)](name, model) if name.endswith(LOOP) else Ours(name, model)
+
+
+def cpu_clock(work: Callable[[], object], device: torch.device, times: int = 1) -> float:
+    """CPU seconds of one call, of so many in a row: other work on the machine hardly changes them."""
+    start = time.process_time()
+    for _ in range(times):
+        work()
+    return (time.process_time() - start) / times
 
 
 class MethodContest(Contest):

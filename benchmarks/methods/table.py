@@ -110,7 +110,7 @@ def setup(result: dict) -> str:
     s = result["settings"]
     return (
         f"One training step, K {K}, fp32, {s['images']}. All arms in turn in one process, {s['rounds']} rounds: "
-        "medians, lowest and highest; other work may run beside them (load average before: "
+        f"medians, lowest and highest of {'CPU time' if s['cpu_time'] else 'time'} (load average before: "
         f"{s['load']:.1f}). Ratios are medians of the ratios within a round. Ours is `Trainer` without engine options; "
         "the authors' way is an ordinary loop of ours that makes the passes which the authors' published code makes. "
         "Learning is frozen (learning rate 0, BatchNorm momentum 0); class statistics act. Lean: forwards of a full "

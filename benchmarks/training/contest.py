@@ -29,6 +29,8 @@ def plan(cost: dict[str, float], needed: tuple[str, ...], budget: float) -> list
 class Contest:
     """The arms of one model, and the steps that they take in turn."""
 
+    clock = staticmethod(clock)
+
     def __init__(
         self, model: str, x: Tensor, sizes: list[int], hard: float, names: list[str], left_out: dict[str, str],
         needed: tuple[str, ...], make: Callable[[str, nn.Module, dict], Arm] = build,
@@ -144,7 +146,7 @@ class Contest:
         """(seconds per batch, share of hard rows)."""
         done: list[tuple[int, int]] = []
         last = next((s for s in reversed(before) if s is not None), float("inf")) * arm.group
-        seconds = clock(lambda: done.append(arm.step(kind, x, y)), self.device, times_for(last, self.device))
+        seconds = self.clock(lambda: done.append(arm.step(kind, x, y)), self.device, times_for(last, self.device))
         return seconds / arm.group, sum(hard for hard, _ in done) / sum(n for _, n in done)
 
 
