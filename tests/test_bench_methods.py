@@ -143,7 +143,9 @@ def result_of(*lanes: dict, wrong: dict | None = None, left_out: dict | None = N
     out = {
         "machine": MACHINE, "case": case, "wrong": wrong or {}, "unchecked": {}, "broken": {}, "counts": [],
         "device": {"type": "cpu", "name": "a CPU", "threads": 2} | device, "seconds": 1.0,
-        "settings": {"images": "random images", "hard": 0.3, "rounds": 2, "quick": False, "load": 0.5, "cpu_time": False},
+        "settings": {
+            "images": "random images", "hard": 0.3, "rounds": 2, "quick": False, "load": 0.5, "cpu_time": False,
+        },
     }  # fmt: skip
     return out | {"goals": table.judge(out)}
 
@@ -228,6 +230,15 @@ def test_bad_arguments(flags, message, capsys):
     with pytest.raises(SystemExit):
         bench_methods.parse(flags)
     assert message in capsys.readouterr().err
+
+
+def test_cpu_time_is_of_one_thread(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(SystemExit):
+        bench_methods.parse(["--cpu-time", "--device", "cpu"])
+    assert "--cpu-time: got cpu with 2 threads" in capsys.readouterr().err
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert bench_methods.parse(["--cpu-time", "--device", "cpu"]).cpu_time
 
 
 def test_all_is_compared_with_pgd_at():
