@@ -18,26 +18,21 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from readme.machine import machine
 from readme.output import aligned, write_json
 from torch import Tensor
+from training.contest import Contest, told
 from training.floor import (
     LARGE,
     SMALL,
-    BarePass,
     attack_rate,
-    clock,
     count,
     derive,
     fastest,
     judge,
-    synchronise,
-    times_for,
 )
 from training.steps import (
     ARMS,
@@ -51,14 +46,10 @@ from training.steps import (
     REFERENCE,
     TORCHATTACKS,
     TORCHATTACKS_BF16,
-    Arm,
     Check,
-    FreedMemory,
-    build,
     is_arm,
     labels_of,
     model_of,
-    setting_of,
     title,
 )
 from training.table import cells, notes, setup, verdict
@@ -79,7 +70,6 @@ MINUTES = {"cpu": 18.0, "cuda": 4.0}
 COUNTED_ROWS = 16  # passes are counted on so few: how many there are depends on h only
 TO_CHECK = 0.3  # of the minutes, and
 TO_WARM_UP = {"cpu": 0.35, "cuda": 0.75}  # of a model's minutes, for arms without a goal
-WARM_UP = {"cpu": (16, 1), "cuda": (None, 3)}  # rows (None: all) and steps: compilation, graphs, libraries
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -132,138 +122,6 @@ def images_of(args: argparse.Namespace, count: int) -> tuple[Tensor, str]:
     return (x.float() / 255).to(args.device), f"images of {found.name}"
 
 
-# ------------------------------------------------------------ steps in turn
-def plan(cost: dict[str, float], needed: tuple[str, ...], budget: float) -> list[str]:
-    """The arms of a round of so many seconds: those that are needed, and of the others the quickest that fit in."""
-    chosen = {name for name in cost if name in needed}
-    budget -= sum(cost[name] for name in chosen)
-    for name in sorted(cost.keys() - chosen, key=cost.__getitem__):
-        if cost[name] <= budget:
-            chosen.add(name)
-            budget -= cost[name]
-    return [name for name in cost if name in chosen]
-
-
-class Contest:
-    """The arms of one model, and the steps that they take in turn."""
-
-    def __init__(
-        self, model: str, x: Tensor, sizes: list[int], hard: float, names: list[str], left_out: dict[str, str]
-    ):
-        self.name, self.device = model, x.device
-        self.model = model_of(model, x)
-        self.batches = {n: (x[:n], labels_of(self.model, x[:n], hard)) for n in sizes}
-        self.needed = NEEDED[x.device.type]
-        self.arms: dict[str, Arm] = {}
-        self.names, self.left_out = names, dict(left_out)  # reasons, by name
-        self.broken: dict[str, str] = {}  # by name, what no arm should raise
-        self.warm_up_s: dict[str, float] = {}
-        self._memory = FreedMemory()
-
-    def warm_up(self, end: float) -> None:
-        """Builds the arms, those with a goal first; they compile, capture and allocate."""
-        names = [name for name in self.names if name not in self.left_out]
-        rows, steps = WARM_UP[self.device.type]
-        trainers: dict = {}
-        for name in sorted(names, key=lambda n: n not in self.needed):
-            start = time.perf_counter()
-            if name not in self.needed and start > end:
-                self.left_out[name] = "no time left to warm it up"
-                continue
-            try:
-                arm = build(name, self.model, trainers)
-                for x, y in self.batches.values():
-                    for kind in arm.kinds * steps:
-                        arm.step(kind, x[:rows], y[:rows])
-                synchronise(self.device)
-            except (EngineError, ImportError) as error:
-                self.left_out[name] = str(error)
-                continue
-            except Exception as error:  # one arm's mistake must not cost the others their times
-                self._break(name, error)
-                continue
-            self.arms[name], self.warm_up_s[name] = arm, time.perf_counter() - start
-        self.arms = {name: self.arms[name] for name in names if name in self.arms}
-
-    def case(self, n: int, rounds: int, end: float) -> dict:
-        """All arms on one batch, `rounds` times in turn; fewer arms where the time would not do."""
-        x, y = self.batches[n]
-        kinds = [(name, kind) for name, arm in self.arms.items() for kind in arm.kinds]
-        lanes = {key: {"arm": key[0], "kind": key[1], "seconds": [], "h": None, "unit_s": []} for key in kinds}
-        bare: dict[str, BarePass] = {}
-        for name, arm in self.arms.items():
-            if name not in FOREIGN and arm.keeps_memory:
-                bare.setdefault(setting_of(name), BarePass(arm, x))
-        cost = {}
-        for name, arm in list(self.arms.items()):
-            with self._breaking(name):
-                cost[name] = self._estimate(arm, x, y)
-        for r in range(rounds):
-            planned = plan(cost, self.needed, (end - time.perf_counter()) / (rounds - r))
-            turn, units = r % max(len(planned), 1), {}
-            for name in planned[turn:] + planned[:turn]:
-                arm, setting = self.arms[name], setting_of(name)
-                with self._breaking(name):
-                    self._settle(arm, x, y)
-                    start = time.perf_counter()
-                    for kind in arm.kinds:
-                        lane = lanes[name, kind]
-                        seconds, lane["h"] = self._timed(arm, kind, x, y, lane["seconds"])
-                        lane["seconds"].append(seconds)
-                    cost[name] = time.perf_counter() - start
-                    if setting in bare and setting not in units and arm.keeps_memory:
-                        units[setting] = bare[setting].forward_seconds(n)
-            cost = {name: seconds for name, seconds in cost.items() if name in self.arms}
-            lanes = {key: lane for key, lane in lanes.items() if key[0] in self.arms}
-            for (name, _), lane in lanes.items():
-                lane["unit_s"].append(units.get(setting_of(name)))
-                lane["seconds"] += [] if name in planned else [None]
-            print(f"{self.name}, batch {n}: round {r + 1} of {rounds}, {len(planned)} arms", flush=True)
-        if self.device.type == "cpu":
-            self._memory.keep()
-        late = {name: "no time left" for (name, _), lane in lanes.items() if lane["h"] is None}
-        return {
-            "model": self.name, "batch_size": n, "lanes": [v for v in lanes.values() if v["h"] is not None],
-            "left_out": self.left_out | late, "warm_up_s": self.warm_up_s,
-            "floor_rows": {setting: b.rows for setting, b in bare.items()},
-        }  # fmt: skip
-
-    @contextmanager
-    def _breaking(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._break(name, error)
-
-    def _break(self, name: str, error: Exception) -> None:
-        self.left_out[name] = self.broken[name] = told(error)
-        self.arms.pop(name, None)
-        print(f"{title(name)}: {self.broken[name]}", flush=True)
-
-    def _estimate(self, arm: Arm, x: Tensor, y: Tensor) -> float:
-        """Seconds of all steps of an arm, on a CPU from a few rows."""
-        rows = WARM_UP[self.device.type][0] or len(y)
-        seconds = (clock(lambda k=kind: arm.step(k, x[:rows], y[:rows]), self.device) for kind in arm.kinds)
-        return sum(seconds) * len(y) / rows
-
-    def _settle(self, arm: Arm, x: Tensor, y: Tensor) -> None:
-        """On a CPU, has freed memory kept or returned as this arm's users have it."""
-        if self.device.type == "cpu" and self._memory.kept != arm.keeps_memory:
-            self._memory.keep() if arm.keeps_memory else self._memory.give_back()
-            arm.fill_memory(x, y)
-
-    def _timed(self, arm: Arm, kind: str, x: Tensor, y: Tensor, before: list[float | None]) -> tuple[float, float]:
-        """(seconds per batch, share of hard rows)."""
-        done: list[tuple[int, int]] = []
-        last = next((s for s in reversed(before) if s is not None), float("inf")) * arm.group
-        seconds = clock(lambda: done.append(arm.step(kind, x, y)), self.device, times_for(last, self.device))
-        return seconds / arm.group, sum(hard for hard, _ in done) / sum(n for _, n in done)
-
-
-def told(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
-
-
 def check(names: list[str], x: Tensor, end: float) -> tuple[dict[str, str], dict[str, str]]:
     """By arm of ours what is wrong with its results, and why it was not looked at."""
     needed = NEEDED[x.device.type]
@@ -314,7 +172,9 @@ def run(args: argparse.Namespace) -> dict:
         left = sum(len(sizes[m]) for m in args.models[i:])
         model_end = time.perf_counter() + (end - time.perf_counter()) * len(sizes[model]) / left
         slow = {} if args.arms else TOO_SLOW.get((device.type, model), {})
-        contest = Contest(model, x, sizes[model], args.hard, names, unchecked | slow)
+        contest = Contest(
+            model, x, sizes[model], args.hard, names, unchecked | slow, NEEDED[device.type]
+        )  # fmt: skip
         contest.warm_up(time.perf_counter() + (model_end - time.perf_counter()) * TO_WARM_UP[device.type])
         for j, n in enumerate(sizes[model]):
             case_end = time.perf_counter() + (model_end - time.perf_counter()) / (len(sizes[model]) - j)

@@ -32,6 +32,7 @@ PAGES: dict[Path, Sections] = {
         "sweep": measured.sweep,
         "cheaper": measured.cheaper,
         "training": measured.training,
+        "method_steps": measured.method_steps,
         "winograd": measured.winograd,
         "numerics": measured.numerics,
         "kernels": measured.kernels,

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_training  # noqa: E402
 from pgd.results import predicted_ratio  # noqa: E402
 from readme.output import markdown  # noqa: E402
+from training import contest as turns  # noqa: E402
 from training import floor, steps  # noqa: E402
 from training import table as training_table  # noqa: E402
 
@@ -197,9 +198,9 @@ def test_exit_code(flags, ham, problem, code, tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------ who takes turns, and how
 def test_a_tight_round_leaves_out_the_slowest_that_no_goal_needs():
     cost = {"a": 5.0, "needed": 10.0, "b": 1.0, "c": 3.0}
-    assert bench_training.plan(cost, ("needed",), 19.0) == ["a", "needed", "b", "c"]
-    assert bench_training.plan(cost, ("needed",), 14.5) == ["needed", "b", "c"]
-    assert bench_training.plan(cost, ("needed", "absent"), 0.0) == ["needed"]
+    assert turns.plan(cost, ("needed",), 19.0) == ["a", "needed", "b", "c"]
+    assert turns.plan(cost, ("needed",), 14.5) == ["needed", "b", "c"]
+    assert turns.plan(cost, ("needed", "absent"), 0.0) == ["needed"]
 
 
 class Fake(steps.Arm):
@@ -217,8 +218,8 @@ class Fake(steps.Arm):
         self.log.append("fill")
 
 
-def contest_of(log: list, *arms: tuple[str, bool]) -> bench_training.Contest:
-    contest = bench_training.Contest("small_cnn", torch.rand(32, 3, 32, 32), [32], 0.3, [], {})
+def contest_of(log: list, *arms: tuple[str, bool]) -> turns.Contest:
+    contest = turns.Contest("small_cnn", torch.rand(32, 3, 32, 32), [32], 0.3, [], {}, ("torchattacks",))
     contest._memory = FakeMemory(log)
     contest.arms = {name: Fake(name, keeps, log) for name, keeps in arms}
     return contest
@@ -239,7 +240,7 @@ class FakeMemory:
 
 def test_memory_is_kept_for_ours_and_returned_for_the_others(monkeypatch):
     log: list[str] = []
-    monkeypatch.setattr(bench_training, "times_for", lambda *_: 1)
+    monkeypatch.setattr(turns, "times_for", lambda *_: 1)
     contest = contest_of(log, ("torchattacks", False), ("reference", False), ("natural", True))
     made = contest.case(32, 2, float("inf"))
     first = ["return", "fill", "torchattacks", "reference", "keep", "fill", "natural"]
@@ -266,7 +267,7 @@ class Breaks(Fake):
 @pytest.mark.parametrize("steps", [0, 1, 3], ids=["its estimate", "its first step", "a later round"])
 def test_an_arm_that_breaks_costs_no_other_its_times(steps, monkeypatch):
     log: list[str] = []
-    monkeypatch.setattr(bench_training, "times_for", lambda *_: 1)
+    monkeypatch.setattr(turns, "times_for", lambda *_: 1)
     contest = contest_of(log, ("natural", True))
     contest.arms["torchattacks"] = Breaks("torchattacks", log, steps)
     made = contest.case(32, 4, float("inf"))
@@ -274,14 +275,14 @@ def test_an_arm_that_breaks_costs_no_other_its_times(steps, monkeypatch):
     assert made["left_out"] == contest.broken == {"torchattacks": "RuntimeError: CUDA error: out of patience"}
 
 
-def test_an_arm_that_cannot_be_built_breaks_no_other(monkeypatch):
+def test_an_arm_that_cannot_be_built_breaks_no_other():
     def build(name, model, trainers):
         if name == "plain":
             raise RuntimeError("no")
         return Fake(name, True, [])
 
-    monkeypatch.setattr(bench_training, "build", build)
     contest = contest_of([])
+    contest.make = build
     contest.names = ["plain", "natural"]
     contest.warm_up(float("inf"))
     assert list(contest.arms) == ["natural"]

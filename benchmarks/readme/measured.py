@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import bench_winograd
+import methods.table as methods_table
 from kernels import table as kernel_table
 from pgd.results import ROWS, cells, verdict_lines
 from training import table as training_table
@@ -280,6 +281,10 @@ def training(here: Path) -> str:
 
 def training_short(here: Path) -> str:
     return "\n\n".join(training_table.readme_short(result) for result in devices("bench_training_*.json"))
+
+
+def method_steps(here: Path) -> str:
+    return "\n\n".join(methods_table.readme_section(result) for result in devices("bench_methods_*.json"))
 
 
 def kernels(here: Path) -> str:
