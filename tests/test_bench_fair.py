@@ -52,7 +52,7 @@ def test_candidates_are_settings_of_fair_and_what_it_is_compared_with():
     assert candidates.ALL[candidates.BASELINE].name == "pgd_at"
     costs = {name: m.cost(10) for name, m in candidates.ALL.items()}
     assert {costs[name] for name in candidates.FULL} == {23}
-    assert costs["short PGD-AT"] == 9
+    assert costs["PGD-AT, steps 2 1 ½ ε"] == 9
 
 
 @pytest.mark.slow
@@ -64,17 +64,17 @@ def test_results_are_kept_and_completed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_fair, "images_of", lambda _: few)
     out = tmp_path / "fair.json"
     flags = ["--epochs", "2", "--folds", "2", "--out", str(out)]
-    assert bench_fair.main([*flags, "--only", "short PGD-AT"]) == 0
-    first = json.loads(out.read_text())["candidates"]["short PGD-AT"]
+    assert bench_fair.main([*flags, "--only", "PGD-AT, steps 2 1 ½ ε"]) == 0
+    first = json.loads(out.read_text())["candidates"]["PGD-AT, steps 2 1 ½ ε"]
     assert len(first) == 2
     assert sum(n for run in first for n, _ in run["by_class"]) == 80  # each image judged once
-    assert bench_fair.main([*flags, "--only", "short PGD-AT", "PGD-AT"]) == 0
+    assert bench_fair.main([*flags, "--only", "PGD-AT, steps 2 1 ½ ε", "PGD-AT"]) == 0
     result = json.loads(out.read_text())
-    assert result["candidates"]["short PGD-AT"] == first
+    assert result["candidates"]["PGD-AT, steps 2 1 ½ ε"] == first
     s = bench_fair.summary(result, "PGD-AT")
     assert s["time"] == 1.0
     assert s["worst"] <= s["worst_3"] <= s["average"] <= 100
-    assert "short PGD-AT" in capsys.readouterr().out
+    assert "PGD-AT, steps 2 1 ½ ε" in capsys.readouterr().out
     assert bench_fair.main(["--epochs", "3", "--folds", "2", "--out", str(out)]) == 2
     with pytest.raises(SystemExit):
         bench_fair.parse(["--only", "nonsense"])

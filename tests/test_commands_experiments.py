@@ -75,7 +75,7 @@ def test_frontier_tries_schedules_and_screenings():
         screened = {easy: found[f"{name}-{easy}"].method for easy in ("drop", "stop", "jump")}
         for easy, method in screened.items():
             assert (method.early_drop, method.easy, method.start_epoch) == (True, easy, 1)
-    assert len(found) == 7 * len(known)
+    assert len(found) == 8 * len(known)
 
 
 def test_what_a_budget_refuses_is_left_out():
@@ -93,7 +93,7 @@ def test_only_the_same_warm_up_is_shared():
     found = of("frontier")[0] | of("methods")[0]
     shares = {name for name, settings in found.items() if sweep_command._starts_behind_pgd_at(settings)}
     assert {"pgd_at", "ham-M3-lam1"} <= shares
-    assert not {name for name in shares if "-k" in name or name.endswith("-jump")} & set(of("frontier")[0])
+    assert not {name for name in shares if "-steps" in name or name.endswith("-jump")} & set(of("frontier")[0])
     assert not {"trades", "natural", "n_fgsm"} & shares
     changed = replace(found["pgd_at"], method=replace(found["pgd_at"].method, step_sizes=(1.0,)))
     assert not sweep_command._starts_behind_pgd_at(changed)
@@ -148,7 +148,7 @@ def test_the_line_of_a_run_is_by_the_strongest_attack(tmp_path):
 @pytest.mark.usefixtures("no_gpu")
 def test_a_sweep_of_schedules_shares_no_warm_up_and_is_checked(tmp_path, one_thread, monkeypatch):
     """Its runs are begun behind no warm-up but PGD-AT's own; masking checks stand in each evaluation."""
-    keep = ("pgd_at-seed0", "pgd_at-k2-seed0")
+    keep = ("pgd_at-seed0", "pgd_at-steps1-0.5-seed0")
     full = sweep_command.planned
 
     def two(*asked):

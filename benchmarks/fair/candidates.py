@@ -5,16 +5,21 @@ from __future__ import annotations
 from ham_kernels.methods import HAM, PGDAT, Fair, Method
 
 BASELINE = "PGD-AT"
-SHORT = (1.0, 0.5, 0.25)
 RULES = {  # by name: rule and strength
     "no class weights": ("none", None),
     "hard share ^ 0.5": ("hard_share", 0.5),
+    "hard share ^ 0.75": ("hard_share", 0.75),
     "hard share ^ 1": ("hard_share", 1.0),
     "exponentiated 1": ("exponentiated", 1.0),
-    "exponentiated 2": ("exponentiated", 2.0),
     "KL ball 0.1": ("kl_ball", 0.1),
-    "KL ball 0.2": ("kl_ball", 0.2),
 }
+SCHEDULES = {  # by name: steps in units of eps
+    "1 ½ ¼ ε": (1.0, 0.5, 0.25),
+    "2 1 ½ ε": (2.0, 1.0, 0.5),
+    "2 1 ε": (2.0, 1.0),
+    "2 ε": (2.0,),
+}
+USUAL = "hard share ^ 0.75"
 
 
 def _fair(rule: str, **switches) -> Method:
@@ -27,9 +32,10 @@ FULL: dict[str, Method] = {
     **{f"boosted CE, {rule}": _fair(rule) for rule in RULES},
 }
 CHEAP: dict[str, Method] = {
-    "short PGD-AT": PGDAT(start_epoch=1, step_sizes=SHORT),
-    **{f"short, boosted CE, {rule}": _fair(rule, step_sizes=SHORT) for rule in RULES},
-    "jump, boosted CE, hard share ^ 1": _fair("hard share ^ 1", early_drop=True, easy="jump"),
+    **{f"PGD-AT, steps {words}": PGDAT(start_epoch=1, step_sizes=sizes) for words, sizes in SCHEDULES.items()},
+    **{f"boosted CE, {USUAL}, steps {words}": _fair(USUAL, step_sizes=sizes) for words, sizes in SCHEDULES.items()},
+    "boosted CE, hard share ^ 1, steps 2 1 ½ ε": _fair("hard share ^ 1", step_sizes=(2.0, 1.0, 0.5)),
+    f"boosted CE, {USUAL}, jump": _fair(USUAL, early_drop=True, easy="jump"),
     "HAM from epoch 1": HAM(start_epoch=1),
 }
 ALL = FULL | CHEAP

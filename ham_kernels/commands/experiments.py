@@ -10,7 +10,7 @@ from ..runs.settings import TrainSettings
 
 GRID_SCREEN_STEPS = (1, 2, 3, 4, 5)
 GRID_LAM = (0.5, 1.0, 1.5, 2.0)
-SCHEDULES = ((1.0, 0.5, 0.25), (1.0, 0.5), (1.25,))  # steps in units of eps, of the frontier
+SCHEDULES = ((1.0, 0.5, 0.25), (2.0, 1.0, 0.5), (1.0, 0.5), (1.25,))  # steps in units of eps, of the frontier
 EASY = ("drop", "stop", "jump")
 FRONTIER = ("pgd_at", "fair")  # the methods whose schedules and screenings it tries, as far as they are known
 STRONG = ("methods", "frontier")  # by default judged by AutoAttack too, and checked for gradient masking
@@ -149,7 +149,7 @@ def _scheduled(base: TrainSettings, name: str, sizes: tuple[float, ...]) -> tupl
     method = _named(base, name).method
     if hasattr(method, "fast") and replace(method, fast=True).step_sizes == sizes:
         return _allowed(base, name, "fast", fast=True)
-    return _allowed(base, name, f"k{len(sizes)}", step_sizes=sizes, early_drop=False)
+    return _allowed(base, name, "steps" + "-".join(f"{size:g}" for size in sizes), step_sizes=sizes, early_drop=False)
 
 
 def _screened(base: TrainSettings, name: str, easy: str) -> tuple[str, TrainSettings | str]:

@@ -14,7 +14,7 @@ from annotated_types import Ge
 from ..common.field_types import Words
 from .settings import CE_KINDS, CLASS_RULES, Method
 
-FAST_STEPS = (1.0, 0.5, 0.25)
+FAST_STEPS = (2.0, 1.0, 0.5)
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Fair(Method):
     title = "fair"
 
     fast: bool = False
-    """Attack by three steps of eps, eps/2 and eps/4, unless step_sizes says others."""
+    """Attack by three steps of 2 eps, eps and eps/2, unless step_sizes says others."""
     loss: Annotated[Literal["ce", "boosted_ce"], CE_KINDS] = "boosted_ce"
     """The cross entropy."""
     class_weights: Annotated[Literal["none", "hard_share", "kl_ball", "chi2", "exponentiated", "dafa"], CLASS_RULES] = (
         "hard_share"
     )
     """Weigh classes by what the attack sees of them."""
-    class_strength: Annotated[float | None, Ge(0), Words("strength {}", needs="class_weights")] = 0.5
+    class_strength: Annotated[float | None, Ge(0), Words("strength {}", needs="class_weights")] = 0.75
     """Of the class weights."""
 
     def check(self) -> None:
