@@ -20,7 +20,7 @@ from pathlib import Path
 from fair.candidates import ALL, BASELINE
 from fair.folds import folds_of, train_and_judge
 from readme.machine import machine
-from readme.output import aligned, write_json
+from readme.output import aligned, markdown, write_json
 
 from ham_kernels import preset
 from ham_kernels.commands.run_images import images_of
@@ -109,6 +109,19 @@ def table(result: dict) -> list[list[str]]:
             s = summary(result, name)
             rows.append([name, *(f"{s[k]:.1f}" for k in ("average", "worst", "worst_3", "std")), f"{s['time']:.2f}"])
     return [head, *rows]
+
+
+def readme_section(result: dict) -> str:
+    """What was chosen among, and on what."""
+    s, m = result["settings"], result["machine"]
+    images = "all" if s["train_images"] is None else f"{s['train_images']:,}"
+    said = (
+        f"{s['dataset']}, {s['model']}, {images} training images in {s['folds']} folds, {s['epochs']} epochs, "
+        f"ε {s['eps']:.3g}, K {s['steps']}: each candidate is trained {s['folds']} times, and judged on those that "
+        f"it has not seen, no test image among them. {m['cpu']}, cores: {m['cores']}; torch {m['torch']}, "
+        f"ham_kernels {m['ham_kernels']}; {m['date']}."
+    )
+    return f"{said}\n\n{markdown(table(result))}"
 
 
 if __name__ == "__main__":

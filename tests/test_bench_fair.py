@@ -75,6 +75,7 @@ def test_results_are_kept_and_completed(tmp_path, capsys, monkeypatch):
     assert s["time"] == 1.0
     assert s["worst"] <= s["worst_3"] <= s["average"] <= 100
     assert "PGD-AT, steps 2 1 ½ ε" in capsys.readouterr().out
+    assert "in 2 folds, 2 epochs" in bench_fair.readme_section(result)
     assert bench_fair.main(["--epochs", "3", "--folds", "2", "--out", str(out)]) == 2
     with pytest.raises(SystemExit):
         bench_fair.parse(["--only", "nonsense"])

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import update_readme  # noqa: E402
-from readme import measured  # noqa: E402
+from readme import measured, timed  # noqa: E402
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_each_device_has_its_own_tables(results):
         result["machine"]["gpu"] = "A GPU"
 
     change(results / "bench_training_gpu.json", edit)
-    for text in (measured.training(ROOT), measured.training_short(ROOT)):
+    for text in (timed.training(ROOT), timed.training_short(ROOT)):
         assert 0 < text.index("GPU: A GPU") < text.index("GPU: none")
 
 
