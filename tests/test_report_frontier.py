@@ -74,6 +74,24 @@ def test_dominance_takes_cost_average_and_worst_class(field, tmp_path, monkeypat
     assert found["natural"]["dominated_by"]["time"][0]["clear"] is None  # one seed each tells nothing of chance
 
 
+def test_cpus_are_compared_by_cpu_time(tmp_path, monkeypatch):
+    """Where every epoch has it: the clock counts what else the machine did."""
+    on_cpu = {"run.device": "auto"}
+    field = [run(tmp_path, m, m, [0.8, 0.2], 100.0, settings=on_cpu) for m in ("pgd_at", "trades")]
+    section, _ = section_of(field, tmp_path / "out", monkeypatch)
+    assert section["frontier"]["clock"] == "time"  # logs of before have no CPU time
+    for folder in field:
+        log = folder / "metrics.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        log.write_text("".join(json.dumps({**line, "cpu_seconds": 2.0}) + "\n" for line in lines))
+    section, styles = section_of(field, tmp_path / "again", monkeypatch)
+    assert section["frontier"]["clock"] == "cpu_time"
+    assert {m["time"]["mean"] for m in section["frontier"]["methods"]} == {8.0}
+    assert "Training CPU time" in text_of(frontier_table(section))["TRADES"]
+    figure = frontier.against_time(section, styles)
+    assert figure.axes[1].get_xlabel().startswith("CPU time of the whole run")
+
+
 def test_equal_in_all_is_not_dominated(tmp_path, monkeypatch):
     runs = [run(tmp_path, m, m, [0.8, 0.2], 100.0) for m in ("pgd_at", "trades")]
     found = by_title(section_of(runs, tmp_path / "out", monkeypatch)[0])

@@ -21,7 +21,7 @@ FEWEST_CLASSES = 4  # of which the worst three are told
 
 
 def frontier(groups: Sequence[dict[str, Any]], attack: str | None) -> dict[str, Any] | None:
-    """{"attack", "methods", "left_out", "untimed"} of plain values; None of fewer than two methods.
+    """{"attack", "methods", "left_out", "untimed", "clock"} of plain values; None of fewer than two methods.
 
     A method is {"title", "baseline", "seeds", "average", "worst", "worst_three", "std", "time", "forwards",
     "relative_time", "relative_forwards", "dominated_by", "changes"}. Measures are {"mean", "low", "high"} with the
@@ -46,12 +46,13 @@ def frontier(groups: Sequence[dict[str, Any]], attack: str | None) -> dict[str, 
         return None
     places = {g["title"]: unlike((first["training"], g["training"]), PLACE) for g in ranked}
     untimed = {title: f"trained unlike {first['title']} in {_words(apart)}" for title, apart in places.items() if apart}
-    spreads = {g["title"]: _spreads(g, attack, g["title"] in untimed) for g in ranked}
+    clock = _clock(ranked)
+    spreads = {g["title"]: _spreads(g, attack, None if g["title"] in untimed else clock) for g in ranked}
     base = first if first["baseline"] else None
     methods = [_method(g, spreads, base, attack) for g in ranked]
     for cost in COSTS:
         _dominate(methods, ranked, spreads, cost)
-    return {"attack": attack, "methods": methods, "left_out": left_out, "untimed": untimed}
+    return {"attack": attack, "methods": methods, "left_out": left_out, "untimed": untimed, "clock": clock}
 
 
 def undominated(methods: Sequence[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
@@ -77,11 +78,17 @@ def _words(apart: dict[str, list[str]]) -> str:
 
 
 # ---------------------------------------------------------------- measures
-def _spreads(group: dict, attack: str, untimed: bool) -> dict[str, dict[str, Any]]:
+def _clock(groups: Sequence[dict]) -> str:
+    """Which time is compared: on CPUs that of all threads, since it does not count the work of others beside it."""
+    known = all(g["cpu_time"]["n"] == g["time"]["n"] and g["training"]["device"] == ["cpu"] for g in groups)
+    return "cpu_time" if known else "time"
+
+
+def _spreads(group: dict, attack: str, clock: str | None) -> dict[str, dict[str, Any]]:
     unknown = {"mean": None, "std": None, "low": None, "high": None, "n": 0, "values": []}
     accuracy = _judged(group, attack)
     found = {name: accuracy[name] for name in SHARES if name in accuracy}
-    return found | {"time": unknown if untimed else group["time"], "forwards": group["forwards"]}
+    return found | {"time": unknown if clock is None else group[clock], "forwards": group["forwards"]}
 
 
 def _method(group: dict, spreads: dict, base: dict | None, attack: str) -> dict[str, Any]:

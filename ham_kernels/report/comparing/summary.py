@@ -102,6 +102,7 @@ def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
         "settings": group.settings,
         "weights": group.weights,
         "time": spread([run.seconds for run in group.counted]),
+        "cpu_time": spread([run.cpu_seconds for run in group.counted]),
         "training": training_of(group.settings, group.counted),
         "relative_time": 1.0 if is_baseline else None,
         "forwards": spread([forwards(run) for run in group.counted]),

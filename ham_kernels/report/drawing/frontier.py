@@ -56,7 +56,12 @@ def against_time(section: Section, styles: Styles) -> Figure | None:
     """Worst class and average against the training time of whole runs."""
     times = [m["time"]["mean"] for m in _known(section, "time")]
     scale, unit = unit_of_time(max(times, default=0.0))
-    return _figure(section, styles, "time", scale, f"training time of the whole run, {unit}")
+    return _figure(section, styles, "time", scale, f"{time_words(section)} of the whole run, {unit}")
+
+
+def time_words(section: Section) -> str:
+    found = section["frontier"]
+    return "CPU time" if found and found["clock"] == "cpu_time" else "training time"
 
 
 def against_forwards(section: Section, styles: Styles) -> Figure | None:

@@ -151,7 +151,14 @@ class Run:
     @property
     def seconds(self) -> float | None:
         """Training time of all epochs; None where an epoch is not in the log."""
-        times = [e.seconds for e in self.epochs]
+        return self._sum([e.seconds for e in self.epochs])
+
+    @property
+    def cpu_seconds(self) -> float | None:
+        """The same of all threads' CPU time."""
+        return self._sum([e.cpu_seconds for e in self.epochs])
+
+    def _sum(self, times: list[float | None]) -> float | None:
         whole = [e.epoch for e in self.epochs] == list(range(1, len(times) + 1)) and not self.cut
         return sum(times) if times and whole and None not in times else None
 

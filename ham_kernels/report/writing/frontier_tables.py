@@ -21,7 +21,8 @@ def frontier_table(section: dict[str, Any]) -> Table:
     words = {"average": "avg", "worst": "worst", "worst_three": "worst 3", "std": "std"}
     base = section["baseline"] if any(m["baseline"] for m in methods) else None
     relative = [(f"relative_{cost}", f"/ {base}") for cost in COSTS] if base else []
-    head = [("", "Method"), *((span, words[name]) for name in shares), ("Training", "time")]
+    head = [("", "Method"), *((span, words[name]) for name in shares)]
+    head += [("Training", "CPU time" if found["clock"] == "cpu_time" else "time")]
     head += [("Training", words) for _, words in relative[:1]] + [("Forwards", "a step")]
     head += [("Forwards", words) for _, words in relative[1:]]
     head += [("Dominated", "by time"), ("Dominated", "by forwards"), ("", "Masking checks")]
