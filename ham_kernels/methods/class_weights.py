@@ -110,7 +110,7 @@ def kl_ball_weights(margins: Tensor, radius: float) -> Tensor:
     a = margins.double()
     width = a.max() - a.min()
     below = (a.max() - a) / torch.where(width > 0, width, 1.0)  # nu - a_c = d + below_c
-    low, high = a.new_tensor(-250.0), a.new_tensor(25.0)  # of log d
+    low, high = a.new_full((), -250.0), a.new_full((), 25.0)  # of log d; filled there, since a copy would wait
     grid = torch.linspace(0, 1, 64, dtype=a.dtype, device=a.device)
     for _ in range(6):
         logs = low + (high - low) * grid
