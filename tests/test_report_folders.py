@@ -223,6 +223,7 @@ def test_names_are_escaped(tmp_path):
     assert r"| a\_b &amp; 50% &lt;i>$x$&lt;/i> \| {c} \\ \*d\* | " in markdown
 
 
+@pytest.mark.slow
 def test_a_class_without_images(tmp_path):
     runs = [
         fake_run(tmp_path / "p", "pgd_at", accuracy={"clean": [0.9, None, 0.8], "pgd20": [0.5, None, 0.3]}),
