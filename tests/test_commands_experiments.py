@@ -13,7 +13,7 @@ from ham_kernels.commands import sweep as sweep_command
 from ham_kernels.commands.experiments import FRONTIER, SCHEDULES, cells, planned
 from ham_kernels.evaluation import autoattack
 from ham_kernels.methods import names
-from ham_kernels.methods.settings import class_of
+from ham_kernels.methods.registry import class_of
 from ham_kernels.report.comparing.sections import sections
 from ham_kernels.report.reading.find_runs import read_runs
 from ham_kernels.runs.folder import RunFolder

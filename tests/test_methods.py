@@ -19,7 +19,7 @@ from ham_kernels.attack.pgd import PGD
 from ham_kernels.commands.cli import main
 from ham_kernels.commands.flags import parse_train
 from ham_kernels.methods import settings as settings_module
-from ham_kernels.methods.settings import class_of
+from ham_kernels.methods.registry import class_of
 from ham_kernels.runs.config_file import from_toml, to_toml
 from ham_kernels.runs.folder import RunFolder
 from ham_kernels.runs.settings import TrainSettings

@@ -14,7 +14,7 @@ import ham_kernels as ham
 from ham_kernels.attack.pgd import PGD, Attack
 from ham_kernels.engine import PLAIN
 from ham_kernels.methods.objective import EpochEnd
-from ham_kernels.methods.settings import class_of
+from ham_kernels.methods.registry import class_of
 from ham_reference import METHODS
 from ham_reference.attack import attack
 from ham_reference.method import draw_seed

@@ -11,7 +11,7 @@ import pytest
 from fake_runs import fake_run, write_json
 
 from ham_kernels import report
-from ham_kernels.methods.settings import class_of
+from ham_kernels.methods.registry import class_of
 from ham_kernels.report.drawing import figure_list, figures, frontier
 from ham_kernels.report.writing.frontier_tables import class_table, frontier_table
 

@@ -19,7 +19,7 @@ from ham_kernels.commands.flags import parse_train
 from ham_kernels.common import field_types
 from ham_kernels.data.table import SETS
 from ham_kernels.engine.options import SWITCHES, EngineOptions
-from ham_kernels.methods.settings import class_of
+from ham_kernels.methods.registry import class_of
 from ham_kernels.runs import settings as settings_
 from ham_kernels.runs.config_file import from_toml, merge, method_of, to_toml
 from ham_kernels.runs.presets import PRESETS, preset, rescaled

@@ -6,7 +6,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from ham_kernels.methods.settings import Method, class_of, names
+from ham_kernels.methods.registry import class_of, names
+from ham_kernels.methods.settings import Method
 
 K = 10
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
-from ..methods.settings import names, warm_up_of, with_name
+from ..methods.registry import names, warm_up_of, with_name
 from ..runs.settings import TrainSettings
 
 GRID_SCREEN_STEPS = (1, 2, 3, 4, 5)

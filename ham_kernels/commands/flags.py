@@ -11,7 +11,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ..methods import names
-from ..methods.settings import with_name
+from ..methods.registry import with_name
 from ..runs.config_file import from_toml, read_toml
 from ..runs.presets import for_folder, preset, rescaled
 from ..runs.settings import EvaluateSettings, TrainSettings

@@ -15,7 +15,7 @@ from .. import report
 from ..evaluation import autoattack
 from ..evaluation.named_attacks import plans
 from ..methods.pgd_at import PGDAT
-from ..methods.settings import warm_up_of
+from ..methods.registry import warm_up_of
 from ..report.strength import CLEAN, strongest
 from ..runs.folder import RunFolder
 from ..runs.settings import EvaluateSettings, TrainSettings

@@ -10,9 +10,10 @@ import importlib
 import pkgutil
 
 from ..common.lazy import names_of
-from .settings import Method, class_of, names
+from .registry import class_of, names
+from .settings import Method
 
-_MACHINERY = {"settings", "objective", "mining", "batch_loss", "class_weights", "awp", "losses"}
+_MACHINERY = {"settings", "registry", "objective", "mining", "batch_loss", "class_weights", "awp", "losses"}
 _FIRST = ("pgd_at", "ham", "fair", "trades")  # in help and tables; the others follow by name
 
 _found = {module.name for module in pkgutil.iter_modules(__path__)} - _MACHINERY

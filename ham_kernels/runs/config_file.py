@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common import field_types
-from ..methods.settings import Method, class_of, with_name
+from ..methods.registry import class_of, with_name
+from ..methods.settings import Method
 from .settings import TrainSettings
 
 if sys.version_info >= (3, 11):

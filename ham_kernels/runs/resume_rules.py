@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..methods.settings import Method, warm_up_of
+from ..methods.registry import warm_up_of
+from ..methods.settings import Method
 from .config_file import merge, to_dict
 from .settings import TrainSettings, lr_factor
 

@@ -18,7 +18,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from ..common import field_types
 from ..common.field_types import Words
 from ..methods.ham import HAM
-from ..methods.settings import Method, warm_up_of
+from ..methods.registry import warm_up_of
+from ..methods.settings import Method
 
 _RUNS = tyro.conf.arg(help_behavior_hint="(default: the run's)")
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..attack.pgd import PGD
 from ..common import checks, troubles
 from ..methods.objective import Objective
-from ..methods.settings import Method, class_of, warm_up_of
+from ..methods.registry import class_of, warm_up_of
+from ..methods.settings import Method
 from .overfitting import OverfittingCheck, OverfittingWarning, Reading
 
 

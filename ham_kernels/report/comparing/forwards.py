@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-from ...methods.settings import Method, class_of, warm_up_of
+from ...methods.registry import class_of, warm_up_of
+from ...methods.settings import Method
 from ..reading.runs import Epoch, Run
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ...methods.settings import Method, warm_up_of
+from ...methods.registry import warm_up_of
+from ...methods.settings import Method
 from ..reading.evaluations import WEIGHTS, Evaluation
 from ..reading.runs import Run
 

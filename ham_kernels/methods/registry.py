@@ -1,0 +1,57 @@
+"""Methods by name: the one of a name, told as much as another was; and the method of a warm-up. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .settings import Method, _registry
+
+
+def names() -> tuple[str, ...]:
+    """The methods known, by name."""
+    return tuple(_registry)
+
+
+def class_of(name: str) -> type[Method]:
+    """Raises: ValueError for a name that no method has."""
+    if name not in _registry:
+        raise ValueError(f"method: got {name!r}; allowed are {', '.join(map(repr, _registry))}")
+    return _registry[name]
+
+
+def with_name(method: Method, name: str, epochs: int | None = None) -> Method:
+    """The method of this name; M, and where it starts unless that is the first epoch, as they are told `method`.
+
+    With `epochs`, the length of the training, other epochs that it names keep their share of the course.
+    Raises: ValueError for a name that no method has.
+    """
+    kind = class_of(name)
+    if kind is type(method):
+        return method
+    usual = kind()
+    if epochs is not None:
+        usual = usual.in_course(epochs)
+    told = {"screen_steps": method.screen_steps}
+    if usual.start_epoch > 1 and method.start_epoch > 1:
+        told["start_epoch"] = method.start_epoch
+    return dataclasses.replace(usual, **told)
+
+
+_MINING = ("early_drop", "reweight", "freeze_bn", "bn_rows", "group", "round_to")  # not before start_epoch
+
+
+def warm_up_of(method: Method, name: str) -> Method:
+    """The method of the epochs before start_epoch, by name; that of `method` is `method` without mining.
+
+    Raises: ValueError naming warm_up.
+    """
+    if name == method.name and not type(method)().mines:
+        plain = {f.name: f.default for f in dataclasses.fields(Method) if f.name in _MINING}
+        return dataclasses.replace(method, **plain) if method.mines else method
+    if name not in _registry:
+        raise ValueError(f"warm_up: got {name!r}; allowed are {', '.join(map(repr, _registry))}")
+    warm = _registry[name]()
+    if warm.mines or name == "natural":
+        why = "for clean images give natural_epochs" if name == "natural" else "it would mine"
+        raise ValueError(f"warm_up: got {name!r}; {why}")
+    return dataclasses.replace(warm, start_epoch=method.start_epoch)
