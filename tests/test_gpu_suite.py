@@ -84,9 +84,11 @@ def test_smoke_runs_every_stage_and_a_second_call_none(tmp_path):
     assert {stage.name: state(out, stage.name)["state"] for stage in plan} == {stage.name: "done" for stage in plan}
 
     summary = json.loads((back / "summary.json").read_text())
-    assert [run["arm"] for run in summary["runs"]] == list(gpu_runs.ARMS)
-    assert len({run["epochs"][0]["seconds"] for run in summary["runs"]}) == 1, "the warm-up was not shared"
-    assert [[e["phase"] for e in run["epochs"]] for run in summary["runs"]][1:] == [["pgd_at", "ham"]] * 2
+    assert [run["arm"] for run in summary["runs"]] == list(gpu_runs.ALL)
+    shared = summary["runs"][: len(gpu_runs.ARMS)]
+    assert len({run["epochs"][0]["seconds"] for run in shared}) == 1, "the warm-up was not shared"
+    phases = [[e["phase"] for e in run["epochs"]] for run in summary["runs"]]
+    assert phases[1:] == [["pgd_at", "ham"]] * 2 + [["pgd_at", "fair"]] * 2 + [["pgd_at", "trades"]]
     for run in summary["runs"]:
         assert set(run["judged"]["ema"]["attacks"]) == {"clean", "pgd20", "cw20", "autoattack"}
         assert set(run["judged"]["last"]["attacks"]) == {"clean", "pgd20", "cw20"}

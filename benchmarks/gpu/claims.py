@@ -12,11 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu.runs import ARMS, BASE, WEIGHTS
+from gpu.runs import ALL, ARMS, BASE, WEIGHTS
 from gpu.stages import Options, Stage
 
 ATTACKS = {"clean": "clean", "pgd20": "PGD-20", "cw20": "CW-20", "autoattack": "AutoAttack"}
-TITLES = {"pgd_at": "PGD-AT", "ham": "HAM", "ham_frozen_bn": "HAM, frozen BN"}
+TITLES = {
+    "pgd_at": "PGD-AT", "ham": "HAM", "ham_frozen_bn": "HAM, frozen BN", "fair": "fair", "fair_fast": "fair, fast",
+    "trades": "TRADES",
+}  # fmt: skip
 AVERAGES = {"ema": "weight average", "last": "last weights"}
 HOLDS = {True: "holds", False: "does not hold", None: "not measured"}
 TIME, EASY_M, EASY_STAY = -0.45, 3, 0.75  # the paper's, as in ham_kernels/report/comparing/claims.py
@@ -26,7 +29,7 @@ PAPER = "Claims of the paper"
 def summarise(o: Options, plan: Sequence[Stage], command: str) -> dict[str, Any]:
     results = {stage.name: read(o.out / "stages" / f"{stage.name}.json") for stage in plan}
     about = results.get("environment") or {}
-    runs = [run for seed in o.seeds for arm in ARMS if (run := _run(o.out / "cifar", arm, seed))]
+    runs = [run for seed in o.seeds for arm in ALL if (run := _run(o.out / "cifar", arm, seed))]
     table = o.out / "report" / "table.md"
     return {
         "format": 1,
@@ -244,8 +247,8 @@ def _setup(s: dict) -> str:
     return (
         f"The paper's settings in {o.get('epochs')} epochs, learning rate one_cycle, engine {o.get('engine')}; images: "
         f"{counts}, from {o.get('data')}. The weight average and the last weights are judged "
-        f"in fp32 (convolutions in TF32, torch's default). {auto}The arms of a seed share their warm-up, whose time "
-        "counts in each."
+        f"in fp32 (convolutions in TF32, torch's default). {auto}PGD-AT and HAM of a seed share their "
+        "warm-up, whose time counts in each."
     )
 
 

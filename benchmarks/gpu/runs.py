@@ -1,4 +1,4 @@
-"""The CIFAR-10 runs of gpu_suite.py: PGD-AT, HAM, and HAM with frozen BatchNorm, behind one warm-up per seed.
+"""The CIFAR-10 runs of gpu_suite.py: PGD-AT, HAM, and HAM with frozen BatchNorm, behind one warm-up per seed; others.
 
     python -m gpu.runs warm-up FOLDER SEED FLAGS...    what all arms share; then one run folder per arm
 
@@ -24,6 +24,12 @@ ARMS = {
     "ham": ("--method", "ham"),
     "ham_frozen_bn": ("--method", "ham", "--freeze-bn"),
 }
+WHOLE = {  # trained from their first epoch on, behind no warm-up
+    "fair": ("--method", "fair"),
+    "fair_fast": ("--method", "fair", "--fast"),
+    "trades": ("--method", "trades"),
+}
+ALL = ARMS | WHOLE
 ENGINES = {
     "bf16": ("--precision", "bf16", "--channels-last", "on", "--compile", "on", "--cuda-graphs", "on"),
     "fp32": ("--channels-last", "on", "--compile", "on", "--cuda-graphs", "on"),
@@ -65,7 +71,9 @@ def warm_up(o: Options, seed: int, shell: Shell) -> dict:
 
 def train(o: Options, arm: str, seed: int, shell: Shell) -> dict:
     folder = o.out / "cifar" / name_of(arm, seed)
-    (status,) = shell.run([sys.executable, "-m", "ham_kernels", "train", "--resume", str(folder)])
+    begun = (folder / "config.toml").exists()
+    where = ["--resume", str(folder)] if begun else [*flags(o, seed), *ALL[arm], "--out", str(folder)]
+    (status,) = shell.run([sys.executable, "-m", "ham_kernels", "train", *where])
     state = json.loads((folder / "status.json").read_text())
     if status or state["state"] != "finished":
         raise Failed(f"ham train ended with {status}, {state['state']}: {state['message'] or shell.last_line()}")
@@ -99,7 +107,7 @@ def judge(o: Options, seed: int, choice: list[str], shell: Shell) -> dict:
 def _finished(o: Options, seed: int) -> list[str]:
     """Names of this seed's runs that are; one that failed must not keep the others from being judged."""
     found = []
-    for name in (name_of(arm, seed) for arm in ARMS):
+    for name in (name_of(arm, seed) for arm in ALL):
         path = o.out / "cifar" / name / "status.json"
         if path.exists() and json.loads(path.read_text())["state"] == "finished":
             found.append(name)
@@ -145,11 +153,11 @@ def stages(o: Options) -> list[Stage]:
     usual += ["--analysis-images", "24"] if o.smoke else []
     found, late = [], []
     for seed in o.seeds:
-        trained = tuple(f"train-{name_of(arm, seed)}" for arm in ARMS)
+        trained = tuple(f"train-{name_of(arm, seed)}" for arm in ALL)
         found.append(Stage(f"warm-up-seed{seed}", 60 * short, partial(warm_up, o, seed)))
         found += [
             Stage(name, 75 * short, partial(train, o, arm, seed), (f"warm-up-seed{seed}",))
-            for name, arm in zip(trained, ARMS, strict=True)
+            for name, arm in zip(trained, ALL, strict=True)
         ]
         done = partial(_finished, o, seed)
         found.append(Stage(f"judge-seed{seed}", 30 * short, partial(judge, o, seed, usual), behind=trained, stamp=done))
