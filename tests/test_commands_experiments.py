@@ -31,8 +31,9 @@ def of(experiment, base=BASE):
 def test_methods_are_all_of_the_registry_pgd_at_first():
     found, left_out = of("methods")
     assert next(iter(found)) == "pgd_at"
-    plain = [s.method.name for name, s in found.items() if not name.endswith(("-jump", "-fast"))]
+    plain = [s.method.name for name, s in found.items() if not name.endswith(("-jump", "-fast", "-on-pgd_at"))]
     assert sorted(plain) == sorted(names())
+    assert found["cfa-on-pgd_at"].method.base == "pgd_at"  # what can be built on several is, on each
     jumping = {s.method.name for name, s in found.items() if name.endswith("-jump")}
     refused = {name.split("-")[0] for name in left_out}
     screening = {name for name in names() if class_of(name)().early_drop}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import get_args
 
+from ..common import field_types
 from ..methods.registry import names, warm_up_of, with_name
+from ..methods.settings import Method
 from ..runs.settings import TrainSettings
 
 GRID_SCREEN_STEPS = (1, 2, 3, 4, 5)
@@ -46,7 +49,7 @@ def planned(experiment: str, base: TrainSettings, seeds: tuple[int, ...]) -> tup
     return list(found.values()), left_out
 
 
-def _method(base: TrainSettings, **changes) -> TrainSettings:
+def _method(base: TrainSettings, /, **changes) -> TrainSettings:
     return replace(base, method=replace(base.method, **changes))
 
 
@@ -128,9 +131,17 @@ def _methods(base: TrainSettings) -> Iterator[tuple[str, TrainSettings | str]]:
         yield _allowed(base, name)
         if hasattr(_named(base, name).method, "fast"):
             yield _allowed(base, name, "fast", fast=True)
+        for other in _other_bases(_named(base, name).method):
+            yield _allowed(base, name, f"on-{other}", base=other)
     for name in names():
         if not _named(base, name).method.early_drop:
             yield _screened(base, name, "jump")
+
+
+def _other_bases(method: Method) -> list[str]:
+    """What else a method can be built on."""
+    hint = field_types.hints(type(method)).get("base")
+    return [] if hint is None else [of for of in get_args(hint) if of != method.base]
 
 
 def _frontier(base: TrainSettings) -> Iterator[tuple[str, TrainSettings | str]]:
@@ -163,7 +174,7 @@ def _screened(base: TrainSettings, name: str, easy: str) -> tuple[str, TrainSett
     return _allowed(base, name, easy, early_drop=True, easy=easy, **start)
 
 
-def _allowed(base: TrainSettings, name: str, word: str = "", **changes) -> tuple[str, TrainSettings | str]:
+def _allowed(base: TrainSettings, name: str, word: str = "", /, **changes) -> tuple[str, TrainSettings | str]:
     """(name of the run, its settings), or in their place why the method refuses them."""
     from ..attack.pgd import PGD
 

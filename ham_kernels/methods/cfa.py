@@ -3,7 +3,8 @@
 r_c is the share of class c's training rows that resisted in the last epoch, under the eps of the class. Then
 eps_c = (lam_eps + r_c) * eps, and on TRADES beta_c = (lam_beta + r_c) * beta in (CE + beta_c KL) / (1 + beta_c).
 `gate` is its FAWA: the weight average takes updates only where the worst class of the validation images is good enough;
-the paper's ablation has as much from it as from the classes. Cost: as its base, 2K + 7 or 2K + 3.
+the paper's ablation has as much from it as from the classes. Cost: as its base, 2K + 7 or 2K + 3. On TRADES the loss is
+about 1 / (1 + beta) of that of TRADES itself, so that the same learning rate moves the weights that much less.
 
 Differences from the authors' code: r_c is of the attack's last look in eval mode (theirs: the update's logits; on AT
 their attack runs in train mode, and moves BatchNorm); the average is taken per update (theirs: per epoch); lam_eps is
