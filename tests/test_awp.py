@@ -151,7 +151,30 @@ def test_a_gate_needs_validation_images():
 def test_a_course_too_short_for_its_classes():
     model = small_cnn()
     trainer = ham.Trainer(model, sgd(model), ham.methods.DAFA(), **ATTACK)
-    with pytest.warns(HamWarning, match="class_from: is 71, and the training has 1 epochs"):
+    with pytest.warns(HamWarning, match="class_from: is 71, and DAFA ends with epoch 1"):
         trainer.fit([(torch.rand(8, 1, 8, 8), torch.randint(0, 10, (8,)))], epochs=1)
     with pytest.raises(ValueError, match="class_from: got 200 with epochs=120"):
         TrainSettings(method=ham.methods.DAFA(class_from=200)).check()
+
+
+def test_weights_that_the_step_leaves_alone_come_back_bit_by_bit(batch):
+    model = small_cnn()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(list(model.parameters())[-1:], 0.1)
+    trainer = ham.Trainer(model, optimizer, ham.methods.PGDAT(start_epoch=1, awp=0.3), **ATTACK)
+    trainer.train_step(*batch, epoch=1)
+    for name, p in list(model.named_parameters())[:-1]:
+        assert torch.equal(p, before[name]), name
+
+
+def test_nothing_to_perturb(batch):
+    """Biases and BatchNorm alone are trained; or the gradient is zero, in fp16 too."""
+    model = small_cnn()
+    for p in model.parameters():
+        p.requires_grad_(p.dim() == 1)
+    trainer = ham.Trainer(model, sgd(model), ham.methods.PGDAT(start_epoch=1, awp=0.01), **ATTACK)
+    assert trainer.train_step(*batch, epoch=1).loss > 0
+    half = torch.nn.Linear(3, 2).half()
+    weight = half.weight.detach().clone()
+    with perturbed(half, lambda ps: [torch.zeros_like(p) for p in ps], 0.1):
+        assert torch.equal(half.weight, weight)

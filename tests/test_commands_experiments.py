@@ -71,7 +71,7 @@ def test_frontier_tries_schedules_and_screenings():
     found, _ = of("frontier")
     known = [name for name in FRONTIER if name in names()]
     for name in known:
-        schedules = [s.method.step_sizes for called, s in found.items() if called.startswith(f"{name}-")]
+        schedules = [s.method.schedule for called, s in found.items() if called.startswith(f"{name}-")]
         assert [sizes for sizes in schedules if sizes] == list(SCHEDULES)
         screened = {easy: found[f"{name}-{easy}"].method for easy in ("drop", "stop", "jump")}
         for easy, method in screened.items():

@@ -56,10 +56,13 @@ class Attack:
 
     def stride(self, n: int) -> None:
         """One step as long as the next `n` together, in their place."""
-        usual = self.rows.step_size, self.rows.step_rows
+        usual, right = (self.rows.step_size, self.rows.step_rows), self.rows.right
+        before = None if right is None else right.clone()
         set_step_size(self.rows, self._pgd, self._pgd.share(self.done, self.done + n))
         self._equal_steps(1, None)
         self.rows.step_size, self.rows.step_rows = usual
+        if right is not None:
+            right.add_(right - before, alpha=n - 1)  # its point stands for those of n steps
         self.done += n - 1
 
     def look(self) -> tuple[Tensor, Tensor]:

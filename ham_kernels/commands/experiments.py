@@ -158,7 +158,7 @@ def _frontier(base: TrainSettings) -> Iterator[tuple[str, TrainSettings | str]]:
 def _scheduled(base: TrainSettings, name: str, sizes: tuple[float, ...]) -> tuple[str, TrainSettings | str]:
     """An attack of these steps; where they are those of the method's own `fast`, that."""
     method = _named(base, name).method
-    if hasattr(method, "fast") and replace(method, fast=True).step_sizes == sizes:
+    if hasattr(method, "fast") and replace(method, fast=True).schedule == sizes:
         return _allowed(base, name, "fast", fast=True)
     return _allowed(base, name, "steps" + "-".join(f"{size:g}" for size in sizes), step_sizes=sizes, early_drop=False)
 

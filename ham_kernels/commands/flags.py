@@ -169,10 +169,9 @@ def _base(argv: list[str]) -> TrainSettings:
         base = from_toml(config, rescaled(base, own_epochs) if own_epochs else base, of_flag)
     if named is not None:
         base = replace(base, method=with_name(base.method, named, base.optim.epochs))
-    try:
-        return base if epochs is None else rescaled(base, int(epochs))
-    except ValueError:  # tyro and check() say what is wrong with it
+    if epochs is None or not epochs.isdecimal() or int(epochs) < 1:  # tyro and check() say what is wrong with it
         return base
+    return rescaled(base, int(epochs))
 
 
 def _number(argv: list[str], told: dict[str, Any], key: str) -> int | None:

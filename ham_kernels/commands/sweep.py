@@ -173,7 +173,8 @@ def _starts_behind_pgd_at(settings: TrainSettings) -> bool:
     """
     method, shared = settings.method, _warm_up_settings(settings).method
     own, others = (warm_up_of(m, settings.warm_up.name).in_effect() for m in (method, shared))
-    return 1 < method.start_epoch <= settings.optim.epochs and own == others
+    alike = own | {"start_epoch": 1} == others | {"start_epoch": 1}
+    return 1 < method.start_epoch <= settings.optim.epochs and alike
 
 
 def _warm_up_folder(folder: Path, settings: TrainSettings) -> Path:

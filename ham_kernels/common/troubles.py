@@ -141,7 +141,7 @@ TROUBLES: dict[str, Trouble] = {
         "objective.end_epoch",
     ),
     "classes_alike": Trouble(
-        "class_from: is {first}, and the training has {epochs} epochs; {method} treats all classes alike until then",
+        "class_from: is {first}, and {method} ends with epoch {epochs}; it treats all classes alike until then",
         "The method's published course is longer than this training, and it names an epoch of that course.",
         "give a lower class_from",
     ),

@@ -24,6 +24,9 @@ def perturbed(model: nn.Module, gradients: Gradients, gamma: float) -> Iterator[
     An error within it leaves the weights as they were before, bit by bit.
     """
     moved = [p for name, p in model.named_parameters() if p.requires_grad and p.dim() > 1 and "weight" in name]
+    if not moved:
+        yield
+        return
     with torch.enable_grad():
         found = list(gradients(moved))
     with torch.no_grad():
@@ -37,10 +40,11 @@ def perturbed(model: nn.Module, gradients: Gradients, gamma: float) -> Iterator[
             torch._foreach_copy_(moved, before)
         raise
     with torch.no_grad():
-        torch._foreach_sub_(moved, shifts)
+        for p, w, shift in zip(moved, before, shifts, strict=True):  # what the step left alone comes back bit by bit
+            p.copy_(torch.where(p == w + shift, w, p - shift))
 
 
 def _shift(p: Tensor, g: Tensor, gamma: float) -> Tensor:
     """A gradient that is not finite shifts nothing: the update judges what is wrong."""
     length = g.norm()
-    return torch.where(length.isfinite(), g * (gamma * p.norm() / (length + TINY)), 0.0)
+    return torch.where(length.isfinite() & (length > 0), g * (gamma * p.norm() / (length + TINY)), 0.0)

@@ -24,7 +24,7 @@ class Fair(Method):
     name = "fair"
     title = "fair"
 
-    fast: bool = False
+    fast: Annotated[bool, Words(by_value=((True, "fast"),))] = False
     """Attack by three steps of 2 eps, eps and eps/2, unless step_sizes says others."""
     loss: Annotated[Literal["ce", "boosted_ce"], CE_KINDS] = "boosted_ce"
     """The cross entropy."""
@@ -35,7 +35,6 @@ class Fair(Method):
     class_strength: Annotated[float | None, Ge(0), Words("strength {}", needs="class_weights")] = 0.75
     """Of the class weights."""
 
-    def check(self) -> None:
-        if self.fast and not self.step_sizes:
-            object.__setattr__(self, "step_sizes", FAST_STEPS)
-        super().check()
+    @property
+    def schedule(self) -> tuple[float, ...]:
+        return self.step_sizes or (FAST_STEPS if self.fast else ())

@@ -40,11 +40,12 @@ class Objective(nn.Module):
         super().__init__()
         if not isinstance(method, Method):
             raise TypeError(f"method: got {method!r}; it must be a method, such as ham_kernels.methods.HAM()")
-        if method.step_sizes:
-            pgd = replace(pgd, step_sizes=method.step_sizes)
+        if method.schedule:
+            pgd = replace(pgd, step_sizes=method.schedule)
         method.attack_steps(pgd.steps)
         self.method, self.pgd = method, method.attack(pgd)
         self.epoch = 1  # under way; a trainer sets it, a loop of one's own does so by `end_epoch`
+        self.memories = 0  # how often the buffers were made anew: what was captured with others must not be replayed
         self._remembers = bool(method.remembers(2))
 
     def examples(
@@ -82,10 +83,13 @@ class Objective(nn.Module):
         """Context of an update; see `Method.around`."""
         return self.method.around(model, examples, self, gradients)
 
-    def end_epoch(self, end: EpochEnd) -> bool:
-        """Returns whether the next epoch's updates enter the weight average."""
+    def end_epoch(self, end: EpochEnd) -> None:
+        """After an epoch that it has trained."""
         self.method.end_epoch(end, self)
         self.epoch = end.epoch + 1
+
+    def keeps_average(self, end: EpochEnd) -> bool:
+        """Whether the updates of its next epoch enter the weight average."""
         return self.method.keeps_average(end, self)
 
     # ------------------------------------------------------------ what it remembers
@@ -106,6 +110,7 @@ class Objective(nn.Module):
     def _remember(self, z: Tensor) -> None:
         if not self._remembers or self.has_memory:
             return
+        self.memories += 1
         for name, value in self.method.remembers(z.shape[1]).items():
             self.register_buffer(name, value.to(z.device))
 
@@ -118,13 +123,30 @@ class Objective(nn.Module):
                 f"{', '.join(sorted(wanted)) or 'nothing'}"
             )
 
+    def memory(self) -> dict[str, Tensor]:
+        """What it remembers, by name."""
+        return {name: b.detach() for name, b in self.named_buffers()}
+
     def load_memory(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        """Takes over what `state_dict` gave, checked by `check_state`."""
-        own = dict(self.named_buffers())
-        for name in own.keys() - state.keys():
+        """Takes over what `memory` gave, checked by `check_state`."""
+        for name in list(self._buffers):
             delattr(self, name)
         for name, value in state.items():
-            if name in own and own[name].shape == value.shape:
-                own[name].copy_(value)  # in place: captured steps read it there
-            else:
-                self.register_buffer(name, value.detach().clone().to(device))
+            self.register_buffer(name, value.detach().clone().to(device))
+        self.memories += 1
+
+    # ------------------------------------------------------------ as a module of somebody's loop
+    def get_extra_state(self) -> dict[str, int]:
+        return {"epoch": self.epoch}
+
+    def set_extra_state(self, state: Mapping[str, int]) -> None:
+        self.epoch = state["epoch"]
+
+    def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
+        """Buffers are made by the first batch, or here."""
+        known = set(self.method.remembers(2)) if self._remembers else set()
+        for name in known:
+            if prefix + name in state_dict and name not in self._buffers:
+                self.register_buffer(name, torch.zeros_like(state_dict[prefix + name]))
+                self.memories += 1
+        super()._load_from_state_dict(state_dict, prefix, *others)

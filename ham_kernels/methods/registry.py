@@ -54,4 +54,4 @@ def warm_up_of(method: Method, name: str) -> Method:
     if warm.mines or name == "natural":
         why = "for clean images give natural_epochs" if name == "natural" else "it would mine"
         raise ValueError(f"warm_up: got {name!r}; {why}")
-    return dataclasses.replace(warm, start_epoch=method.start_epoch)
+    return dataclasses.replace(warm, start_epoch=1)

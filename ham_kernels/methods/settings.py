@@ -147,8 +147,8 @@ class Method:
 
     def attack_steps(self, steps: int) -> int:
         """K, where the attack has so many steps. Raises: ValueError where none are left behind the screening."""
-        steps = 1 if self.one_step else len(self.step_sizes) or steps
-        if self.mines and steps < 1:
+        steps = 1 if self.one_step else len(self.schedule) or steps
+        if (self.mines or self.looks_at_classes or self.counts_right) and steps < 1:
             raise ValueError(f"steps: got {steps}; it must be >= 1")
         if self.early_drop and self.screen_steps >= steps:
             raise ValueError(
@@ -156,6 +156,11 @@ class Method:
                 "is left for the hard examples"
             )
         return steps
+
+    @property
+    def schedule(self) -> tuple[float, ...]:
+        """The attack's steps in units of eps; none: as many of step_size as the training was told."""
+        return self.step_sizes
 
     def cost(self, steps: int, h: float = 1.0) -> float:
         """Forwards of a full batch that a training step takes: a backward to the images is 1, that of an update 2.
@@ -201,7 +206,7 @@ class Method:
             always = name in ("screen_steps", "lam") or (name == "start_epoch" and value > 1)
             if words.by_value:
                 told += [text for of, text in words.by_value if of == value and new]
-            elif value != words.off and (new or always):
+            elif (value != words.off or value is None) and (new or always):
                 told.append(words.text.format(field_types.shown(value)))
         return f"{self.title} ({', '.join(told)})" if told else self.title
 

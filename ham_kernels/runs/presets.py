@@ -106,9 +106,12 @@ def rescaled(settings: TrainSettings, epochs: int) -> TrainSettings:
 
     method = settings.method
     named = [name for name, words in field_types.words(type(method)).items() if words.scales]
+    scaled = {name: min(moved(getattr(method, name)), epochs) for name in named}
+    if method.class_from > method.start_epoch:  # some have an epoch of their own before
+        scaled["class_from"] = max(scaled["class_from"], scaled["start_epoch"] + 1)
     return replace(
         settings,
-        method=replace(method, **{name: min(moved(getattr(method, name)), epochs) for name in named}),
+        method=replace(method, **scaled),
         warm_up=replace(settings.warm_up, natural_epochs=round(settings.warm_up.natural_epochs * factor)),
         optim=replace(settings.optim, epochs=epochs, milestones=tuple(moved(m) for m in settings.optim.milestones)),
     )

@@ -52,6 +52,11 @@ class Phases:
         check = self._checks.get(planned.method.name)
         return planned if check is None or check.overfitted_at is None else self._pgd_at
 
+    @property
+    def warm_up(self) -> Method:
+        """The method before start_epoch."""
+        return self._warm_up.method
+
     # ------------------------------------------------------------ the watch over one-step methods
     def watches(self, epoch: int) -> bool:
         return self.objective(epoch).method.one_step
@@ -78,7 +83,7 @@ class Phases:
     def state_dict(self) -> dict[str, Any]:
         """What the methods remember, and the watch."""
         return {
-            "memory": {part: dict(o.state_dict()) for part, o in self._parts.items()},
+            "memory": {part: o.memory() for part, o in self._parts.items()},
             "overfitting": {name: check.state_dict() for name, check in self._checks.items()},
         }
 

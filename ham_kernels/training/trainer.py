@@ -92,8 +92,7 @@ class Trainer:
         self.engine = Engine(options, self.device)
         self._update = Updater(optimizer, self.engine, self.device)
         self.average = None if ema_decay is None else WeightAverage(model, ema_decay)
-        # whether updates enter the weight average; the method's gate may close it, and is closed at first
-        self._averages = not self.phases.objective(1).method.gate
+        self._averages = True  # whether updates enter the weight average; the method's gate may close it
         self.epoch = 0  # epochs completed by fit
         self.steps_done = 0  # names the noise of the next step
         self.history: list[EpochReport] = []
@@ -201,6 +200,8 @@ class Trainer:
         """
         checks.integer("epochs", epochs, 1)
         check_fit(self, train_loader, epochs, val_loader, scheduler, val_attacks)
+        if self.position == (1, 0) and val_loader is not None and self.phases.objective(1).method.gate:
+            self._averages = False  # until an epoch has opened it
         while self.epoch < epochs:
             report = self._train_epoch(train_loader, self.epoch + 1, on_batch_end)
             if val_loader is not None:
@@ -259,7 +260,9 @@ class Trainer:
         if self.phases.watches(report.epoch):  # first: a stop while it draws must not end the epoch twice
             batch = self._unpacked(first_of_epoch(loader, report.epoch))
             report.watch = asdict(self.phases.watch(self.model, batch, report.epoch, self.precision))
-        self._averages = objective.end_epoch(EpochEnd(report.epoch, self.model, report.val, report.val_ema))
+        end = EpochEnd(report.epoch, self.model, report.val, report.val_ema)
+        objective.end_epoch(end)
+        self._averages = self.phases.objective(report.epoch + 1).keeps_average(end)
         report.took(*(now - then for now, then in zip(_clocks(), since, strict=True)))
         self._running = None
         self.epoch += 1

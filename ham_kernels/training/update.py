@@ -102,7 +102,8 @@ class Updater:
         learned = tuple(p.requires_grad for p in parameters)
         resting = frozenset(map(id, note_resting(model)))
         key = (
-            "update", x.shape, x.stride(), x.dtype, examples.n, examples.weights is None, freeze_bn, objective, learned,
+            "update", x.shape, x.stride(), x.dtype, examples.n, examples.weights is None, freeze_bn,
+            objective, objective.memories, learned,
             resting, ambient(x.device),
         )  # fmt: skip
         reached = graphs.shared.setdefault("reached", {})
