@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 import ham_kernels as ham
 from ham_kernels.attack.pgd import PGD
+from ham_kernels.common import field_types
 from ham_kernels.common.troubles import HamWarning
 from ham_kernels.engine import NonFiniteError
 from ham_kernels.methods import Objective, class_weights
@@ -106,6 +108,11 @@ def test_hard_share_by_hand():
     expected = torch.tensor([3.5 / 5, 1.5 / 5, 0.5]) ** 0.7  # one row more, as hard as half of all are
     torch.testing.assert_close(class_weights.hard_share_weights(sums, counts, 0.7), expected)
     assert torch.equal(class_weights.hard_share_weights(torch.zeros(3, 1), counts, 0.7), torch.ones(3))
+
+
+def test_every_rule_can_be_named():
+    allowed = get_args(field_types.hints(ham.methods.PGDAT)["class_weights"])
+    assert set(allowed) == {"none", *RULES}
 
 
 # ---------------------------------------------------------------- state

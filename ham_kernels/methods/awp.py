@@ -30,21 +30,25 @@ def perturbed(model: nn.Module, gradients: Gradients, gamma: float) -> Iterator[
     with torch.enable_grad():
         found = list(gradients(moved))
     with torch.no_grad():
-        shifts = [torch.zeros_like(p) if g is None else _shift(p, g, gamma) for p, g in zip(moved, found, strict=True)]
         before = [p.clone() for p in moved]
-        torch._foreach_add_(moved, shifts)
+        torch._foreach_add_(moved, _shifts(moved, found, gamma))
+        there = [p.clone() for p in moved]
     try:
         yield
     except BaseException:
         with torch.no_grad():
             torch._foreach_copy_(moved, before)
         raise
-    with torch.no_grad():
-        for p, w, shift in zip(moved, before, shifts, strict=True):  # what the step left alone comes back bit by bit
-            p.copy_(torch.where(p == w + shift, w, p - shift))
+    with torch.no_grad():  # what the step left alone comes back bit by bit
+        torch._foreach_add_(before, torch._foreach_sub(moved, there))
+        torch._foreach_copy_(moved, before)
 
 
-def _shift(p: Tensor, g: Tensor, gamma: float) -> Tensor:
-    """A gradient that is not finite shifts nothing: the update judges what is wrong."""
-    length = g.norm()
-    return torch.where(length.isfinite() & (length > 0), g * (gamma * p.norm() / (length + TINY)), 0.0)
+def _shifts(weights: list[nn.Parameter], gradients: list[Tensor | None], gamma: float) -> list[Tensor]:
+    """A gradient that is zero or not finite shifts nothing: the update judges what is wrong."""
+    found = [torch.zeros_like(p) if g is None else g for p, g in zip(weights, gradients, strict=True)]
+    lengths, sizes = (torch.stack(torch._foreach_norm(ts)).float() for ts in (found, weights))
+    moves = lengths.isfinite() & (lengths > 0)
+    scales = (gamma * sizes / (lengths + TINY)).where(moves, 0.0)
+    found = [torch.where(known, g, 0.0) for known, g in zip(moves.unbind(), found, strict=True)]
+    return torch._foreach_mul(found, list(scales.unbind()))

@@ -78,8 +78,7 @@ def mean_by_class(sums: Tensor, counts: Tensor) -> Tensor:
 
 def is_hard(z: Tensor, y: Tensor) -> Tensor:
     """(n,) bool: not (z_y > the largest other); a tie and a NaN are hard."""
-    of_label = labels_of(z, y)
-    return ~(z.masked_fill(~of_label, -torch.inf).amax(1) > z.masked_fill(of_label, -torch.inf).amax(1))
+    return torch.ops.ham_kernels.margin_stats(z, y, None, None, probs=False)[1]
 
 
 def cross_entropy(z: Tensor, y: Tensor) -> Tensor:

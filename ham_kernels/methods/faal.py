@@ -15,12 +15,12 @@ uses the whole ball: with class_memory above 0 it is not that of one batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge, Lt
 
 from ..common.field_types import Words
-from .settings import CLASS_RULES, Method
+from .settings import ClassRule, Method
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,7 @@ class FAAL(Method):
     title = "FAAL"
     scales_weights = False
 
-    class_weights: Annotated[Literal["none", "hard_share", "kl_ball", "chi2", "exponentiated", "dafa"], CLASS_RULES] = (
-        "kl_ball"
-    )
+    class_weights: ClassRule = "kl_ball"
     """The rule."""
     class_strength: Annotated[float | None, Ge(0), Words("strength {}", needs="class_weights")] = 0.5
     """Radius of the ball."""

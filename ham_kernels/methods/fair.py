@@ -7,12 +7,12 @@ with `fast` 9, whatever K is. What it was measured on, and against what, is in d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge
 
 from ..common.field_types import Words
-from .settings import CE_KINDS, CLASS_RULES, Method
+from .settings import ClassRule, CrossEntropy, Method
 
 FAST_STEPS = (2.0, 1.0, 0.5)
 
@@ -26,11 +26,9 @@ class Fair(Method):
 
     fast: Annotated[bool, Words(by_value=((True, "fast"),))] = False
     """Attack by three steps of 2 eps, eps and eps/2, unless step_sizes says others."""
-    loss: Annotated[Literal["ce", "boosted_ce"], CE_KINDS] = "boosted_ce"
+    loss: CrossEntropy = "boosted_ce"
     """The cross entropy."""
-    class_weights: Annotated[Literal["none", "hard_share", "kl_ball", "chi2", "exponentiated", "dafa"], CLASS_RULES] = (
-        "hard_share"
-    )
+    class_weights: ClassRule = "hard_share"
     """Weigh classes by what the attack sees of them."""
     class_strength: Annotated[float | None, Ge(0), Words("strength {}", needs="class_weights")] = 0.75
     """Of the class weights."""

@@ -11,12 +11,12 @@ their script has it. They train a ResNet-18 with a learning rate of 0.01 and a w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge
 
 from ..common.field_types import Words
-from .settings import CE_KINDS, Method
+from .settings import CrossEntropy, Method
 
 ABOVE_ONE = 1.0000001  # the next number above 1 in fp32
 TINY = 1e-12
@@ -32,7 +32,7 @@ class MART(Method):
 
     beta: Annotated[float, Ge(0), Words("β={}")] = 5.0
     """Weight of the divergence."""
-    loss: Annotated[Literal["ce", "boosted_ce"], CE_KINDS] = "boosted_ce"
+    loss: CrossEntropy = "boosted_ce"
     """Its first term at x_adv: the boosted cross entropy of the paper, or the plain one."""
 
     def loss_of(self, model, examples, memory):

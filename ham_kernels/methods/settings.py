@@ -26,19 +26,24 @@ if TYPE_CHECKING:
 
 _registry: dict[str, type[Method]] = {}
 
-# words of settings that methods have other defaults of
-CE_KINDS = Words(by_value=(("boosted_ce", "boosted CE"), ("ce", "plain CE")))
-CLASS_RULES = Words(
-    by_value=(
-        ("none", "no class weights"),
-        ("hard_share", "classes by hard share"),
-        ("kl_ball", "classes in a KL ball"),
-        ("chi2", "classes in a χ² ball"),
-        ("exponentiated", "classes exponentiated"),
-        ("dafa", "classes by DAFA's rule"),
+# settings that methods have other defaults of
+CrossEntropy = Annotated[
+    Literal["ce", "boosted_ce"], Words(by_value=(("boosted_ce", "boosted CE"), ("ce", "plain CE")))
+]
+ClassRule = Annotated[
+    Literal["none", "hard_share", "kl_ball", "chi2", "exponentiated", "dafa"],
+    Words(
+        by_value=(
+            ("none", "no class weights"),
+            ("hard_share", "classes by hard share"),
+            ("kl_ball", "classes in a KL ball"),
+            ("chi2", "classes in a χ² ball"),
+            ("exponentiated", "classes exponentiated"),
+            ("dafa", "classes by DAFA's rule"),
+        ),
+        off="none",
     ),
-    off="none",
-)
+]
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,11 @@ class Method:
     """Weigh examples by how far a step of the attack moved their logits."""
     lam: Annotated[float, Ge(0), Words("λ={}", needs="reweight")] = 1.0
     """Lambda of the weights sigmoid(lambda * s), s the largest change of logits in a step; higher is more uniform."""
-    loss: Annotated[Literal["ce", "boosted_ce"], CE_KINDS] = "ce"
+    loss: CrossEntropy = "ce"
     """Cross entropy, or that and -log(1.0001 - the largest probability of another class), the first term of MART."""
     label_smoothing: Annotated[float, Ge(0), Lt(1), Words("smoothing {}", off=0.0)] = 0.0
     """Share of the label's probability that all classes share in the cross entropy of the loss."""
-    class_weights: Annotated[Literal["none", "hard_share", "kl_ball", "chi2", "exponentiated", "dafa"], CLASS_RULES] = (
-        "none"
-    )
+    class_weights: ClassRule = "none"
     """Weigh classes by what the attack sees of them: see docs/methods.md."""
     class_strength: Annotated[float | None, Ge(0), Words("strength {}", needs="class_weights")] = None
     """Of the class weights; 0: all alike. None (TOML: false): the rule's own."""
