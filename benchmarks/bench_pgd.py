@@ -124,7 +124,7 @@ def result_of(folder: Path, args: argparse.Namespace, title: str) -> dict:
 def main() -> int:
     args = parse()
     if "torchattacks" in args.methods and not torchattacks_there():
-        print("torchattacks is not installed, so its column is left out: pip install -e '.[bench]'\n")
+        print("torchattacks is not installed, so its column is left out: pip install -e '.[torchattacks]'\n")
         args.methods.remove("torchattacks")
     images = images_of(settings_of(args, BASE, 0))
     about = machine()

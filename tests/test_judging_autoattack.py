@@ -1,4 +1,4 @@
-"""AutoAttack by torchattacks: at full strength, inside the ball, and nothing around it changed."""
+"""AutoAttack by pyautoattack: at full strength, inside the ball, nothing around it changed; its fast search."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ham_kernels import engine
 from ham_kernels.attack.pgd import PGD
 from ham_kernels.evaluation import autoattack, judge
 
-torchattacks = pytest.importorskip("torchattacks")
+pyautoattack = pytest.importorskip("pyautoattack")
 
 pytestmark = pytest.mark.slow
 
@@ -28,19 +28,23 @@ def quick(monkeypatch):
         monkeypatch.setattr(autoattack, name, value)
 
 
+def found(part: str, model, x, y, pgd, seed: int = 1) -> torch.Tensor:
+    return autoattack.examples(part, model, x, y, 10, pgd, seed)
+
+
 def batch(images: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
     return digit_batches(images)[0]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_examples_lie_in_the_ball(quick, norm):
+@pytest.mark.parametrize("part", ["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square"])
+def test_examples_lie_in_the_ball(quick, norm, part):
     (x, y), pgd = batch(), BALLS[norm]
     model = robust_cnn()
     with engine.attack_mode(model):
-        wrapped = autoattack._Fp32Logits(model, x.device, "fp32")
-        x_adv = autoattack.examples(wrapped, x, y, 10, pgd, seed=1)
+        x_adv = found(part, model, x, y, pgd)
     assert (x_adv - autoattack.projected(x_adv, x, pgd)).abs().max() < 1e-5
-    assert (x_adv != x).flatten(1).any(1).sum() >= 3
+    assert (x_adv != x).flatten(1).any(1).sum() >= {"fab-t": 0, "square": 1}.get(part, 3)  # 5 steps, 50 queries
 
 
 def test_what_is_outside_is_brought_back():
@@ -65,38 +69,58 @@ def test_survivors_are_what_the_examples_leave(quick, norm):
     y = y.clone()
     y[:3] = (y[:3] + 1) % 10  # wrong from the start
     with engine.attack_mode(model):
-        correct, classes = autoattack.survivors(model, x, y, BALLS[norm], seed=1, precision="fp32")
-        wrapped = autoattack._Fp32Logits(model, x.device, "fp32")
-        rows = (model(x).argmax(1) == y).nonzero()[:, 0]
-        x_adv = autoattack.examples(wrapped, x[rows], y[rows], 10, BALLS[norm], seed=1)
-        expected = torch.zeros(len(y), dtype=torch.bool)
-        expected[rows] = model(x_adv).argmax(1) == y[rows]
-    assert classes == 10
-    assert not correct[:3].any()
-    assert torch.equal(correct, expected)
-    assert correct.sum() < len(rows)
+        judged = autoattack.survivors(model, x, y, BALLS[norm], name="autoattack", seed=1, precision="fp32")
+        expected = first = model(x).argmax(1) == y
+        for part in autoattack.parts("autoattack", 10):
+            rows = expected.nonzero()[:, 0]
+            x_adv = found(part, model, x[rows], y[rows], BALLS[norm])
+            expected = expected.clone()
+            expected[rows] = model(x_adv).argmax(1) == y[rows]
+            assert judged.lost[part] == len(rows) - expected.sum()
+    assert judged.classes == 10
+    assert not judged.correct[:3].any()
+    assert torch.equal(judged.correct, expected)
+    assert expected.sum() < first.sum()
 
 
 def test_runs_at_the_published_strength(monkeypatch):
-    """torchattacks' own standard version has 10 steps and all targets; the paper's has 100 and 9."""
+    """As the package's own "standard" does, part for part; 9 targets where there are so many classes."""
+    own = pyautoattack.AutoAttack(torch.nn.Identity(), norm="Linf", eps=0.1, seed=7)
+    assert autoattack.parts("autoattack", 10) == tuple(own.attacks_to_run)
     seen = {}
 
-    def record(self, images, labels):
-        for part in self._autoattack.attacks:
-            seen[type(part).__name__] = part
-        return images
+    def record(self, x, y):
+        seen[type(self).__name__] = self
+        return x
 
-    monkeypatch.setattr(torchattacks.AutoAttack, "forward", record)
+    for kind in (type(own.apgd), type(own.apgd_targeted), type(own.fab), type(own.square)):
+        monkeypatch.setattr(kind, "perturb", record)
     x, y = torch.rand(2, 1, 8, 8), torch.tensor([0, 1])
-    model = small_cnn(classes=30).eval()
-    wrapped = autoattack._Fp32Logits(model, x.device, "fp32")
-    autoattack.examples(wrapped, x, y, 30, PGD(0.1, 0.1, 0), seed=7)
-    assert list(seen) == ["APGD", "APGDT", "FAB", "Square"]
-    assert [seen[n].steps for n in ("APGD", "APGDT", "FAB")] == [100] * 3
-    assert [seen[n].n_target_classes for n in ("APGDT", "FAB")] == [9, 9]
-    assert seen["Square"].n_queries == 5000
-    assert {part.seed for part in seen.values()} == {7}
-    assert {part.eps for part in seen.values()} == {0.1}
+    for part in own.attacks_to_run:
+        autoattack.examples(part, small_cnn(classes=30), x, y, 30, PGD(0.1, 0.1, 0), 7)
+    theirs = {type(part).__name__: part for part in (own.apgd, own.apgd_targeted, own.fab, own.square)}
+    assert list(seen) == list(theirs)
+    settings = ("n_iter", "n_restarts", "n_target_classes", "n_queries", "loss", "norm", "eps", "seed", "eot_iter")
+    for name, part in seen.items():
+        for setting in settings:
+            if hasattr(theirs[name], setting):
+                assert getattr(part, setting) == getattr(theirs[name], setting), (name, setting)
+    assert seen["FABAttack_PT"].targeted
+    autoattack.examples("apgd-t", small_cnn(classes=5), x, y, 5, PGD(0.1, 0.1, 0), 7)
+    assert seen["APGDAttack_targeted"].n_target_classes == 4
+
+
+def test_agrees_with_the_package_alone():
+    """The same images survive as in pyautoattack's own loop."""
+    x, y = batch(40)
+    model = robust_cnn().eval()
+    autoattack_of = pyautoattack.AutoAttack(model, norm="Linf", eps=EPS, seed=0)
+    for name, part in (("n_queries", autoattack_of.square), ("n_target_classes", autoattack_of.fab)):
+        setattr(part, name, {"n_queries": 100, "n_target_classes": 2}[name])  # parts that take long and find nothing
+    x_adv, _ = autoattack_of.run_standard_evaluation(x, y, batch_size=40)
+    ours = ham.evaluate(model, [(x, y)], ["apgd"], eps=EPS)["apgd"].accuracy
+    theirs = float((model(x_adv).argmax(1) == y).float().mean())
+    assert ours == pytest.approx(theirs, abs=1e-6)
 
 
 def test_rows_lost_anyway_are_not_attacked():
@@ -139,8 +163,12 @@ def test_nothing_around_it_changes(quick, capsys):
 class Linear(torch.nn.Module):
     """No parameters, so that nothing says on which device it lives."""
 
+    def __init__(self, classes: int = 4):
+        super().__init__()
+        self.classes = classes
+
     def forward(self, x):
-        return x.flatten(1)[:, :4] * 3
+        return x.flatten(1)[:, : self.classes] * 3
 
 
 def test_model_without_parameters_and_bf16(quick, capsys):
@@ -173,18 +201,69 @@ def test_judged_twice_alike_and_resumed(quick, tmp_path):
     assert "step_size" not in whole["settings"]
 
 
-def test_needs_four_classes_and_images():
-    x = torch.rand(4, 1, 8, 8)
-    with pytest.raises(ValueError, match="model: knows 3 classes; AutoAttack's targeted loss needs at least 4"):
-        ham.evaluate(small_cnn(classes=3), [(x, torch.arange(4) % 3)], ["autoattack"], eps=0.1)
+@pytest.mark.parametrize(("classes", "runs"), [
+    (2, ["apgd-ce", "fab-t", "square"]), (3, ["apgd-ce", "apgd-dlr", "fab-t", "square"]),
+    (4, ["apgd-ce", "apgd-t", "fab-t", "square"]),
+])  # fmt: skip
+def test_few_classes_are_attacked_by_the_parts_that_can(quick, classes, runs):
+    """And the result says which."""
+    torch.manual_seed(0)
+    x = torch.rand(24, 1, 8, 8)
+    model = Linear(classes)
+    y = model(x).argmax(1)
+    found = judge(model, [(x, y)], ["clean", "autoattack"], classes=classes, eps=0.4, step_size=0.1)
+    assert found["autoattack"]["settings"]["parts"] == runs
+    assert found["autoattack"]["accuracy"]["value"] < found["clean"]["accuracy"]["value"] == 1.0
+    assert set(found["autoattack"]["lost"]) <= set(runs)
+
+
+def test_what_cannot_be_attacked_is_said():
     with pytest.raises(ValueError, match="x: got shape"):
-        ham.evaluate(Linear(), [(x.flatten(1), torch.arange(4))], ["autoattack"], eps=0.1)
+        ham.evaluate(Linear(), [(torch.rand(4, 64), torch.arange(4))], ["autoattack"], eps=0.1)
+    with pytest.raises(ValueError, match="x: got images 4 high; Square under l2 needs at least 5"):
+        ham.evaluate(small_cnn(), [(torch.rand(4, 1, 4, 4), torch.arange(4))], ["autoattack"], eps=0.1, norm="l2")
+    with pytest.raises(ValueError, match="search: got 'quick'"):
+        ham.evaluate(small_cnn(), [batch()], ["pgd2"], eps=0.1, search="quick")
+
+
+# ------------------------------------------------------------ on a faster form of the model
+@pytest.mark.parametrize("attack", ["pgd20", "apgd"])
+def test_fast_search_is_judged_by_the_plain_model(quick, attack):
+    """The same flags within one image of 60; weights, their order and the model's layers as they were."""
+    data, model = [batch(60)], robust_cnn()
+    before = {k: (v.clone(), v.is_contiguous()) for k, v in model.state_dict().items()}
+    how = {"classes": 10, "eps": EPS, "step_size": STEP_SIZE}
+    fast, plain = (judge(model, data, [attack], search=s, **how)[attack] for s in ("fast", "plain"))
+    assert sum(a != b for a, b in zip(fast["correct"], plain["correct"], strict=True)) <= 1
+    assert fast["settings"]["search"]["channels_last"]
+    assert "search" not in plain["settings"]
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, before[k][0])
+        assert v.is_contiguous() == before[k][1]
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+class Blinded(engine.Engine):
+    """Searches on a model that answers class 0 for half of the rows: for it they are lost already."""
+
+    def forward(self, model, x):
+        z = model(x)
+        blind = torch.arange(len(x)) % 2 == 0
+        return torch.where(blind[:, None], torch.nn.functional.one_hot(torch.zeros(len(x), dtype=int), 10) * 9.0, z)
+
+
+def test_what_the_fast_form_takes_for_lost_is_searched_on_the_plain_one(quick):
+    data, model = [batch(40)], robust_cnn()
+    how = {"classes": 10, "eps": EPS, "step_size": STEP_SIZE}
+    blinded = judge(model, data, ["apgd"], search=Blinded(device=torch.device("cpu")), **how)["apgd"]
+    plain = judge(model, data, ["apgd"], **how)["apgd"]
+    assert blinded["accuracy"]["value"] < plain["accuracy"]["value"] + 0.12  # 0.25 more if they were left alone
 
 
 def test_missing_library_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchattacks", None)
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
     model = Counting(small_cnn())
-    with pytest.raises(ImportError, match=r'"autoattack" needs torchattacks.*pip install "ham_kernels\[bench\]"'):
+    with pytest.raises(ImportError, match=r'"autoattack" .*need pyautoattack.*pip install "ham_kernels\[autoattack\]"'):
         judge(model, [batch()], ["clean", "autoattack"], classes=10, eps=EPS, step_size=STEP_SIZE)
     assert model.forward_rows == 0
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.timeout(1500)
 def test_every_command_of_the_tutorial_runs(tmp_path):
-    pytest.importorskip("torchattacks")
+    pytest.importorskip("pyautoattack")
     blocks = re.findall(r"^```bash\n(.*?)^```$", (ROOT / "docs/tutorial.md").read_text(), re.DOTALL | re.MULTILINE)
     assert len(blocks) >= 7
     programs = tmp_path / "bin"

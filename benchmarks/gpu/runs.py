@@ -85,8 +85,8 @@ def train(o: Options, arm: str, seed: int, shell: Shell) -> dict:
 
 def judge(o: Options, seed: int, choice: list[str], shell: Shell) -> dict:
     """All arms side by side: times do not matter here, and one alone does not fill the GPU."""
-    if "autoattack" in choice and importlib.util.find_spec("torchattacks") is None:
-        raise Failed("torchattacks is not installed")
+    if "autoattack" in choice and importlib.util.find_spec("pyautoattack") is None:
+        raise Failed("pyautoattack is not installed")
     folders = [o.out / "cifar" / name for name in _finished(o, seed)]
     if not folders:
         raise Failed("no run is finished")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .. import data, evaluation
 from ..common import provenance
 from ..common.files import write_atomically
-from ..evaluation.named_attacks import plans
+from ..evaluation.named_attacks import plans, searcher
 from ..runs.folder import RunFolder
 from ..runs.settings import EvaluateSettings, TrainSettings, check_step
 from . import run_images
@@ -107,6 +107,7 @@ class _Judge:
         self.run, self.state, self.told, self.settings, self.how, self.images = run, state, told, settings, how, images
         self.other, self.device, self.progress = other, device, _Progress(quiet)
         self.steps, self.workers = told.attack.steps, told.data.workers
+        self.search = searcher(settings.search, device)
         of_part = images.counts[settings.part]
         self.n = min(settings.images or of_part, of_part)
         usual = how == _how(EvaluateSettings(), told) and settings.part == "test"
@@ -129,12 +130,12 @@ class _Judge:
             loader = NotedLoader(self._loader(s.part, self.n))
             for attack in s.attacks:
                 name = f"{attack}-r{s.restarts}" if s.restarts > 1 and attack.startswith(("pgd", "cw")) else attack
-                if result["attacks"].get(name, {}).get("n", 0) >= self.n:
+                if self._stays(result["attacks"].get(name)):
                     continue
                 found = evaluation.judge(
                     self.model, loader, (attack,), classes=len(self.images.classes), restarts=s.restarts,
                     device=self.device, store=self.run.path / "evaluation" / f".{self.stem}.flags.json",
-                    identity=self.identity, progress=progress, **self.how,
+                    identity=self.identity, progress=progress, search=self.search, **self.how,
                 )  # fmt: skip
                 result["attacks"][name] = {**found[attack], **loader.noted, "on": on}
                 self.run.write_json(self.name, result)
@@ -146,6 +147,10 @@ class _Judge:
                 self._once(result, "easy", key, self._easy)
         del self.model  # the next kind of weights may need its memory
 
+    def _stays(self, old: dict[str, Any] | None) -> bool:
+        """An attack is not judged again on fewer images, nor by a search that is less exact."""
+        return old is not None and old["n"] >= self.n and (self.search is not None or "search" not in old["settings"])
+
     def begin(self) -> None:
         """Takes over the file's earlier results, where they are of the same weights.
 
@@ -153,7 +158,7 @@ class _Judge:
         """
         self.result = fresh = {
             "format": FORMAT, **self.identity, "classes": list(self.images.classes), "machine": provenance.machine(),
-            "versions": provenance.versions("torchattacks"), "commit": provenance.commit(), "attacks": {},
+            "versions": provenance.versions("pyautoattack"), "commit": provenance.commit(), "attacks": {},
         }  # fmt: skip
         if not self.path.exists():
             return

@@ -13,7 +13,7 @@ def verdict(result: dict[str, Any], run: Path) -> str:
     """The text of what evaluation/*.json holds, empty line first."""
     what = f"weights {result['weights']} (epoch {result['epoch']}), {result['part']} images, eps {result['eps']:g}"
     lines = ["", f"{run}, {what}", "accuracy in %, 95 % interval over images; std, nstd over classes", ""]
-    lines += [*_attacks(result), *_limits(result), "", "per class", *_classes(result)]
+    lines += [*_attacks(result), *_limits(result), *_parts(result), "", "per class", *_classes(result)]
     if "masking" in result:
         lines += ["", *_masking(result["masking"])]
     if "confidence" in result:
@@ -56,6 +56,15 @@ def _limits(result: dict[str, Any]) -> list[str]:
         f"{attack_title(name)}: gradient missing for {a['no_gradient']} of {a['n']} images, which were not attacked"
         for name, a in result["attacks"].items()
         if a.get("no_gradient")
+    ]
+
+
+def _parts(result: dict[str, Any]) -> list[str]:
+    """Which part of AutoAttack took how many images; a search without gradients that takes many hints at masking."""
+    return [
+        f"{attack_title(name)} took " + ", ".join(f"{k} by {part.upper()}" for part, k in a["lost"].items())
+        for name, a in result["attacks"].items()
+        if a.get("lost")
     ]
 
 

@@ -91,10 +91,12 @@ class Sweep:
     seeds: tuple[int, ...] = (0,)
     attacks: Annotated[
         tuple[str, ...],
-        _default("clean pgd20 cw20; of methods and frontier autoattack too, where torchattacks is installed"),
+        _default("clean pgd20 cw20; of methods and frontier autoattack too, where pyautoattack is installed"),
     ] = ()
     """How each run is judged on the test set in the end. HAM gains more under PGD than under CW: look at both.
-    AutoAttack takes the equivalent of up to 9000 forwards of each image that resists it, CW-20 of 40."""
+    AutoAttack takes the equivalent of up to 12000 forwards of each image that resists it, CW-20 of 40."""
+    search: Literal["plain", "fast"] = "plain"
+    """fast: attacks look for examples on a rounded, compiled form of each model; the plain one judges them."""
     masking: Annotated[bool, _default("--no-masking; of methods and frontier --masking")] = False
     """Check each run for gradient masking: about 350 forwards and backwards of each image."""
     masking_images: int = 128

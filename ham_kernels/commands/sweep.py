@@ -86,8 +86,9 @@ class _Worker:
                 self._begin(path, cell.settings)
             if RunFolder.open(path).status()["state"] != "finished":
                 self._run(path, "train", "--resume", str(path), "--quiet")
+            search = ["--search", self.wanted.search]
             asked = ["--masking-images", str(self.wanted.masking_images)] if self.wanted.masking else ["--no-masking"]
-            self._run(path, "evaluate", str(path), "--attacks", *self.wanted.attacks, *asked, "--quiet")
+            self._run(path, "evaluate", str(path), "--attacks", *self.wanted.attacks, *search, *asked, "--quiet")
         except (OSError, ValueError, RuntimeError) as error:
             # A judgement that failed takes nothing from a training that is finished.
             if (path / "config.toml").exists() and RunFolder(path).status()["state"] != "finished":

@@ -7,7 +7,7 @@ replay), `engine` (Engine, which ties them together). Nothing here knows an atta
 """
 
 from .buffers import Buffers
-from .engine import PLAIN, Engine, plain
+from .engine import PLAIN, Engine, fast, plain
 from .first_look import ROWS, findings, first_look, look_once, runnable
 from .host_reads import BatchGuard, NonFiniteError, Stopwatch, largest_entries, start_read
 from .memory import keep_freed_memory, return_freed_memory
@@ -28,6 +28,7 @@ __all__ = [
     "NonFiniteError",
     "Stopwatch",
     "attack_mode",
+    "fast",
     "autocast",
     "findings",
     "first_look",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
@@ -55,6 +55,7 @@ class Engine:
         if self.options.keep_memory and device is not None and device.type == "cpu":
             keep_freed_memory()
         self._placed = self._compiled_model = None
+        self._was: Sequence[nn.Parameter] = ()
         self._halves = MadeFor(lambda model: HalfWeights(model, DTYPES[self.precision]))
         self._winograd = MadeFor(WinogradLayers)
 
@@ -84,14 +85,21 @@ class Engine:
             self.give_up("channels_last", f"it is an order of (n, C, H, W), and the images are {tuple(x.shape)}")
             return x
         if model is not self._placed:
+            moved = [p for p in model.parameters() if p.is_contiguous()]
             problem = _channels_last_problem(model, x[:2], self.precision)
             if problem is not None:
                 self.give_up("channels_last", problem)
                 return x
-            self._placed = model
+            self._placed, self._was = model, moved
             if average is not None:
                 average.to(memory_format=torch.channels_last)
         return x.contiguous(memory_format=torch.channels_last)
+
+    def put_back(self) -> None:
+        """The weights of the model that was placed lie in the order that they had."""
+        for p in self._was:
+            p.data = p.data.contiguous()
+        self._placed, self._was = None, ()
 
     # ------------------------------------------------------------ in an attack, in an update
     @contextmanager
@@ -158,6 +166,14 @@ PLAIN = Engine(EngineOptions(keep_memory=False))
 def plain(precision: str) -> Engine:
     """An engine of no options but the precision. One that rounds weights holds the model, so it is not kept."""
     return PLAIN if precision == "fp32" else Engine(EngineOptions(precision, keep_memory=False))
+
+
+def fast(device: torch.device) -> Engine:
+    """All that makes an attack fast on this device and leaves its examples to be judged by the plain model."""
+    cpu = device.type == "cpu"
+    precision = "fp32" if half_problem("bf16", device) else "bf16"
+    winograd = cpu and winograd_problem(device, precision) is None
+    return Engine(EngineOptions(precision, True, True, not cpu, winograd), device)
 
 
 def _function_of(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -1,16 +1,23 @@
-"""AutoAttack, standard version (Croce and Hein, arXiv 2003.01690), by the torchattacks package.
+"""AutoAttack, standard version (Croce and Hein, arXiv 2003.01690), by its authors' package, pyautoattack.
 
-What has to be put right around torchattacks 3.5: its "standard" runs APGD and FAB for 10 steps where the paper and
-the published tables have 100, and attacks all other classes where they have 9; it seeds torch's global generator; it
-prints where a model has no parameters; it switches a model that says it is training back to train mode; and its
-targeted loss needs four classes.
+The parts search one after another, each among the images that still stand; the package is asked for examples alone.
+Every verdict is the plain model's, at an example brought back into the ball. A fast search (`engine.fast`) looks for
+examples on a rounded, compiled form of the model. Where that form takes an image for lost and the plain model does not,
+the part searches once more on the plain model, so that rounding makes no image robust.
+
+What has to be put right around pyautoattack 0.2: it seeds torch's global generator, asks for more targets than a model
+of few classes has, and logs what is no news here.
 """
 
 from __future__ import annotations
 
 import importlib
-from contextlib import contextmanager
+import importlib.metadata
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,77 +28,97 @@ from ..common import checks
 from ..ops import l2
 from .class_accuracy import correct_rows
 
+Logits = Callable[[Tensor], Tensor]
+
+NAMES = ("apgd", "autoattack")  # apgd: the parts of that name, an upper bound of what AutoAttack leaves
 STEPS = 100
 TARGETS = 9
 QUERIES = 5000
-TOLERANCE = 1e-5  # rounding of x + (x_adv - x) in fp32, in units of the images (relative to eps for L2)
+L2_SIDE = 5  # Square tiles images with a fifth of their height
 
 
 def library() -> ModuleType:
-    """torchattacks, or an ImportError that says how to get it."""
+    """pyautoattack, or an ImportError that says how to get it."""
     try:
-        return importlib.import_module("torchattacks")
+        return importlib.import_module("pyautoattack")
     except ImportError as error:
         raise ImportError(
-            f'attacks: "autoattack" needs torchattacks ({error}); pip install "ham_kernels[bench]"'
+            f'attacks: "autoattack" and "apgd" need pyautoattack ({error}); pip install "ham_kernels[autoattack]"'
         ) from error
+
+
+def parts(name: str, classes: int) -> tuple[str, ...]:
+    """What runs, in this order. The DLR loss compares three logits, its targeted form four."""
+    dlr = ("apgd-t",) if classes >= 4 else ("apgd-dlr",) if classes == 3 else ()
+    return ("apgd-ce", *dlr, *(("fab-t", "square") if name == "autoattack" else ()))
 
 
 def settings() -> dict:
     """What decides its flags besides the budget; JSON-ready."""
     return {
         "version": "standard", "steps": STEPS, "targets": TARGETS, "queries": QUERIES,
-        "torchattacks": getattr(library(), "__version__", "unknown"),
+        "pyautoattack": importlib.metadata.version(library().__name__),
     }  # fmt: skip
 
 
-class _Fp32Logits(nn.Module):
-    """The model as torchattacks must see it: fp32 logits, in eval mode, with a parameter that says where it is."""
-
-    def __init__(self, model: nn.Module, device: torch.device, precision: str):
-        super().__init__()
-        self.place = nn.Parameter(torch.zeros((), device=device), requires_grad=False)
-        self.model, self.precision = model, precision
-        self.training = False  # the model inside is in eval mode already
-
-    def forward(self, x: Tensor) -> Tensor:
-        with engine.autocast(self.precision, x.device):
-            return self.model(x).float()
+class Judged(NamedTuple):
+    correct: Tensor  # (n,) bool, the rows that survive
+    classes: int  # that the model knows
+    lost: dict[str, int]  # rows that each part took
 
 
-def survivors(model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, *, seed: int, precision: str) -> tuple[Tensor, int]:
-    """(n,) bool, rows that survive AutoAttack, and the number of classes; model in attack_mode.
+def survivors(
+    model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, *, name: str, seed: int, precision: str,
+    search: engine.Engine | None = None,
+) -> Judged:  # fmt: skip
+    """Which rows survive AutoAttack or its APGD parts; model in attack_mode.
 
     Rows that the model gets wrong without an attack are not attacked: they are lost already.
     """
     guard = engine.BatchGuard(x, y)
-    wrapped = _Fp32Logits(model, x.device, precision)
-    correct, classes = _correct(wrapped, x, y, guard)
+
+    @torch.no_grad()
+    def right(x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        z = _plain(model, precision)(x)
+        checks.model_output(z, x.shape[0])
+        guard.logits(z)
+        return correct_rows(z, y), z.shape[1]
+
+    correct, classes = right(x, y)
     guard.read()
-    _check_problem(x, classes)
-    rows = correct.nonzero()[:, 0]
-    if len(rows) and pgd.eps > 0:
+    _check_problem(x, classes, pgd)
+    lost = {}
+    for part in parts(name, classes) if pgd.eps > 0 else ():
+        rows = correct.nonzero()[:, 0]
+        if not len(rows):
+            break
         clean, labels = x[rows].float().contiguous(), y[rows]
-        x_adv = projected(examples(wrapped, clean, labels, classes, pgd, seed), clean, pgd)
-        still, _ = _correct(wrapped, x_adv, labels, guard)
+        with _searching(model, clean, precision, search) as logits:
+            x_adv, disputed = _examples(part, logits, clean, labels, classes, pgd, seed)
+        still, _ = right(projected(x_adv, clean, pgd), labels)
+        if search is not None and (again := (still & disputed).nonzero()[:, 0]).numel():
+            x_adv, _ = _examples(part, _plain(model, precision), clean[again], labels[again], classes, pgd, seed)
+            still[again], _ = right(projected(x_adv, clean[again], pgd), labels[again])
         guard.read()
-        correct[rows] = still
-    return correct, classes
+        correct[rows], lost[part] = still, int((~still).sum())
+    return Judged(correct, classes, lost)
 
 
-def examples(wrapped: nn.Module, x: Tensor, y: Tensor, classes: int, pgd: PGD, seed: int) -> Tensor:
-    """The adversarial examples; a row that no attack could turn comes back as it was."""
+def examples(part: str, logits: Logits, x: Tensor, y: Tensor, classes: int, pgd: PGD, seed: int) -> Tensor:
+    """The adversarial examples that one part finds; a row that it could not turn comes back as it was."""
+    targets = min(TARGETS, classes - 1)
     norm = "L2" if pgd.norm == "l2" else "Linf"
-    attack = library().AutoAttack(wrapped, norm=norm, eps=pgd.eps, version="standard", n_classes=classes, seed=seed)
-    for part in attack._autoattack.attacks:
-        if hasattr(part, "n_queries"):
-            part.n_queries = QUERIES
-        else:
-            part.steps = STEPS
-        if hasattr(part, "n_target_classes"):
-            part.n_target_classes = min(TARGETS, classes - 1)
-    with _own_generators(x.device):
-        return attack(x, y).detach()
+    attack = library().AutoAttack(logits, norm=norm, eps=pgd.eps, seed=seed, version="standard", device=x.device)
+    search = {"apgd-t": attack.apgd_targeted, "fab-t": attack.fab, "square": attack.square}.get(part, attack.apgd)
+    search.seed = seed
+    if part == "square":
+        search.n_queries = QUERIES
+    else:
+        search.n_iter, search.n_target_classes, search.targeted = STEPS, targets, part == "fab-t"
+    if part.startswith("apgd"):
+        search.loss = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr-targeted"}[part]
+    with _own_generators(x.device), _quiet(attack.logger):
+        return search.perturb(x, y).detach()
 
 
 def projected(x_adv: Tensor, x: Tensor, pgd: PGD) -> Tensor:
@@ -101,23 +128,56 @@ def projected(x_adv: Tensor, x: Tensor, pgd: PGD) -> Tensor:
     return (x + delta).clamp(0.0, 1.0)
 
 
-@torch.no_grad()
-def _correct(wrapped: nn.Module, x: Tensor, y: Tensor, guard: engine.BatchGuard) -> tuple[Tensor, int]:
-    z = wrapped(x)
-    checks.model_output(z, x.shape[0])
-    guard.logits(z)
-    return correct_rows(z, y), z.shape[1]
-
-
-def _check_problem(x: Tensor, classes: int) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"x: got shape {tuple(x.shape)}; AutoAttack needs images (n, channels, height, width)")
-    if classes < 4:
-        raise ValueError(f"model: knows {classes} classes; AutoAttack's targeted loss needs at least 4")
+def _examples(part: str, logits: Logits, x: Tensor, y: Tensor, *how) -> tuple[Tensor, Tensor]:
+    """`examples`, and which rows the searched model takes for lost, found or never attacked, (n,) bool."""
+    x_adv = examples(part, logits, x, y, *how)
+    with torch.no_grad():
+        never_attacked = ~correct_rows(logits(x), y)
+    return x_adv, never_attacked | (x_adv != x).flatten(1).any(1)
 
 
 @contextmanager
-def _own_generators(device: torch.device):
+def _searching(model: nn.Module, x: Tensor, precision: str, search: engine.Engine | None) -> Iterator[Logits]:
+    """What the parts ask, fp32 logits with a gradient to the images."""
+    if search is not None:
+        search.place(model, x)
+    with nullcontext() if search is None else search.attacking(model):
+        if search is None:
+            yield _plain(model, precision)
+        else:
+            yield lambda x: search.forward(model, search.place(model, x)).float()
+
+
+def _plain(model: nn.Module, precision: str) -> Logits:
+    def logits(x: Tensor) -> Tensor:
+        with engine.autocast(precision, x.device):
+            return model(x).float()
+
+    return logits
+
+
+def _check_problem(x: Tensor, classes: int, pgd: PGD) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}; AutoAttack needs images (n, channels, height, width)")
+    if classes < 2:
+        raise ValueError(f"model: knows {classes} class; there is nothing to attack")
+    if pgd.norm == "l2" and x.shape[2] < L2_SIDE:
+        raise ValueError(f"x: got images {x.shape[2]} high; Square under l2 needs at least {L2_SIDE}")
+
+
+@contextmanager
+def _own_generators(device: torch.device) -> Iterator[None]:
     """torch's global generators inside are a copy."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    """It warns of points without a gradient, once per target; `masking` and `no_gradient` of PGD tell of them."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -12,7 +12,7 @@ from ..common import checks, troubles
 from ..common.one_class import answers_one_class
 from ..common.processes import refuse_several
 from .class_accuracy import ClassAccuracy, summary
-from .named_attacks import Plan, batches, plans, resolve_device, survivors
+from .named_attacks import Plan, batches, judged, plans, resolve_device, searcher, survivors
 
 __all__ = ["ClassAccuracy", "evaluate"]
 
@@ -20,7 +20,7 @@ __all__ = ["ClassAccuracy", "evaluate"]
 def evaluate(
     model: nn.Module, loader: Iterable, attacks: Sequence[str] = ("clean", "pgd20"), *, eps: float = 8 / 255,
     step_size: float = 2 / 255, norm: str = "linf", device: torch.device | str | None = None,
-    precision: str = "fp32", seed: int = 0, restarts: int = 1,
+    precision: str = "fp32", seed: int = 0, restarts: int = 1, search: str = "plain",
 ) -> dict[str, ClassAccuracy]:  # fmt: skip
     """Accuracy of a model over a data set, for each attack. The model is in eval mode and left as it was.
 
@@ -29,23 +29,28 @@ def evaluate(
         loader: any iterable of (x in [0, 1], y).
         attacks: "clean"; "fgsm", one step of eps from the image itself; "pgdK" for K steps of PGD on the cross
             entropy from a random start ("pgd20"), "cwK" for the same on the margin loss; "autoattack", the standard
-            version (arXiv 2003.01690), which needs torchattacks. Every image gets all K steps and is judged at the
-            last point.
+            version (arXiv 2003.01690) by pyautoattack; "apgd", its parts APGD-CE and APGD-T alone, an upper bound.
+            With 3 classes APGD-DLR stands for APGD-T, with 2 it is left out: that loss compares logits of more. Of
+            PGD every image gets all K steps and is judged at the last point.
         eps, step_size, norm: of the attacks, in units of the images. AutoAttack chooses its own steps.
         device: where to run; None takes the model's.
-        precision: "fp32", or "bf16" or "fp16" (autocast); AutoAttack takes no fp16.
+        precision: of the model that is judged: "fp32", or "bf16" or "fp16" (autocast); AutoAttack takes no fp16.
         seed: of the random starts; batch b draws the same noise in every call.
         restarts: random starts of "pgdK" and "cwK"; an image is lost when any of them turns it.
+        search: on what attacks look for examples: "plain", the model as it is; "fast", rounded to bf16, channels_last,
+            compiled, with Winograd's convolutions or CUDA graphs, as far as the device has them. Each example is
+            judged by the plain model in either case. Compiling takes a minute at most.
     Returns: {attack: ClassAccuracy}; `no_gradient` counts the images that an attack could not work on.
     Warns: HamWarning where the model is not what attacks rely on (see docs/troubleshooting.md).
-    Raises: TypeError, ValueError naming the argument; ImportError for "autoattack" without torchattacks.
+    Raises: TypeError, ValueError naming the argument; ImportError for "autoattack" without pyautoattack.
     """
     refuse_several(model)
     wanted = plans(attacks, eps=eps, step_size=step_size, norm=norm, restarts=restarts)
-    autoattack = any(plan.is_autoattack for plan in wanted.values())  # whose losses would vanish in fp16
+    autoattack = any(plan.of_autoattack for plan in wanted.values())  # whose losses would vanish in fp16
     checks.choice("precision", precision, engine.JUDGING_PRECISIONS if autoattack else engine.PRECISIONS)
     device = resolve_device(model, device)
-    found = accuracies(model, loader, wanted, device=device, precision=precision, seed=seed, look=True)
+    by = searcher(search, device)
+    found = accuracies(model, loader, wanted, device=device, precision=precision, seed=seed, look=True, search=by)
     tell_no_gradient({name: a.no_gradient for name, a in found.items()}, next(iter(found.values())).n)
     if "clean" in found and (answer := answers_one_class(found["clean"].per_class)) is not None:
         troubles.warn("one_answer", answer=answer, n=found["clean"].n)
@@ -54,19 +59,19 @@ def evaluate(
 
 def accuracies(
     model: nn.Module, loader: Iterable, wanted: Mapping[str, Plan], *, device: torch.device, precision: str, seed: int,
-    look: bool = False,
+    look: bool = False, search: engine.Engine | None = None,
 ) -> dict[str, ClassAccuracy]:  # fmt: skip
     """`evaluate` of a model that has been looked at, or is now (`look`)."""
     flags: dict[str, list[Tensor]] = {name: [] for name in wanted}
     no_gradient = dict.fromkeys(wanted, 0)
     labels, classes = [], 0
-    with engine.attack_mode(model):
+    with judged(model, search):
         for b, x, y in batches(loader, device):
             if look and b == 0:
                 engine.first_look(model, x, y)
             labels.append(y)
             for name, plan in wanted.items():
-                found = survivors(model, x, y, plan, seed=seed, batch=b, precision=precision)
+                found = survivors(model, x, y, plan, seed=seed, batch=b, precision=precision, search=search)
                 flags[name].append(found.correct)
                 no_gradient[name] += found.no_gradient
                 classes = found.classes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,29 +17,30 @@ from ..common import checks
 from . import autoattack
 from .class_accuracy import correct_rows
 
-NAMES = "'clean' and 'pgdK' such as 'pgd20', also 'fgsm', 'cwK' and 'autoattack'"
+NAMES = "'clean' and 'pgdK' such as 'pgd20', also 'fgsm', 'cwK', 'apgd' and 'autoattack'"
+SEARCHES = ("plain", "fast")
 RESTART_STRIDE = 1 << 20  # noise is keyed on (seed, step): step = batch + restart * stride
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a name stands for. AutoAttack uses eps and norm of `pgd` only."""
+    """What a name stands for. AutoAttack and its parts use eps and norm of `pgd` only."""
 
     name: str
     pgd: PGD
     restarts: int = 1
 
     @property
-    def is_autoattack(self) -> bool:
-        return self.name == "autoattack"
+    def of_autoattack(self) -> bool:
+        return self.name in autoattack.NAMES
 
-    def settings(self) -> dict:
-        """All that decides this attack's flags, besides model, data, precision and seed; JSON-ready."""
+    def settings(self, classes: int) -> dict:
+        """All that decides this attack's flags, besides model, data, precision, search and seed; JSON-ready."""
         if self.name == "clean":
             return {"attack": self.name}
         ball = {"attack": self.name, "norm": self.pgd.norm, "eps": self.pgd.eps}
-        if self.is_autoattack:
-            return {**ball, **autoattack.settings()}
+        if self.of_autoattack:
+            return {**ball, **autoattack.settings(), "parts": list(autoattack.parts(self.name, classes))}
         pgd = self.pgd
         return {
             **ball, "step_size": pgd.step_size, "steps": pgd.steps, "loss": pgd.loss,
@@ -54,7 +56,7 @@ def plans(names: Sequence[str], *, eps: float, step_size: float, norm: str, rest
     found = {name: _plan(name, eps, step_size, norm, restarts) for name in names}
     if not found:
         raise ValueError('attacks: got none; give at least one, such as ("clean", "pgd20")')
-    if any(plan.is_autoattack for plan in found.values()):
+    if any(plan.of_autoattack for plan in found.values()):
         autoattack.library()
     return found
 
@@ -66,7 +68,7 @@ def _plan(name: str, eps: float, step_size: float, norm: str, restarts: int) -> 
     checks.real("eps", eps)
     if name == "fgsm":
         return Plan(name, PGD(eps, eps, 1, norm, random_start=False))
-    if name == "autoattack":
+    if name in autoattack.NAMES:
         return Plan(name, PGD(eps, 0.0, 0, norm))
     match = re.fullmatch(r"(pgd|cw)([1-9]\d*)", name) if isinstance(name, str) else None
     if match is None:
@@ -85,6 +87,24 @@ def resolve_device(model: nn.Module, device: torch.device | str | None) -> torch
     return home or wanted
 
 
+def searcher(search: str | engine.Engine | None, device: torch.device) -> engine.Engine | None:
+    """The engine that looks for examples; None where it is the plain model's."""
+    if search is None or isinstance(search, engine.Engine):
+        return search
+    return engine.fast(device) if checks.choice("search", search, SEARCHES) == "fast" else None
+
+
+@contextmanager
+def judged(model: nn.Module, search: engine.Engine | None) -> Iterator[None]:
+    """A model in attack_mode, its layers as a compiler takes them where a search may compile."""
+    with engine.attack_mode(model, fast_batchnorm=search is None):
+        try:
+            yield
+        finally:
+            if search is not None:
+                search.put_back()
+
+
 def batches(loader: Iterable, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(number, x, y) of each batch, checked and on the device. A loader without a batch raises ValueError."""
     b = -1
@@ -100,19 +120,23 @@ class Survivors(NamedTuple):
     correct: Tensor  # (n,) bool, the rows that the model in eval mode still classifies correctly
     classes: int  # that the model knows
     no_gradient: int = 0  # rows whose attack began without a gradient to follow
+    lost: dict[str, int] = {}  # rows that each part of AutoAttack took
 
 
 def survivors(
-    model: nn.Module, x: Tensor, y: Tensor, plan: Plan, *, seed: int, batch: int, precision: str
-) -> Survivors:
-    """What one batch is worth under an attack.
+    model: nn.Module, x: Tensor, y: Tensor, plan: Plan, *, seed: int, batch: int, precision: str,
+    search: engine.Engine | None = None,
+) -> Survivors:  # fmt: skip
+    """What one batch is worth under an attack; model in attack_mode.
 
     A row counts as lost when any restart ends on a wrong class. Later restarts attack the rows left over; the noise
     of a row depends on its place in the batch, not on which others are left.
     """
-    if plan.is_autoattack:
-        return Survivors(*autoattack.survivors(model, x, y, plan.pgd, seed=seed + batch, precision=precision))
-    attack, at = walk(model, x, y, plan.pgd, seed=seed, batch=batch, precision=precision)
+    how = {"precision": precision, "search": search}
+    if plan.of_autoattack:
+        found = autoattack.survivors(model, x, y, plan.pgd, name=plan.name, seed=seed + batch, **how)
+        return Survivors(found.correct, found.classes, lost=found.lost)
+    attack, at = walk(model, x, y, plan.pgd, seed=seed, batch=batch, **how)
     z = at[plan.pgd.steps]
     correct = correct_rows(z, y)
     for restart in range(1, plan.restarts):
@@ -120,28 +144,32 @@ def survivors(
         if not len(rows):
             break
         step = batch + restart * RESTART_STRIDE
-        _, at = walk(model, x, y, plan.pgd, seed=seed, batch=step, precision=precision, rows=rows)
+        _, at = walk(model, x, y, plan.pgd, seed=seed, batch=step, rows=rows, **how)
         correct[rows] = correct_rows(at[plan.pgd.steps], y[rows])
     return Survivors(correct, z.shape[1], attack.guard.no_gradient)
 
 
 def walk(
     model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, *, seed: int, batch: int, precision: str,
-    look_at: Collection[int] = (), rows: Tensor | None = None,
+    look_at: Collection[int] = (), rows: Tensor | None = None, search: engine.Engine | None = None,
 ) -> tuple[Attack, dict[int, Tensor]]:  # fmt: skip
     """One attack on a model in attack_mode, at its end, and the logits at x^k for each k of `look_at` and k = K.
 
     A look at x^k for k < K costs nothing: the attack computes those logits itself. The data are judged (one read)
-    before this returns. `rows` restricts the attack to some rows; they start where they would start among all.
+    before this returns. `rows` restricts the attack to some rows; they start where they would start among all. With
+    `search` another engine takes the steps; the logits at x^K are the plain model's always.
     """
-    attack = Attack(model, x, y, pgd, seed=seed, step=batch, engine=engine.plain(precision), only=rows)
     seen: dict[int, Tensor] = {}
 
     def observe(k: int, z: Tensor) -> None:
         if k in look_at:
             seen[k] = z
 
-    attack.steps(pgd.steps, observe)
+    steps_by = engine.plain(precision) if search is None else search
+    placed = x if search is None else search.place(model, x)
+    with nullcontext() if search is None else search.attacking(model):
+        attack = Attack(model, placed, y, pgd, seed=seed, step=batch, engine=steps_by, only=rows)
+        attack.steps(pgd.steps, observe if look_at else None)
     seen[pgd.steps] = final = logits_at(model, attack.rows.x_adv, precision)
     attack.guard.logits(final)
     attack.guard.read()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from ..common import checks
 from ..common.processes import refuse_several
 from .class_accuracy import Interval, intervals
 from .evaluate import tell_no_gradient
-from .named_attacks import Plan, batches, plans, resolve_device, survivors
+from .named_attacks import Plan, batches, judged, plans, resolve_device, searcher, survivors
 from .partial_results import FlagStore, fingerprint_of_batch, fingerprint_of_model
 
 Progress = Callable[[str, int, "int | None"], None]
@@ -27,6 +29,7 @@ def judge(
     model: nn.Module, loader: Iterable, attacks: Sequence[str], *, classes: int, eps: float, step_size: float,
     norm: str = "linf", restarts: int = 1, device: torch.device | str | None = None, precision: str = "fp32",
     seed: int = 0, store: str | Path | None = None, identity: dict | None = None, progress: Progress | None = None,
+    search: str | engine.Engine | None = "plain",
 ) -> dict[str, dict]:  # fmt: skip
     """What a model is worth under each attack, with intervals, from one flag per image.
 
@@ -38,7 +41,8 @@ def judge(
     Args:
         model: classifier, images (n, C, H, W) in [0, 1] -> logits (n, classes). In eval mode, left as it was.
         loader: (x in [0, 1], y) in the same order each time it is iterated (once per attack).
-        attacks, eps, step_size, norm, restarts, device, precision, seed: as in `evaluate`.
+        attacks, eps, step_size, norm, restarts, device, precision, seed, search: as in `evaluate`; an engine
+            (`engine.fast`) is kept over calls, and so is what it compiled.
         classes: how many classes there are.
         store: a file, made where it is missing; an altered one is reported by a StoreWarning and ignored. None
             keeps nothing.
@@ -47,10 +51,11 @@ def judge(
             as it is not known. What it raises stops the run, after the flags are written.
     Returns: {attack: {"settings", "n", "seconds", "correct", "no_gradient", "accuracy", "per_class", "worst_class",
         "std", "nstd"}}, ready for JSON: "correct" has one character, 0 or 1, per image in the loader's order;
-        "no_gradient" counts the images whose attack began without a gradient to follow; each statistic is {"value",
-        "low", "high"} (95 %, see `intervals`), null where there is nothing to measure.
+        "no_gradient" counts the images whose attack began without a gradient to follow, "lost" (of AutoAttack) those
+        that each of its parts took; each statistic is {"value", "low", "high"} (95 %, see `intervals`), null where
+        there is nothing to measure.
     Raises: TypeError, ValueError, FileNotFoundError naming the argument, before work starts where possible;
-        ImportError for "autoattack" without torchattacks.
+        ImportError for "autoattack" without pyautoattack.
     """
     refuse_several(model)
     wanted = plans(attacks, eps=eps, step_size=step_size, norm=norm, restarts=restarts)
@@ -62,7 +67,8 @@ def judge(
     device = resolve_device(model, device)
     weights = None if store is None else fingerprint_of_model(model)
     shelf = FlagStore(store, {"model": weights, "identity": identity, "classes": classes})
-    run = _Run(model, loader, classes, device, precision, seed, shelf, progress, _images_in(loader))
+    by = searcher(search, device)
+    run = _Run(model, loader, classes, device, precision, seed, by, shelf, progress, _images_in(loader))
     return {name: run.attack(plan) for name, plan in wanted.items()}
 
 
@@ -76,6 +82,7 @@ class _Run:
     device: torch.device
     precision: str
     seed: int
+    search: engine.Engine | None
     shelf: FlagStore
     progress: Progress | None
     images: int | None = None  # how many there are, as far as known
@@ -84,9 +91,11 @@ class _Run:
     looked: bool = False  # at the model
 
     def attack(self, plan: Plan) -> dict:
-        settings = plan.settings() | {
+        settings = plan.settings(self.classes) | {
             "precision": self.precision, "seed": self.seed, "device": self.device.type,
         }  # fmt: skip
+        if self.search is not None:
+            settings["search"] = {name: served for name, served in self.search.active.items() if served}
         entry = self.shelf.entry(settings)
         try:
             self._fill(entry, plan)
@@ -95,16 +104,17 @@ class _Run:
         correct = "".join(batch["correct"] for batch in entry["batches"])
         no_gradient = sum(batch.get("no_gradient", 0) for batch in entry["batches"])
         tell_no_gradient({plan.name: no_gradient}, len(correct))
+        lost = sum((Counter(batch.get("lost", {})) for batch in entry["batches"]), Counter())
         return {
             "settings": settings, "n": len(correct), "seconds": entry["seconds"], "correct": correct,
-            "no_gradient": no_gradient,
+            "no_gradient": no_gradient, **({"lost": dict(lost)} if plan.of_autoattack else {}),
             **as_json(intervals(np.frombuffer(correct.encode(), np.uint8) == ord("1"), self.labels, self.classes)),
         }  # fmt: skip
 
     def _fill(self, entry: dict, plan: Plan) -> None:
         """Flags of every batch: those of the store where they fit, and new ones."""
         done, order, labels, images = entry["batches"], [], [], 0
-        with engine.attack_mode(self.model):
+        with judged(self.model, self.search):
             for b, x, y in batches(self.loader, self.device):
                 order.append(fingerprint_of_batch(x, y))
                 if self.order is not None and order != self.order[: len(order)]:
@@ -127,12 +137,14 @@ class _Run:
             raise _changed()
         self.order, self.labels, self.images = order, torch.cat(labels), images
 
-    def _flags(self, x: Tensor, y: Tensor, plan: Plan, b: int) -> dict[str, str | int]:
-        found = survivors(self.model, x, y, plan, seed=self.seed, batch=b, precision=self.precision)
+    def _flags(self, x: Tensor, y: Tensor, plan: Plan, b: int) -> dict[str, Any]:
+        how = {"seed": self.seed, "precision": self.precision, "search": self.search}
+        found = survivors(self.model, x, y, plan, batch=b, **how)
         if found.classes != self.classes:
             raise ValueError(f"classes: got {self.classes}; the model gives logits of {found.classes}")
         flags = {"correct": "".join(map(str, found.correct.int().tolist()))}
-        return flags | ({"no_gradient": found.no_gradient} if found.no_gradient else {})
+        flags |= {"no_gradient": found.no_gradient} if found.no_gradient else {}
+        return flags | ({"lost": found.lost} if found.lost else {})
 
 
 def as_json(statistics: dict[str, Interval | list[Interval]]) -> dict:

@@ -209,7 +209,7 @@ class EvaluateSettings:
     ] = ()
     """Of last, ema (both of the last epoch), best, best_ema (of the epoch that the validation images chose); or all."""
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw20")
-    """clean, fgsm, pgdK, cwK (PGD on the CW loss), autoattack."""
+    """clean, fgsm, pgdK, cwK (PGD on the CW loss), apgd (APGD-CE and APGD-T), autoattack."""
     restarts: Annotated[int, Ge(1)] = 1
     """Random starts of pgdK and cwK; an image counts as robust if it resists all."""
     eps: Annotated[float | None, Ge(0), _RUNS] = None
@@ -224,6 +224,9 @@ class EvaluateSettings:
     batch_size: Annotated[int, Ge(1)] = 256
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the model that is judged."""
+    search: Literal["plain", "fast"] = "plain"
+    """fast: attacks look for examples on a rounded, compiled form of the model; the plain one judges each."""
     seed: Annotated[int, Ge(0)] = 0
     masking: bool = True
     """Check for gradient masking."""
