@@ -249,7 +249,7 @@ def test_loader_that_shuffles_is_refused(model, loader):
         ({"store": "."}, ValueError, r"store: \. is a folder"),
         ({"identity": {"a": object()}}, TypeError, "identity: cannot be written as JSON"),
         ({"loader": []}, ValueError, "loader: gave no batch"),
-        ({"attacks": ["apgd"]}, ValueError, "attacks: got 'apgd'"),
+        ({"attacks": ["apgdt"]}, ValueError, "attacks: got 'apgdt'"),
     ],
 )
 def test_bad_input(model, loader, change, error, message):
