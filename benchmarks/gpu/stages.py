@@ -66,7 +66,8 @@ FACTS = """
 import json, torch
 from ham_kernels.commands import doctor
 from ham_kernels.common import provenance
-print(json.dumps({"machine": provenance.machine(), "versions": provenance.versions("triton", "torchattacks", "pyautoattack"),
+print(json.dumps({"machine": provenance.machine(),
+                  "versions": provenance.versions("triton", "torchattacks", "pyautoattack"),
                   "commit": provenance.commit(), "cuda": torch.version.cuda, "gpu": torch.cuda.is_available(),
                   "doctor": doctor.collect()}))
 """
