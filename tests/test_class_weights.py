@@ -1,4 +1,4 @@
-"""Weights by class: the five rules by hand, their state over batches, imbalance, absent classes, epochs before them."""
+"""Weights by class: the six rules by hand, their state over batches, imbalance, absent classes, epochs before them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ham_kernels.attack.pgd import PGD
 from ham_kernels.common import field_types
 from ham_kernels.common.troubles import HamWarning
 from ham_kernels.engine import NonFiniteError
-from ham_kernels.methods import Objective, class_weights
+from ham_kernels.methods import EpochEnd, Objective, class_weights
 from ham_kernels.methods.class_weights import RULES
 from ham_kernels.methods.mining import Look
 
@@ -110,6 +110,49 @@ def test_hard_share_by_hand():
     assert torch.equal(class_weights.hard_share_weights(torch.zeros(3, 1), counts, 0.7), torch.ones(3))
 
 
+def test_hedge_by_hand():
+    """Hard shares of an epoch by class and of all rows; a share of the totals stays, what was counted does not."""
+    memory = memory_of("hedge", 3)
+    z = torch.tensor([[2.0, 0, 0], [0, 2, 0], [0, 2, 0], [2, 0, 0]])
+    y = torch.tensor([0, 1, 0, 1])  # of class 0 and of class 1 one row each is hard, of class 2 there is none
+    class_weights.observe(memory, Look(z, y), "hedge", 0.5)
+    class_weights.observe(memory, Look(z[:2], y[:2]), "hedge", 0.5)  # does not fade within an epoch
+    assert torch.equal(class_weights.weights_of(memory, "hedge", 3.0), torch.full((3,), 2 * 3 / 4))  # no epoch yet
+    class_weights.end_epoch(memory, "hedge", 0.5)
+    third = 1 / 3
+    torch.testing.assert_close(memory.class_totals, torch.full((4,), third))
+    class_weights.observe(memory, Look(z[1:3], y[1:3]), "hedge", 0.5)
+    class_weights.end_epoch(memory, "hedge", 0.5)
+    totals = third / 2 + torch.tensor([1.0, 0.0, 0.5, 0.5])  # a class that is absent is as all are
+    torch.testing.assert_close(memory.class_totals, totals)
+    memory.class_totals.copy_(torch.tensor([0.0, 1.0, 2.0, 1.0]))
+    e = [math.exp(3 * t) for t in (0, 1, 2, 1)]
+    expected = [3 * (v + e[3]) / sum(e) for v in e[:3]]
+    torch.testing.assert_close(class_weights.weights_of(memory, "hedge", 3.0), torch.tensor(expected))
+    memory.class_totals.mul_(1000)  # of a long training: no exponential overflows
+    assert class_weights.weights_of(memory, "hedge", 3.0).isfinite().all()
+
+
+def test_hedge_moves_with_the_epochs_of_a_training(batch):
+    """Nothing in the first epoch; then the class that stays hard weighs more; through a checkpoint as without one."""
+    x, y = batch
+    y = y % 2
+    model = Constant(torch.tensor([1.0, 0.0]))  # class 1 is hard always
+    method = ham.methods.PGDAT(start_epoch=1, class_weights="hedge", class_strength=1.0)
+    objective = Objective(method, PGD(**ATTACK))
+    seen = []
+    for epoch in range(1, 4):
+        made = objective.examples(model, x, y, seed=1, step=epoch)
+        seen.append(made.weights)
+        objective.end_epoch(EpochEnd(epoch, model, None, None))
+    torch.testing.assert_close(seen[0], torch.ones(len(y)))
+    ratio = [float(w[y == 1][0] / w[y == 0][0]) for w in seen]
+    assert ratio[2] > ratio[1] > ratio[0] == pytest.approx(1.0)
+    mean = float(y.float().mean())
+    e0, e1, em = 1.0, math.exp(1.9), math.exp(1.9 * mean)
+    assert ratio[2] == pytest.approx((e1 + em) / (e0 + em), rel=1e-5)
+
+
 def test_every_rule_can_be_named():
     allowed = get_args(field_types.hints(ham.methods.PGDAT)["class_weights"])
     assert set(allowed) == {"none", *RULES}
@@ -120,10 +163,11 @@ def test_every_rule_can_be_named():
 def test_state_fades_and_is_divided_by_counts(rule, logits):
     z, y = logits
     memory = memory_of(rule, 5)
+    keeps = 1.0 if RULES[rule].by_epoch else 0.5
     for part in (slice(0, 20), slice(20, 60)):
         class_weights.observe(memory, Look(z[part], y[part]), rule, 0.5)
     per_row = RULES[rule].rows(z, y).float()
-    share = torch.where(torch.arange(60) < 20, 0.5, 1.0)
+    share = torch.where(torch.arange(60) < 20, keeps, 1.0)
     for c in range(5):
         rows = y == c
         assert memory.class_counts[c].item() == pytest.approx(share[rows].sum().item())
@@ -147,6 +191,7 @@ def test_absent_classes_and_single_ones(rule, logits):
     for labels in (y.clamp(max=2), torch.full_like(y, 3)):
         memory = memory_of(rule, 5)
         class_weights.observe(memory, Look(z, labels), rule, 0.9)
+        class_weights.end_epoch(memory, rule, 0.9)
         w = class_weights.weights_of(memory, rule, None)
         assert w.isfinite().all()
         assert (w >= 0).all()
@@ -198,7 +243,7 @@ def test_strength_zero_is_no_weights(batch):
 
 def test_epochs_before_class_from_only_look(batch):
     x, y = batch
-    objective = Objective(ham.methods.Fair(class_from=3), PGD(**ATTACK))
+    objective = Objective(ham.methods.Fair(class_weights="hard_share", class_from=3), PGD(**ATTACK))
     model = small_cnn()
     for epoch, weighs in ((1, False), (2, False), (3, True)):
         objective.epoch = epoch
@@ -269,7 +314,7 @@ def test_a_loss_says_that_it_forgets(batch):
     with warnings.catch_warnings():
         warnings.simplefilter("error", HamWarning)
         ham.loss(ham.methods.FAAL(), model, *batch, **ATTACK)  # by this batch alone
-        objective = Objective(ham.methods.Fair(), PGD(**ATTACK))
+        objective = Objective(ham.methods.Fair(class_weights="hard_share"), PGD(**ATTACK))
         for _ in range(2):
             ham.loss(objective, model, *batch)
     assert objective.class_counts.sum() == pytest.approx(40 * 1.9)

@@ -115,4 +115,4 @@ def test_a_warm_up_that_ends_before_it_tells_classes_apart_says_so(batches):
     with pytest.warns(HamWarning, match="class_from: is 71, and DAFA ends with epoch 2"):
         trainer.fit(batches, 3)
     trainer_of(ham.methods.HAM(start_epoch=80, screen_steps=1), warm_up="dafa")
-    assert ham.methods.Fair(class_strength=None).describe() != ham.methods.Fair().describe()
+    assert ham.methods.FAAL(class_strength=None).describe() != ham.methods.FAAL().describe()

@@ -22,7 +22,7 @@ from ham_reference.method import draw_seed
 CLASSES, SEED = 5, 5
 L2 = {"eps": 0.6, "step_size": 0.2, "steps": 4, "norm": "l2"}  # smooth in the gradient: no rounding grows to a sign
 SCREENED = {"early_drop": True, "screen_steps": 2}
-RULES = ("hard_share", "kl_ball", "chi2", "exponentiated", "dafa")
+RULES = ("hard_share", "kl_ball", "chi2", "exponentiated", "hedge", "dafa")
 
 
 def case(method: str, **switches):

@@ -10,6 +10,9 @@ RULES = {  # by name: rule and strength
     "hard share ^ 0.5": ("hard_share", 0.5),
     "hard share ^ 0.75": ("hard_share", 0.75),
     "hard share ^ 1": ("hard_share", 1.0),
+    "hedge 0.3": ("hedge", 0.3),
+    "hedge 0.6": ("hedge", 0.6),
+    "hedge 1": ("hedge", 1.0),
     "exponentiated 1": ("exponentiated", 1.0),
     "KL ball 0.1": ("kl_ball", 0.1),
 }
@@ -19,7 +22,7 @@ SCHEDULES = {  # by name: steps in units of eps
     "2 1 ε": (2.0, 1.0),
     "2 ε": (2.0,),
 }
-USUAL = "hard share ^ 0.75"
+USUAL, BEFORE = "hedge 0.6", "hard share ^ 0.75"
 
 
 def _fair(rule: str, **switches) -> Method:
@@ -34,7 +37,8 @@ FULL: dict[str, Method] = {
 CHEAP: dict[str, Method] = {
     **{f"PGD-AT, steps {words}": PGDAT(start_epoch=1, step_sizes=sizes) for words, sizes in SCHEDULES.items()},
     **{f"boosted CE, {USUAL}, steps {words}": _fair(USUAL, step_sizes=sizes) for words, sizes in SCHEDULES.items()},
-    "boosted CE, hard share ^ 1, steps 2 1 ½ ε": _fair("hard share ^ 1", step_sizes=(2.0, 1.0, 0.5)),
+    f"boosted CE, {BEFORE}, steps 2 1 ½ ε": _fair(BEFORE, step_sizes=(2.0, 1.0, 0.5)),
+    f"boosted CE, {BEFORE}, steps 1 ½ ¼ ε": _fair(BEFORE, step_sizes=(1.0, 0.5, 0.25)),
     f"boosted CE, {USUAL}, jump": _fair(USUAL, early_drop=True, easy="jump"),
     "HAM from epoch 1": HAM(start_epoch=1),
 }

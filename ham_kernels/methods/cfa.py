@@ -95,6 +95,7 @@ class CFA(TRADES):
     def end_epoch(self, end, memory):
         import torch
 
+        super().end_epoch(end, memory)
         if end.epoch + 1 >= self.class_from:
             counts = memory.cfa_counts
             accuracy = memory.cfa_right[:, 0] / counts.clamp_min(1)

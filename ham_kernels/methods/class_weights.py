@@ -1,7 +1,8 @@
-"""Weights by class from numbers that the attack has anyway: five rules, all on the statistics of one look a batch.
+"""Weights by class from numbers that the attack has anyway: six rules, all on the statistics of one look a batch.
 
 Each rule sums numbers of the rows by class, and divides by how many rows a class had, so that classes need not be of
-one size. Sums and counts fade by `class_memory` from batch to batch. All stays on the device.
+one size. Sums and counts fade by `class_memory` from batch to batch; of "hedge" they are those of an epoch, and its
+totals over epochs fade. All stays on the device.
 """
 
 from __future__ import annotations
@@ -25,23 +26,27 @@ class Rule:
 
     rows: of the logits and labels, (n, k).  weigh(sums (C, k), counts (C,), strength): (C,), up to a factor.
     strength: where none is told.
+    by_epoch: `weigh` has the totals of the epochs in place of the sums: (C + 1,), of all rows last.
     """
 
     strength: float
     rows: Callable[[Tensor, Tensor], Tensor]
     weigh: Callable[[Tensor, Tensor, float], Tensor]
+    by_epoch: bool = False
 
 
 # ---------------------------------------------------------------- the state
 def empty_state(rule: str, classes: int) -> dict[str, Tensor]:
     columns = classes if rule == "dafa" else 1
-    return {"class_sums": torch.zeros(classes, columns), "class_counts": torch.zeros(classes)}
+    state = {"class_sums": torch.zeros(classes, columns), "class_counts": torch.zeros(classes)}
+    return state | ({"class_totals": torch.zeros(classes + 1)} if RULES[rule].by_epoch else {})
 
 
 @torch.no_grad()
 def observe(memory: nn.Module, look: Look, rule: str, keep: float) -> None:
     """Adds a batch; of what was there before, the share `keep` stays."""
     sums, counts = by_class(RULES[rule].rows(look.z, look.y), look.y, len(memory.class_counts))
+    keep = 1.0 if RULES[rule].by_epoch else keep
     memory.class_sums.mul_(keep).add_(sums)
     memory.class_counts.mul_(keep).add_(counts)
 
@@ -50,7 +55,24 @@ def observe(memory: nn.Module, look: Look, rule: str, keep: float) -> None:
 def weights_of(memory: nn.Module, rule: str, strength: float | None) -> Tensor:
     """(C,), up to a factor."""
     chosen = RULES[rule]
-    return chosen.weigh(memory.class_sums, memory.class_counts, chosen.strength if strength is None else strength)
+    sums = memory.class_totals if chosen.by_epoch else memory.class_sums
+    return chosen.weigh(sums, memory.class_counts, chosen.strength if strength is None else strength)
+
+
+@torch.no_grad()
+def end_epoch(memory: nn.Module, rule: str, keep: float) -> None:
+    """Of the totals that were there before, the share `keep` stays."""
+    if RULES[rule].by_epoch:
+        memory.class_totals.mul_(keep)
+        add_epoch(memory.class_totals, memory.class_sums, memory.class_counts)
+
+
+def add_epoch(totals: Tensor, sums: Tensor, counts: Tensor) -> None:
+    """Adds an epoch's mean of each class, and that of all rows, to the totals (C + 1,); sums and counts begin anew."""
+    everywhere = sums.sum(0) / counts.sum().clamp_min(1)
+    totals += torch.cat([mean_by_class(sums, counts)[:, 0], everywhere])
+    sums.zero_()
+    counts.zero_()
 
 
 # ---------------------------------------------------------------- rows and classes
@@ -141,6 +163,15 @@ def dafa_weights(probabilities: Tensor, strength: float) -> Tensor:
     return (1 + strength * change).clamp_min(LEAST)
 
 
+def expert_weights(totals: Tensor, eta: float) -> Tensor:
+    """Hedge with classes and the average of all rows as experts: w_c + w_average, w = C * softmax(eta * totals).
+
+    The average keeps a class that is easy from weighing nothing (WAT, arXiv 2302.04025, with other costs).
+    """
+    w = (len(totals) - 1) * torch.softmax(eta * totals, 0)
+    return w[:-1] + w[-1]
+
+
 RULES: dict[str, Rule] = {
     "hard_share": Rule(0.5, lambda z, y: is_hard(z, y)[:, None], hard_share_weights),
     "kl_ball": Rule(
@@ -157,6 +188,9 @@ RULES: dict[str, Rule] = {
         1.0,
         lambda z, y: cross_entropy(z, y)[:, None],
         lambda sums, counts, eta: len(counts) * torch.softmax(eta * mean_by_class(sums, counts)[:, 0], 0),
+    ),
+    "hedge": Rule(
+        0.6, lambda z, y: is_hard(z, y)[:, None], lambda totals, _, eta: expert_weights(totals, eta), by_epoch=True
     ),
     "dafa": Rule(
         1.0,

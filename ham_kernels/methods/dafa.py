@@ -81,5 +81,6 @@ class DAFA(TRADES):
     def end_epoch(self, end, memory):
         from .class_weights import dafa_weights, mean_by_class
 
+        super().end_epoch(end, memory)
         if end.epoch == self.class_from - 1:
             memory.dafa_weights.copy_(dafa_weights(mean_by_class(memory.dafa_sums, memory.dafa_counts), self.strength))

@@ -1,6 +1,7 @@
-"""Fair, our own: PGD-AT with boosted cross entropy, and weights by class from what the attack sees of each.
+"""Fair, our own: PGD-AT with boosted cross entropy, and classes hedged by how many of their rows the attack turns.
 
-No paper has it. It is made of switches that every method has, and costs what PGD-AT does, 2K + 3 full-batch forwards;
+No paper has it. Its parts are known: MART's first term, and the experts of WAT, here on the hard shares of past epochs,
+which fade and cost nothing. Each is a switch of every method. It costs what PGD-AT does, 2K + 3 full-batch forwards;
 with `fast` 9, whatever K is. What it was measured on, and against what, is in docs/methods.md.
 """
 
@@ -8,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
-
-from annotated_types import Ge
 
 from ..common.field_types import Words
 from .settings import ClassRule, CrossEntropy, Method
@@ -28,10 +27,8 @@ class Fair(Method):
     """Attack by three steps of 2 eps, eps and eps/2, unless step_sizes says others."""
     loss: CrossEntropy = "boosted_ce"
     """The cross entropy."""
-    class_weights: ClassRule = "hard_share"
+    class_weights: ClassRule = "hedge"
     """Weigh classes by what the attack sees of them."""
-    class_strength: Annotated[float | None, Ge(0), Words("strength {}", needs="class_weights")] = 0.75
-    """Of the class weights."""
 
     @property
     def schedule(self) -> tuple[float, ...]:

@@ -31,7 +31,7 @@ CrossEntropy = Annotated[
     Literal["ce", "boosted_ce"], Words(by_value=(("boosted_ce", "boosted CE"), ("ce", "plain CE")))
 ]
 ClassRule = Annotated[
-    Literal["none", "hard_share", "kl_ball", "chi2", "exponentiated", "dafa"],
+    Literal["none", "hard_share", "kl_ball", "chi2", "exponentiated", "hedge", "dafa"],
     Words(
         by_value=(
             ("none", "no class weights"),
@@ -39,6 +39,7 @@ ClassRule = Annotated[
             ("kl_ball", "classes in a KL ball"),
             ("chi2", "classes in a χ² ball"),
             ("exponentiated", "classes exponentiated"),
+            ("hedge", "classes hedged"),
             ("dafa", "classes by DAFA's rule"),
         ),
         off="none",
@@ -100,7 +101,7 @@ class Method:
     class_strength: Annotated[float | None, Ge(0), Words("strength {}", needs="class_weights")] = None
     """Of the class weights; 0: all alike. None (TOML: false): the rule's own."""
     class_memory: Annotated[float, Ge(0), Lt(1), Words("memory {}", needs="class_weights")] = 0.9
-    """Share of the class statistics that stays from batch to batch."""
+    """Share of the class statistics that stays from batch to batch; with hedge from epoch to epoch."""
     class_from: Annotated[int, Ge(1), Words("classes from epoch {}", off=1, scales=True)] = 1
     """First epoch (1-based) in which classes are treated apart; statistics are taken before it too."""
     awp: Annotated[float, Ge(0), Words("AWP {}", off=0.0)] = 0.0
@@ -292,10 +293,14 @@ class Method:
     def keeps_over_batches(self) -> bool:
         """Whether what it remembers of one batch bears on later ones."""
         own = type(self).remembers is not Method.remembers
-        return own or (self.class_weights != "none" and self.class_memory > 0)
+        return own or self.class_weights == "hedge" or (self.class_weights != "none" and self.class_memory > 0)
 
     def end_epoch(self, end: EpochEnd, memory: Objective) -> None:
-        """After an epoch that it has trained, validation included."""
+        """After an epoch that it has trained, validation included. Here: what `class_weights` need."""
+        if self.class_weights != "none":
+            from .class_weights import end_epoch
+
+            end_epoch(memory, self.class_weights, self.class_memory)
 
     def keeps_average(self, end: EpochEnd, memory: Objective) -> bool:
         """Whether the updates of the next epoch enter the weight average. Here: what `gate` says."""

@@ -58,20 +58,14 @@ class WAT(TRADES):
         memory.wat_counts += counts
 
     def weights(self, examples, memory):
-        import torch
+        from .class_weights import expert_weights, for_rows
 
-        from .class_weights import for_rows
-
-        w = len(memory.wat_counts) * torch.softmax(self.eta * memory.wat_totals, 0)
-        own, others = for_rows(w[:-1], examples.y) + w[-1], super().weights(examples, memory)
+        own = for_rows(expert_weights(memory.wat_totals, self.eta), examples.y)
+        others = super().weights(examples, memory)
         return own if others is None else own * (others / others.mean().clamp_min(1e-30))
 
     def end_epoch(self, end, memory):
-        import torch
+        from .class_weights import add_epoch
 
-        from .class_weights import mean_by_class
-
-        everywhere = memory.wat_sums.sum(0) / memory.wat_counts.sum().clamp_min(1)
-        memory.wat_totals += torch.cat([mean_by_class(memory.wat_sums, memory.wat_counts)[:, 0], everywhere])
-        memory.wat_sums.zero_()
-        memory.wat_counts.zero_()
+        super().end_epoch(end, memory)
+        add_epoch(memory.wat_totals, memory.wat_sums, memory.wat_counts)

@@ -115,6 +115,7 @@ class PGDAT:
 
     def end_epoch(self):
         """After the last batch of an epoch."""
+        self.statistics.end_epoch()
 
 
 @contextmanager

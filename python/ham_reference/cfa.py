@@ -53,5 +53,6 @@ class CFA(TRADES):
         return w * (ce + beta * kl) / (1 + beta)
 
     def end_epoch(self):
+        super().end_epoch()
         self.robust = [sum(of_class) / len(of_class) if of_class else None for of_class in self.right]
         self.right = [[] for _ in range(self.classes)]

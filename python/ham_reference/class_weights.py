@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from .losses import cross_entropy, largest_wrong
 from .method import is_hard
 
-STRENGTH = {"hard_share": 0.5, "kl_ball": 0.1, "chi2": 0.1, "exponentiated": 1.0, "dafa": 1.0}  # where none is told
+STRENGTH = {  # where none is told
+    "hard_share": 0.5, "kl_ball": 0.1, "chi2": 0.1, "exponentiated": 1.0, "hedge": 0.6, "dafa": 1.0,
+}  # fmt: skip
 
 
 class ClassStatistics:
@@ -25,6 +27,8 @@ class ClassStatistics:
         self.hard = torch.zeros(classes, dtype=torch.float64)
         self.margin = torch.zeros(classes, dtype=torch.float64)  # max_{k != y} p_k - p_y
         self.ce = torch.zeros(classes, dtype=torch.float64)
+        self.totals = torch.zeros(classes + 1, dtype=torch.float64)  # hard shares of past epochs, the last of all rows
+        self.epoch = [[] for _ in range(classes)]  # of the epoch under way
         self.predicted = torch.zeros(classes, classes, dtype=torch.float64)  # row c: the sum of p over rows of class c
 
     def add(self, seen, y):
@@ -40,8 +44,20 @@ class ClassStatistics:
         }
         for name, values in per_row.items():
             sums = getattr(self, name)
+            if name == "hard":
+                for label, value in zip(y.tolist(), values.tolist(), strict=True):
+                    self.epoch[label].append(value)
             for c in range(self.classes):
                 sums[c] = self.memory * sums[c] + values[y == c].sum(0)
+
+    def end_epoch(self):
+        """Hedge: totals fade from epoch to epoch."""
+        everything = [value for of_class in self.epoch for value in of_class]
+        of_all = sum(everything) / max(len(everything), 1)
+        for c, of_class in enumerate([*self.epoch, everything]):
+            share = sum(of_class) / len(of_class) if of_class else of_all
+            self.totals[c] = self.memory * self.totals[c] + share
+        self.epoch = [[] for _ in range(self.classes)]
 
     def mean(self, name):
         """Mean of each class; the mean of all rows for a class without any."""
@@ -61,6 +77,8 @@ def weights(statistics, rule, strength=None):
         return chi2(statistics.mean("ce"), strength)
     if rule == "exponentiated":
         return exponentiated(statistics.mean("ce"), strength)
+    if rule == "hedge":
+        return hedge(statistics.totals, strength)
     return dafa(statistics.mean("predicted"), strength)
 
 
@@ -106,6 +124,12 @@ def chi2(cost, strength):
 def exponentiated(cost, strength):
     """C * softmax(strength * L)."""
     return len(cost) * F.softmax(strength * cost, 0)
+
+
+def hedge(totals, eta):
+    """w_c + w_mean, w = C * softmax(eta * totals) over the classes and their mean."""
+    w = (len(totals) - 1) * F.softmax(eta * totals, 0)
+    return w[:-1] + w[-1]
 
 
 def dafa(similarity, strength):

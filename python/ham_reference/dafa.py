@@ -41,6 +41,7 @@ class DAFA(TRADES):
         return w * (self.w.float().to(y.device)[y] * ce + self.beta * kl)
 
     def end_epoch(self):
+        super().end_epoch()
         everything = [p for of_class in self.predictions for p in of_class]
         if not everything:
             return

@@ -1,4 +1,4 @@
-"""Fair: boosted cross entropy, and class weights by the running hard share to the power of 3/4."""
+"""Fair: boosted cross entropy, and classes hedged by the hard shares of past epochs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ class FAIR(PGDAT):
     """PGD-AT with both; fast: with three steps of falling size."""
 
     loss: str = "boosted_ce"
-    class_weights: str = "hard_share"
-    class_strength: float | None = 0.75
+    class_weights: str = "hedge"
     fast: bool = False
 
     def __post_init__(self):

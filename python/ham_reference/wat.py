@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
+from .class_weights import hedge
 from .losses import row_divergence
 from .trades import TRADES
 
@@ -36,10 +36,11 @@ class WAT(TRADES):
             self.costs[label].append(value)
 
     def row_weights(self, attacked, y, epoch):
-        w = (self.classes * F.softmax(self.eta * self.totals, 0)).float().to(y.device)
-        return super().row_weights(attacked, y, epoch) * (w[y] + w[-1])
+        v = hedge(self.totals, self.eta).float().to(y.device)
+        return super().row_weights(attacked, y, epoch) * v[y]
 
     def end_epoch(self):
+        super().end_epoch()
         everything = [value for of_class in self.costs for value in of_class]
         of_all = sum(everything) / len(everything)
         for c, of_class in enumerate(self.costs):
