@@ -65,6 +65,24 @@ def test_evaluation_is_written_and_added_to(run, capsys):
     assert third["pgd3-r2"]["accuracy"]["value"] <= third["pgd3"]["accuracy"]["value"]
 
 
+@pytest.mark.slow
+def test_a_fast_search_never_takes_the_place_of_a_plain_one(run, tmp_path):
+    how = replace(CLEAN, attacks=("pgd2",))
+    shutil.copytree(run, tmp_path / "run")
+
+    def judged(search: str) -> dict:
+        (path,) = evaluate_run(tmp_path / "run", replace(how, search=search), quiet=True)
+        return json.loads(path.read_text())["attacks"]["pgd2"]
+
+    fast = judged("fast")
+    assert fast["settings"]["search"]["channels_last"]
+    assert judged("fast") == fast
+    plain = judged("plain")
+    assert "search" not in plain["settings"]
+    assert sum(a != b for a, b in zip(plain["correct"], fast["correct"], strict=True)) <= 2  # of 60
+    assert judged("fast") == plain
+
+
 def test_images_are_noted_and_altered_results_judged_anew(run, tmp_path, capsys):
     """The digest is of the images, whatever the batch size."""
     found = []
@@ -234,6 +252,13 @@ def test_a_check_that_was_not_run_has_not_passed(run):
     ]}  # fmt: skip
     shown = verdict(result, run)
     assert "gradient masking: SUSPICIOUS in 1 of 2 checks\n  !!       A: bad\n  ok       B: as it" in shown
+
+
+def test_parts_of_autoattack_say_what_each_took(run):
+    (path,) = evaluate_run(run, QUICK, quiet=True)
+    result = json.loads(path.read_text())
+    result["attacks"]["autoattack"] = result["attacks"]["pgd3"] | {"lost": {"apgd-ce": 41, "square": 2}}
+    assert "AutoAttack took 41 by APGD-CE, 2 by SQUARE" in verdict(result, run).splitlines()
 
 
 def test_numbers_say_what_they_are_of(run):
