@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from readme import measured, timed
+from readme.frontier import frontier
 from readme.methods_table import details, methods
 from readme.troubles import troubles
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 Sections = Mapping[str, Callable[[Path], str]]
 PAGES: dict[Path, Sections] = {
     ROOT / "README.md": {
+        "frontier": frontier,
         "claims": measured.claims,
         "bench_pgd": measured.bench_pgd_short,
         "sweep": measured.sweep_figure,

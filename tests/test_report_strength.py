@@ -24,7 +24,7 @@ def without_figures(monkeypatch):
     ("judged", "found"),
     [
         ([["clean", "fgsm", "pgd20", "apgd", "cw20", "autoattack"]], "autoattack"),
-        ([["clean", "fgsm", "pgd20", "apgd", "cw20"]], "cw20"),
+        ([["clean", "fgsm", "pgd20", "apgd", "cw20"]], "apgd"),
         ([["pgd100", "apgd"]], "apgd"),
         ([["pgd7", "pgd20", "pgd100", "fgsm"]], "pgd100"),
         ([["pgd20", "pgd20-r5", "pgd20-r10"]], "pgd20-r10"),

@@ -158,7 +158,7 @@ def report(here: Path, name: str, said: str, *, table: bool = True) -> str:
     failed = [run["name"] for run in data["runs"] if run["state"] != "finished"]
     seeds = " ".join(map(str, sorted({run["seed"] for run in data["runs"]})))
     parts = [
-        said.format(seeds=seeds, machines=_machines_of(data))
+        said.format(seeds=seeds, machines=machines_of(data))
         + (f" Did not finish: {', '.join(failed)}." if failed else " All runs finished."),
     ]
     kept = [(name, words) for name, words in FIGURES.items() if (folder / name).exists()]
@@ -182,7 +182,7 @@ def _check_headline(section: dict, folder: Path) -> None:
         )
 
 
-def _machines_of(data: dict) -> str:
+def machines_of(data: dict) -> str:
     """Where and when the runs of a report were made."""
     machines = sorted({run["machine"] for run in data["runs"]})
     versions = sorted({run["versions"].get("torch", "unknown") for run in data["runs"]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-FAMILIES = ("fgsm", "pgd", "apgd", "cw", "autoattack")  # weakest first; names not known are weaker than these
+FAMILIES = ("fgsm", "pgd", "cw", "apgd", "autoattack")  # weakest first; names not known are weaker than these
 CLEAN = "clean"
 
 
@@ -39,14 +39,16 @@ def strongest(judged: Sequence[Collection[str]]) -> str | None:
 
 
 def of_each_family(judged: Sequence[Collection[str]], *more: str | None) -> list[str]:
-    """The attacks to show beside each other, strongest first: one with PGD, one with the CW loss, AutoAttack, `more`.
+    """The attacks to show beside each other, strongest first: one each of PGD, the CW loss, APGD, AutoAttack; `more`.
 
     Of a family the one that most have; of those the strongest.
     """
     found, best = _attacks(judged), {}
     for name in sorted(set(found), key=lambda name: (found.count(name), strength(name))):
         best[family_of(name)] = name
-    shown = {best[family] for family in ("pgd", "cw", "autoattack") if family in best} | (set(more) & set(found))
+    shown = {best[family] for family in ("pgd", "cw", "apgd", "autoattack") if family in best} | (
+        set(more) & set(found)
+    )
     return sorted(shown, key=strength, reverse=True)
 
 
