@@ -33,8 +33,8 @@ def _of_sweep(data: dict) -> list[str]:
         [f"{m['relative_time']:.2f}", _name(m), *(_share(m[key]) for key in ("average", "worst", "std"))] for m in shown
     ]
     said = (
-        f"{section['dataset']}, ε {section['eps']:.3g}, {counted} seeds, ± half the 95 % interval over them; bold: no other "
-        f"method here is better in time, average and worst class; {measured.machines_of(data)}."
+        f"{section['dataset']}, ε {section['eps']:.3g}, {counted} seeds, ± half the 95 % interval over them; bold: no "
+        f"other method here is better in time, average and worst class; {measured.machines_of(data)}."
     )
     promises = [_promise(section["dataset"], methods[name], methods["PGD-AT"]) for name in PROMISED if name in methods]
     return [said, markdown(rows), "\n".join(promises)]
@@ -53,6 +53,6 @@ def _promise(images: str, m: dict, base: dict) -> str:
     std = 100 * (m["std"]["mean"] / base["std"]["mean"] - 1)
     title = m["title"].replace(", ", "` with `--")
     return (
-        f"- `{title}` against PGD-AT on {images}: average {average:+.1f} points, worst class {worst:+.1f}, std over classes "
-        f"{std:+.0f} %, at {m['relative_time']:.2f} of the time."
+        f"- `{title}` against PGD-AT on {images}: average {average:+.1f} points, worst class {worst:+.1f}, std over "
+        f"classes {std:+.0f} %, at {m['relative_time']:.2f} of the time."
     )

@@ -46,9 +46,7 @@ def of_each_family(judged: Sequence[Collection[str]], *more: str | None) -> list
     found, best = _attacks(judged), {}
     for name in sorted(set(found), key=lambda name: (found.count(name), strength(name))):
         best[family_of(name)] = name
-    shown = {best[family] for family in ("pgd", "cw", "apgd", "autoattack") if family in best} | (
-        set(more) & set(found)
-    )
+    shown = {best[family] for family in FAMILIES[1:] if family in best} | (set(more) & set(found))
     return sorted(shown, key=strength, reverse=True)
 
 
