@@ -29,6 +29,7 @@ PAGES: dict[Path, Sections] = {
         "gpu": measured.gpu,
     },
     ROOT / "docs" / "results.md": {
+        "methods_digits": measured.methods_digits,
         "bench_pgd": measured.bench_pgd,
         "cifar_small": measured.cifar_small,
         "sweep": measured.sweep,

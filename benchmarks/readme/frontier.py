@@ -28,9 +28,22 @@ def _of_sweep(data: dict) -> list[str]:
     shown.sort(key=lambda m: m["relative_time"])
     attack, seeds = attack_title(f["attack"]), sorted({m["seeds"] for m in methods.values()})
     counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    head = ["training time / PGD-AT", "method", f"average %, {attack}", "worst class %", "std over classes"]
+    head = [
+        "training time / PGD-AT",
+        "forwards / PGD-AT",
+        "method",
+        f"average %, {attack}",
+        "worst class %",
+        "std over classes",
+    ]
     rows = [head] + [
-        [f"{m['relative_time']:.2f}", _name(m), *(_share(m[key]) for key in ("average", "worst", "std"))] for m in shown
+        [
+            f"{m['relative_time']:.2f}",
+            f"{m['relative_forwards']:.2f}",
+            _name(m),
+            *(_share(m[key]) for key in ("average", "worst", "std")),
+        ]
+        for m in shown
     ]
     said = (
         f"{section['dataset']}, ε {section['eps']:.3g}, {counted} seeds, ± half the 95 % interval over them; bold: no "
@@ -55,4 +68,4 @@ def _promise(images: str, m: dict, base: dict) -> str:
     return (
         f"- `{title}` against PGD-AT on {images}: average {average:+.1f} points, worst class {worst:+.1f}, std over "
         f"classes {std:+.0f} %, at {m['relative_time']:.2f} of the time."
-    )
+    ).replace(" -", " −")
