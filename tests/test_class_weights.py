@@ -153,6 +153,14 @@ def test_hedge_moves_with_the_epochs_of_a_training(batch):
     assert ratio[2] == pytest.approx((e1 + em) / (e0 + em), rel=1e-5)
 
 
+@pytest.mark.parametrize("method", [ham.methods.Fair(), ham.methods.WAT(), ham.methods.CFA(), ham.methods.DAFA()])
+def test_an_epoch_without_a_batch_leaves_nothing(method):
+    objective = Objective(method, PGD(**ATTACK))
+    objective.end_epoch(EpochEnd(1, small_cnn(), None, None))
+    assert objective.epoch == 2
+    assert not objective.memory()
+
+
 def test_every_rule_can_be_named():
     allowed = get_args(field_types.hints(ham.methods.PGDAT)["class_weights"])
     assert set(allowed) == {"none", *RULES}

@@ -85,7 +85,8 @@ class Objective(nn.Module):
 
     def end_epoch(self, end: EpochEnd) -> None:
         """After an epoch that it has trained."""
-        self.method.end_epoch(end, self)
+        if self.has_memory or not self._remembers:  # else no batch has been seen yet
+            self.method.end_epoch(end, self)
         self.epoch = end.epoch + 1
 
     def keeps_average(self, end: EpochEnd) -> bool:
