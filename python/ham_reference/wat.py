@@ -42,6 +42,8 @@ class WAT(TRADES):
     def end_epoch(self):
         super().end_epoch()
         everything = [value for of_class in self.costs for value in of_class]
+        if not everything:
+            return
         of_all = sum(everything) / len(everything)
         for c, of_class in enumerate(self.costs):
             self.totals[c] += sum(of_class) / len(of_class) if of_class else of_all
