@@ -65,7 +65,7 @@ def _promise(images: str, m: dict, base: dict) -> str:
     average, worst = (100 * (m[k]["mean"] - base[k]["mean"]) for k in ("average", "worst"))
     std = 100 * (m["std"]["mean"] / base["std"]["mean"] - 1)
     title = m["title"].replace(", ", "` with `--")
-    return (
+    return measured.minus(
         f"- `{title}` against PGD-AT on {images}: average {average:+.1f} points, worst class {worst:+.1f}, std over "
         f"classes {std:+.0f} %, at {m['relative_time']:.2f} of the time."
-    ).replace(" -", " −")
+    )

@@ -53,7 +53,7 @@ def claims(here: Path) -> str:
 
 
 def _claims_of_bench_pgd(result: dict) -> Claims:
-    return {_minus(c["claim"]): _said(c["measured"], c["holds"]) for c in result["claims"]}
+    return {minus(c["claim"]): _said(c["measured"], c["holds"]) for c in result["claims"]}
 
 
 def _claims_of_report(data: dict) -> Claims:
@@ -84,10 +84,10 @@ def _claims_of_gpu(summary: dict) -> Claims:
 
 
 def _said(measured: str, holds: bool | None) -> str:
-    return _minus(measured if holds is None else f"{measured}: {HOLDS[holds]}")
+    return minus(measured if holds is None else f"{measured}: {HOLDS[holds]}")
 
 
-def _minus(text: str) -> str:
+def minus(text: str) -> str:
     return re.sub(r"(^|[ (])-(?=\d)", r"\1−", text)
 
 

@@ -94,7 +94,7 @@ class Sweep:
         _default("clean pgd20 cw20; of methods and frontier autoattack too, where pyautoattack is installed"),
     ] = ()
     """How each run is judged on the test set in the end. HAM gains more under PGD than under CW: look at both.
-    AutoAttack takes the equivalent of up to 12000 forwards of each image that resists it, CW-20 of 40."""
+    AutoAttack takes the equivalent of up to 10000 forwards of each image that resists it, CW-20 of 40."""
     search: Literal["plain", "fast"] = "plain"
     """fast: attacks look for examples on a rounded, compiled form of each model; the plain one judges them."""
     masking: Annotated[bool, _default("--no-masking; of methods and frontier --masking")] = False

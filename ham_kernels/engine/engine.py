@@ -173,7 +173,8 @@ def fast(device: torch.device) -> Engine:
     cpu = device.type == "cpu"
     precision = "fp32" if half_problem("bf16", device) else "bf16"
     winograd = cpu and winograd_problem(device, precision) is None
-    return Engine(EngineOptions(precision, True, True, not cpu, winograd), device)
+    options = EngineOptions(precision, channels_last=True, compile=True, cuda_graphs=not cpu, winograd=winograd)
+    return Engine(options, device)
 
 
 def _function_of(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,7 @@ import importlib
 import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
 
@@ -94,10 +94,11 @@ def survivors(
             break
         clean, labels = x[rows].float().contiguous(), y[rows]
         with _searching(model, clean, precision, search) as logits:
-            x_adv, disputed = _examples(part, logits, clean, labels, classes, pgd, seed)
+            x_adv = examples(part, logits, clean, labels, classes, pgd, seed)
+            disputed = None if search is None else _taken_for_lost(logits, clean, labels, x_adv)
         still, _ = right(projected(x_adv, clean, pgd), labels)
-        if search is not None and (again := (still & disputed).nonzero()[:, 0]).numel():
-            x_adv, _ = _examples(part, _plain(model, precision), clean[again], labels[again], classes, pgd, seed)
+        if disputed is not None and (again := (still & disputed).nonzero()[:, 0]).numel():
+            x_adv = examples(part, _plain(model, precision), clean[again], labels[again], classes, pgd, seed)
             still[again], _ = right(projected(x_adv, clean[again], pgd), labels[again])
         guard.read()
         correct[rows], lost[part] = still, int((~still).sum())
@@ -128,24 +129,21 @@ def projected(x_adv: Tensor, x: Tensor, pgd: PGD) -> Tensor:
     return (x + delta).clamp(0.0, 1.0)
 
 
-def _examples(part: str, logits: Logits, x: Tensor, y: Tensor, *how) -> tuple[Tensor, Tensor]:
-    """`examples`, and which rows the searched model takes for lost, found or never attacked, (n,) bool."""
-    x_adv = examples(part, logits, x, y, *how)
-    with torch.no_grad():
-        never_attacked = ~correct_rows(logits(x), y)
-    return x_adv, never_attacked | (x_adv != x).flatten(1).any(1)
+@torch.no_grad()
+def _taken_for_lost(logits: Logits, x: Tensor, y: Tensor, x_adv: Tensor) -> Tensor:
+    """(n,) bool: the rows that the searched model gets wrong without an attack, or that it gave an example for."""
+    return ~correct_rows(logits(x), y) | (x_adv != x).flatten(1).any(1)
 
 
 @contextmanager
 def _searching(model: nn.Module, x: Tensor, precision: str, search: engine.Engine | None) -> Iterator[Logits]:
     """What the parts ask, fp32 logits with a gradient to the images."""
-    if search is not None:
-        search.place(model, x)
-    with nullcontext() if search is None else search.attacking(model):
-        if search is None:
-            yield _plain(model, precision)
-        else:
-            yield lambda x: search.forward(model, search.place(model, x)).float()
+    if search is None:
+        yield _plain(model, precision)
+        return
+    search.place(model, x)
+    with search.attacking(model):
+        yield lambda x: search.forward(model, search.place(model, x)).float()
 
 
 def _plain(model: nn.Module, precision: str) -> Logits:

@@ -39,7 +39,7 @@ def evaluate(
         restarts: random starts of "pgdK" and "cwK"; an image is lost when any of them turns it.
         search: on what attacks look for examples: "plain", the model as it is; "fast", rounded to bf16, channels_last,
             compiled, with Winograd's convolutions or CUDA graphs, as far as the device has them. Each example is
-            judged by the plain model in either case. Compiling takes a minute at most.
+            judged by the plain model in either case. It compiles first.
     Returns: {attack: ClassAccuracy}; `no_gradient` counts the images that an attack could not work on.
     Warns: HamWarning where the model is not what attacks rely on (see docs/troubleshooting.md).
     Raises: TypeError, ValueError naming the argument; ImportError for "autoattack" without pyautoattack.

@@ -293,7 +293,11 @@ class Method:
     def keeps_over_batches(self) -> bool:
         """Whether what it remembers of one batch bears on later ones."""
         own = type(self).remembers is not Method.remembers
-        return own or self.class_weights == "hedge" or (self.class_weights != "none" and self.class_memory > 0)
+        if own or self.class_weights == "none":
+            return own
+        from .class_weights import RULES
+
+        return self.class_memory > 0 or RULES[self.class_weights].by_epoch
 
     def end_epoch(self, end: EpochEnd, memory: Objective) -> None:
         """After an epoch that it has trained, validation included. Here: what `class_weights` need."""
