@@ -47,6 +47,16 @@ def test_methods_are_all_of_the_registry_pgd_at_first():
         settings.check()
 
 
+def test_only_some_runs_by_name_or_pattern():
+    found, left_out = planned("methods", BASE, (0, 1), only=("pgd_at", "fair*", "natural-jump"))
+    names_of_both = [f"{name}-seed{seed}" for seed in (0, 1) for name in ("pgd_at", "fair", "fair-fast", "fair-jump")]
+    assert [cell.name for cell in found] == names_of_both
+    assert list(left_out) == ["natural-jump"]
+    assert set(map(repr, found)) < set(map(repr, cells("methods", BASE, (0, 1))))
+    with pytest.raises(ValueError, match="only: 'FAIR' is no run of methods, which has pgd_at, "):
+        planned("methods", BASE, (0,), only=("pgd_at", "FAIR"))
+
+
 def test_runs_are_named_as_in_the_other_experiments():
     """So that one folder holds them all, and none is trained twice."""
     methods, papers = of("methods")[0], of("paper")[0]

@@ -147,6 +147,7 @@ def test_a_sweep_does_not_mix_settings(tmp_path, swept):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (("--only", "ham-M9*"), "only: 'ham-M9*' is no run of ablations, which has pgd_at, "),
         (("--attacks", "clean", "bogus"), "attacks: got 'bogus'"),
         (("--model", "resnet_18"), "model: got 'resnet_18'"),
         (("--device", "cuda:99"), "device: got 'cuda:99'"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from typing import get_args
 
 from ..common import field_types
@@ -32,21 +33,36 @@ def cells(experiment: str, base: TrainSettings, seeds: tuple[int, ...]) -> list[
     return planned(experiment, base, seeds)[0]
 
 
-def planned(experiment: str, base: TrainSettings, seeds: tuple[int, ...]) -> tuple[list[Cell], dict[str, str]]:
-    """Its runs as in `cells`, and {name: why} of the combinations that a method refuses."""
+def planned(
+    experiment: str, base: TrainSettings, seeds: tuple[int, ...], only: Sequence[str] = ()
+) -> tuple[list[Cell], dict[str, str]]:
+    """Its runs as in `cells`, and {name: why} of the combinations that a method refuses.
+
+    Of `only` what one of these names or shell patterns fits, which tell of no seed.
+    """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds: got {seeds}; give at least one, and each once")
+    made = {seed: dict(_EXPERIMENTS[experiment](_of_seed(base, seed))) for seed in seeds}
+    names = list(made[seeds[0]])
+    for pattern in only:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"only: {pattern!r} is no run of {experiment}, which has {', '.join(names)}")
     found: dict[str, Cell] = {}
     left_out: dict[str, str] = {}
-    for seed in seeds:
-        seeded = replace(base, run=replace(base.run, seed=seed, label=None))
-        for name, settings in _EXPERIMENTS[experiment](seeded):
+    for seed, runs in made.items():
+        for name, settings in runs.items():
+            if only and not any(fnmatchcase(name, pattern) for pattern in only):
+                continue
             if isinstance(settings, str):
                 left_out[name] = settings
                 continue
             name = f"{name}-seed{seed}"
             found.setdefault(name, Cell(name, settings))
     return list(found.values()), left_out
+
+
+def _of_seed(base: TrainSettings, seed: int) -> TrainSettings:
+    return replace(base, run=replace(base.run, seed=seed, label=None))
 
 
 def _method(base: TrainSettings, /, **changes) -> TrainSettings:

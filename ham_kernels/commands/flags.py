@@ -88,6 +88,8 @@ class Sweep:
     """Sweep folder."""
     config: Path | None = None
     """TOML file of settings for every run."""
+    only: tuple[str, ...] = ()
+    """Of the experiment's runs only these, by name without the seed, or by pattern: pgd_at "fair*"."""
     seeds: tuple[int, ...] = (0,)
     attacks: Annotated[
         tuple[str, ...],

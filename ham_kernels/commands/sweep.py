@@ -40,7 +40,7 @@ def sweep(wanted: Sweep) -> int:
     """
     wanted.settings.check()
     folder = wanted.out or Path("runs") / f"sweep-{wanted.settings.data.source}"
-    plan, left_out = planned(wanted.experiment, wanted.settings, wanted.seeds)
+    plan, left_out = planned(wanted.experiment, wanted.settings, wanted.seeds, wanted.only)
     for cell in plan:
         cell.settings.check()
         _check_unchanged(folder / cell.name, cell.settings)
