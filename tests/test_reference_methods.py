@@ -115,8 +115,8 @@ def end_epoch(trainer: ham.Trainer, epoch: int) -> None:
     trainer.phases.method.end_epoch(EpochEnd(epoch, trainer.model, None, None))
 
 
-def same_start(trainer: ham.Trainer) -> tuple[nn.Module, torch.optim.Optimizer]:
-    twin = copy.deepcopy(trainer.model)
+def same_start(trainer: ham.Trainer, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, torch.optim.Optimizer]:
+    twin = copy.deepcopy(trainer.model).to(dtype)
     optimizer = sgd(twin)
     optimizer.load_state_dict(copy.deepcopy(trainer.optimizer.state_dict()))
     return twin, optimizer
@@ -124,29 +124,48 @@ def same_start(trainer: ham.Trainer) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 @pytest.mark.parametrize(("name", "switches"), CASES)
 def test_same_updates_as_the_reference(name, switches, epochs):
-    """Each from the same weights, since differences of rounding would grow; the class state is each one's own."""
+    """Each from the same weights, since differences of rounding would grow; the class state is each one's own.
+
+    The truth is the reference in fp64; what its fp32 errs by says how much rounding decides in this batch: much in an
+    attack on a KL divergence that is still near 0.
+    """
     trainer, reference = trainer_of(smooth_net(), name, switches), reference_of(name, switches)
     made, kept = examples_of(trainer), []
     for epoch, batches in enumerate(epochs, 1):
         for x, y in batches:
             twin, optimizer = same_start(trainer)
-            tried = copy.deepcopy(reference)
-            update = tried.step(twin, optimizer, x, y, seed=SEED, step=trainer.steps_done, epoch=epoch)
+            exact_twin, exact_optimizer = same_start(trainer, torch.float64)
+            tried, exact = copy.deepcopy(reference), copy.deepcopy(reference)
+            noise = {"seed": SEED, "step": trainer.steps_done, "epoch": epoch}
+            update = tried.step(twin, optimizer, x, y, **noise)
             if update.least_margin < 1e-5:
                 continue  # rounding may decide whether a row is hard
+            truth = exact.step(exact_twin, exact_optimizer, x.double(), y, **noise)
             reference = tried
             loss = trainer.train_step(x, y, epoch).loss
             ours = made[-1]
             kept.append(ours.n_kept)
-            assert ours.n_kept == len(update.rows)
-            torch.testing.assert_close(ours.x_adv, update.x_adv[update.rows], rtol=0, atol=2e-5)
-            torch.testing.assert_close(weights_of(ours), update.weights, rtol=1e-4, atol=1e-5)
-            assert loss == pytest.approx(update.loss, rel=2e-5, abs=1e-6)
-            for (key, p), q in zip(trainer.model.state_dict().items(), twin.state_dict().values(), strict=True):
-                torch.testing.assert_close(p, q, rtol=2e-5, atol=5e-6, msg=lambda m, key=key: f"{key}: {m}")
+            assert ours.n_kept == len(update.rows) == len(truth.rows)
+            rows = update.rows
+            assert_near("x_adv", ours.x_adv, truth.x_adv[rows], update.x_adv[rows], scale=L2["eps"])
+            # A looser bound: of numbers that were summed over epochs, then divided by their mean.
+            assert_near("weights", weights_of(ours), truth.weights, update.weights, scale=50)
+            assert_near("loss", loss, truth.loss, update.loss, scale=max(1, abs(truth.loss)))
+            states = (model.state_dict() for model in (trainer.model, exact_twin, twin))
+            for key, *values in zip(trainer.model.state_dict(), *(state.values() for state in states), strict=True):
+                assert_near(key, *values, scale=1)
         end_epoch(trainer, epoch)
         reference.end_epoch()
-    assert len(kept) >= 5
+    assert len(kept) >= 3  # of 7; the last two are the same images, and may both be skipped
+
+
+def assert_near(of: str, ours, truth, plain, *, scale: float) -> None:
+    """Ours errs by 2e-6 of the scale at most, and ten times as much as plain fp32 does."""
+    ours, truth, plain = (torch.as_tensor(values, dtype=torch.float64) for values in (ours, truth, plain))
+    assert ours.shape == truth.shape
+    if ours.numel():
+        allowed = 2e-6 * scale + 10 * (plain - truth).abs().max().item()
+        assert (ours - truth).abs().max().item() <= allowed, of
 
 
 @pytest.mark.parametrize(
