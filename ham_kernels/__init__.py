@@ -13,6 +13,7 @@ from .common.lazy import names_of
 if TYPE_CHECKING:
     from . import data, methods, models, ops
     from .attack.pgd import PGD, pgd_attack
+    from .commands.adopt import adopt
     from .commands.from_settings import load_model
     from .commands.train import resume, train
     from .common.troubles import HamWarning
@@ -35,6 +36,7 @@ _HOMES = {
     "EngineWarning": "engine",
     "NonFiniteError": "engine",
     "ClassAccuracy": "evaluation",
+    "adopt": "commands.adopt",
     "HamWarning": "common.troubles",
     "evaluate": "evaluation",
     "ham_loss": "methods",
@@ -65,6 +67,7 @@ __all__ = [
     "StepReport",
     "TrainSettings",
     "Trainer",
+    "adopt",
     "data",
     "evaluate",
     "ham_loss",

@@ -37,6 +37,7 @@ def test_parameter_counts_follow_from_the_architectures():
     assert preact_parameters(16, [160, 320, 640], 4, 10) == PARAMETERS["wrn_28_10"]
 
 
+OWN_NAMES = ["small_cnn", "preact_resnet18", "wrn_34_10", "wrn_28_10", "preact_resnet18_kuangliu"]
 OWN = [("small_cnn", 1), ("small_cnn", 3), ("preact_resnet18", 1), ("preact_resnet18", 3)]
 THEIRS = ["resnet18", "efficientnet_b0", "mobilenet_v3_small"]
 
@@ -98,7 +99,7 @@ def test_models_with_auxiliary_heads_return_one_tensor(name, recwarn):
 
 def test_every_name_is_known():
     names = models.names()
-    assert names[:4] == ["small_cnn", "preact_resnet18", "wrn_34_10", "wrn_28_10"]
+    assert names[:5] == OWN_NAMES
     assert {"resnet50", "vgg16_bn", "convnext_tiny", "swin_t", *THEIRS} <= set(names)
     assert len(set(names)) == len(names)
 
@@ -123,7 +124,7 @@ def test_bad_requests():
 
 
 def test_without_torchvision_the_own_models_remain(monkeypatch):
-    monkeypatch.setattr(models, "_torchvision_names", list)
-    assert models.names() == ["small_cnn", "preact_resnet18", "wrn_34_10", "wrn_28_10"]
+    monkeypatch.setattr(models.named, "_torchvision_names", list)
+    assert models.names() == OWN_NAMES
     with pytest.raises(ValueError, match=r"name: got 'resnet18'; .*torchvision, which has many more, is not installed"):
         models.create("resnet18", 10)

@@ -42,3 +42,6 @@ def test_every_command_of_the_tutorial_runs(tmp_path):
     for attack in ("PGD-20", "CW-20", "AutoAttack"):
         assert f"worst class +3.2 points (weight average, {attack})" in claims
     assert "AutoAttack (on 60 images)" in (work / "report/index.html").read_text()
+    three = json.loads((work / "report_of_three/data.json").read_text())
+    assert [g["title"] for g in three["sections"][0]["groups"]] == ["PGD-AT", "HAM", "My loop"]
+    assert len(three["sections"]) == 1

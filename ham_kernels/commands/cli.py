@@ -17,7 +17,7 @@ from ..common.provenance import package_version
 USAGE = """usage: ham COMMAND [options]        (ham COMMAND --help shows the options)
 
   train      train a classifier into a run folder, by HAM or another method; --resume RUN goes on with one
-  evaluate   judge a run: accuracy per class under attacks, gradient masking, the paper's analyses
+  evaluate   judge a run, or any model (--model): accuracy per class under attacks, gradient masking
   report     one HTML page, figures and tables from any number of runs
   sweep      the paper's experiments and ablations, one command each
   doctor     which backend each op uses on this machine, and why
@@ -95,6 +95,11 @@ def _evaluate(argv: list[str]) -> int:
     from . import flags
 
     wanted = flags.parse_evaluate(argv)
+    if isinstance(wanted, flags.Adoption):
+        from . import adopt
+
+        adopt.adopt_as(wanted, quiet=wanted.quiet)
+        return 0
     wanted.settings.check()
     from . import evaluate
 

@@ -27,13 +27,16 @@ from .progress import Heartbeat, on_terminal, say
 FORMAT = 1
 
 
-def evaluate_run(path: str | Path, settings: EvaluateSettings | None = None, *, quiet: bool = False) -> list[Path]:
+def evaluate_run(
+    path: str | Path, settings: EvaluateSettings | None = None, *, quiet: bool = False, model: nn.Module | None = None
+) -> list[Path]:
     """Judges a run's weights and writes one JSON file each below evaluation/; returns their paths.
 
     The file is WEIGHTS.json for the test images under the run's own budget, in fp32, with seed 0; any other choice
     has a file of its own. A second call adds further attacks, each on its own number of images; an attack that was
     judged on as many images or more stays. Stopped or killed, the same call goes on after the last batch. What was
-    found of later weights, whose checkpoint is damaged now, is not overwritten.
+    found of later weights, whose checkpoint is damaged now, is not overwritten. `model`: an object to lay them into,
+    in place of one made by the name that the run knows.
     Raises: FileNotFoundError, ValueError, TypeError naming what is wrong, before any attack; BlockingIOError while
         another process judges the run; CheckpointError.
     """
@@ -42,11 +45,7 @@ def evaluate_run(path: str | Path, settings: EvaluateSettings | None = None, *, 
     run = RunFolder.open(path)
     run.check_writable("run")
     told = run.settings()
-    how = _how(settings, told)
-    check_step(how["step_size"], how["norm"])
-    plans(settings.attacks, restarts=settings.restarts, **{k: how[k] for k in ("eps", "step_size", "norm")})
-    if settings.masking and 0 in (how["eps"], how["step_size"]):
-        raise ValueError("eps: got 0 for it or step_size; there is no gradient to examine, give --no-masking")
+    how = check_how(settings, told)
     device = device_of(settings.device)
     other = None if settings.transfer_from is None else _other_model(settings.transfer_from, run, device)
     states = {kind: run.load_weights(kind) for kind in _kinds(settings, run, told)}
@@ -55,7 +54,7 @@ def evaluate_run(path: str | Path, settings: EvaluateSettings | None = None, *, 
     images, *_ = run_images.find(told, run, settings.path)  # not others, which would be split anew
     with run.alone("evaluation/.lock"):
         judges = [
-            _Judge(run, kind, state, told, settings, how, images, other, device, quiet)
+            _Judge(run, kind, state, told, settings, how, images, model, other, device, quiet)
             for kind, state in states.items()
         ]
         for judge in judges:
@@ -67,8 +66,18 @@ def evaluate_run(path: str | Path, settings: EvaluateSettings | None = None, *, 
     return [judge.path for judge in judges]
 
 
+def check_how(settings: EvaluateSettings, told: TrainSettings) -> dict[str, Any]:
+    """What every attack of a judgement shares. Raises: ValueError, ImportError naming the setting."""
+    how = _how(settings, told)
+    check_step(how["step_size"], how["norm"])
+    plans(settings.attacks, restarts=settings.restarts, **{k: how[k] for k in ("eps", "step_size", "norm")})
+    if settings.masking and 0 in (how["eps"], how["step_size"]):
+        raise ValueError("eps: got 0 for it or step_size; there is no gradient to examine, give --no-masking")
+    return how
+
+
 def _how(settings: EvaluateSettings, told: TrainSettings) -> dict[str, Any]:
-    """What every attack of a judgement shares; the run's own budget unless told otherwise."""
+    """The run's own budget unless told otherwise."""
     return {
         "eps": told.attack.eps if settings.eps is None else settings.eps,
         "step_size": told.attack.step_size if settings.step_size is None else settings.step_size,
@@ -102,8 +111,9 @@ class _Judge:
 
     def __init__(
         self, run: RunFolder, kind: str, state: dict, told: TrainSettings, settings: EvaluateSettings, how: dict,
-        images, other: nn.Module | None, device: torch.device, quiet: bool,
+        images, model: nn.Module | None, other: nn.Module | None, device: torch.device, quiet: bool,
     ):  # fmt: skip
+        self.model = model
         self.run, self.state, self.told, self.settings, self.how, self.images = run, state, told, settings, how, images
         self.other, self.device, self.progress = other, device, _Progress(quiet)
         self.steps, self.workers = told.attack.steps, told.data.workers
@@ -123,7 +133,8 @@ class _Judge:
 
     def work(self) -> None:
         s, result = self.settings, self.result
-        self.model = trained_model(self.told, self.run.data_facts(), self.state["model"], self.device)
+        if self.model is None:
+            self.model = trained_model(self.told, self.run.data_facts(), self.state["model"], self.device)
         facts = provenance.machine()
         on = {"cpu": facts["cpu"], "gpu": facts["gpu"], "torch": torch.__version__, "commit": provenance.commit()}
         with self.progress as progress:

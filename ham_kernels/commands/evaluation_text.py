@@ -11,7 +11,8 @@ from ..report.text_format import attack_title, distinct
 
 def verdict(result: dict[str, Any], run: Path) -> str:
     """The text of what evaluation/*.json holds, empty line first."""
-    what = f"weights {result['weights']} (epoch {result['epoch']}), {result['part']} images, eps {result['eps']:g}"
+    weights = f"weights {result['weights']} (epoch {result['epoch']})" if result["epoch"] else "weights of others"
+    what = f"{weights}, {result['part']} images, eps {result['eps']:g}"
     lines = ["", f"{run}, {what}", "accuracy in %, 95 % interval over images; std, nstd over classes", ""]
     lines += [*_attacks(result), *_limits(result), *_parts(result), "", "per class", *_classes(result)]
     if "masking" in result:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,10 +14,18 @@ from ..methods import names
 from ..methods.registry import with_name
 from ..runs.config_file import from_toml, read_toml
 from ..runs.presets import for_folder, preset, rescaled
-from ..runs.settings import EvaluateSettings, TrainSettings
+from ..runs.settings import (
+    AttackSettings,
+    EvaluateSettings,
+    ImageSettings,
+    JudgeSettings,
+    ModelSettings,
+    TrainSettings,
+)
 from .experiments import STRONG
 
 T = TypeVar("T")
+FINE_TUNED = 10  # divides the learning rate where a training begins with weights
 
 
 def _default(words: str) -> Any:
@@ -54,6 +62,29 @@ class Evaluate:
     """Run folder."""
     quiet: bool = False
     settings: EvaluateSettings = field(default_factory=EvaluateSettings)
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """Judge a model that was trained elsewhere, in a folder of its own that `ham report` compares with runs.
+
+    Without --model, `ham evaluate RUN` judges a run. More attacks: the same command with others, or of the folder.
+    """
+
+    model: ModelSettings
+    out: Annotated[Path | None, _default("runs/DATASET-LABEL")] = None
+    """Folder for its weights and what they are worth."""
+    checkpoint: Path | None = None
+    """Its weights: a state_dict of torch.save, or safetensors. Names of TRADES', pytorch-cifar's and RobustBench's
+    PreActResNet-18 and wide ResNets, of DataParallel and of torch.compile are known."""
+    checkpoint_key: str | None = None
+    """The entry of that file, where it holds several state_dicts."""
+    label: Annotated[str | None, _default("the name of the checkpoint, else of the model")] = None
+    """What reports call it."""
+    quiet: bool = False
+    data: ImageSettings = field(default_factory=ImageSettings)
+    attack: AttackSettings = field(default_factory=AttackSettings)
+    judge: JudgeSettings = field(default_factory=lambda: JudgeSettings(analyses=False))
 
 
 @dataclass(frozen=True)
@@ -129,8 +160,16 @@ def parse_train(argv: list[str]) -> Train | Resume:
     return _cli(Train, argv, "ham train", Train(method=base.method.name, settings=base))
 
 
-def parse_evaluate(argv: list[str]) -> Evaluate:
-    return _cli(Evaluate, argv, "ham evaluate")
+def parse_evaluate(argv: list[str]) -> Evaluate | Adoption:
+    """A run to judge, or with --model a model that was trained elsewhere, under its data set's budget unless told."""
+    if not any(word == "--model" or word.startswith("--model=") for word in argv):
+        return _cli(Evaluate, argv, "ham evaluate")
+    base = _base(argv)
+    default = Adoption(
+        ModelSettings(tyro.MISSING), attack=base.attack,
+        data=ImageSettings(**{f.name: getattr(base.data, f.name) for f in fields(ImageSettings)}),
+    )  # fmt: skip
+    return _cli(Adoption, argv, "ham evaluate", default)
 
 
 def parse_report(argv: list[str]) -> Report:
@@ -173,6 +212,8 @@ def _base(argv: list[str]) -> TrainSettings:
         base = from_toml(config, rescaled(base, own_epochs) if own_epochs else base, of_flag)
     if named is not None:
         base = replace(base, method=with_name(base.method, named, base.optim.epochs))
+    if (_seen(argv, "--weights") or base.run.weights) and get(told, "optim", "lr") is None:
+        base = replace(base, optim=replace(base.optim, lr=base.optim.lr / FINE_TUNED))
     if epochs is None or not epochs.isdecimal() or int(epochs) < 1:  # tyro and check() say what is wrong with it
         return base
     return rescaled(base, int(epochs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -36,34 +36,45 @@ def check_before_data(settings: TrainSettings, device: torch.device) -> None:
     Raises: TypeError, ValueError naming the setting; EngineError.
     """
     if settings.model.name not in models.names():
-        model_of(settings, 2, 3)  # tells which names are close
+        bare = replace(settings.model, normalize=False, mean=None, std=None)
+        model_of(replace(settings, model=bare), 2, 3)  # tells which names are close
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # given when the trainer is made
         trainer_of(settings, nn.Linear(1, 1), device)
 
 
-def check_takes(model: nn.Module, name: str, loader) -> None:
-    """Raises: ValueError where a model cannot take images like those of the loader."""
+def check_takes(model: nn.Module, name: str, loader, classes: int) -> None:
+    """Raises: ValueError where a model cannot take images like those of the loader, or knows fewer classes."""
     x, _ = next(iter(loader))
+    training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            model(x[:2])
+            logits = model(x[:2])
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(f"model: {name} cannot take images of shape {tuple(x.shape[1:])}: {error}") from error
     finally:
-        model.train()
+        model.train(training)
+    if isinstance(logits, torch.Tensor) and tuple(logits.shape) != (len(x[:2]), classes):
+        shape = tuple(logits.shape)
+        raise ValueError(f"model: {name} gives {shape} for 2 images of {classes} classes; it must be (2, {classes})")
 
 
 def model_of(settings: TrainSettings, classes: int, channels: int) -> nn.Module:
-    """The classifier with its first weights, which depend on the seed. Raises: ValueError naming the model."""
-    facts = data.SETS.get(settings.data.dataset) if settings.model.normalize else None
-    mean, std = (facts.mean, facts.std) if facts else (None, None)
+    """The classifier with its first weights, which depend on the seed.
+
+    Raises: ValueError, TypeError, ImportError, FileNotFoundError naming the setting.
+    """
+    m = settings.model
+    facts = data.SETS.get(settings.data.dataset) if m.normalize and m.mean is None else None
+    mean, std = (facts.mean, facts.std) if facts else (m.mean, m.std)
     torch.manual_seed(settings.run.seed)
     try:
-        return models.create(settings.model.name, classes, channels=channels, mean=mean, std=std)
-    except ValueError as error:  # the flag is --model, whatever the argument of `create`
-        raise ValueError(f"model: {str(error).removeprefix('name: ')}") from error
+        return models.create(m.name, classes, channels=channels, mean=mean, std=std)
+    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+        if not str(error).startswith("name: "):
+            raise
+        raise type(error)(f"model: {str(error).removeprefix('name: ')}") from error  # the flag is --model
 
 
 def load_model(run: str | Path, weights: str = "ema", device: torch.device | str = "auto") -> nn.Module:

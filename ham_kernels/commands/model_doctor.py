@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import re
-import sys
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ from torch import nn
 
 from ..common import troubles
 from ..engine import ROWS, attack_mode, findings, model_device, runnable
+from ..models.named import made_by
 
 CLEAN = "nothing: its outputs repeat, and gradients reach every image"
 
@@ -47,20 +45,8 @@ def look_at(name: str, size: str) -> dict[str, Any]:
 
 
 def model_named(name: str) -> nn.Module:
-    """The model that MODULE:FUNCTION makes, in eval mode."""
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise ValueError(f"--model: got {name!r}; it must be MODULE:FUNCTION, such as my_net:make_model")
-    sys.path.insert(0, os.getcwd())
+    """The model that MODULE:FUNCTION makes, in eval mode. Raises: ValueError, TypeError, ImportError naming --model."""
     try:
-        make = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
-        raise ImportError(f"--model: {module} cannot be imported ({error})") from error
-    finally:
-        sys.path.pop(0)
-    if not callable(make):
-        raise ValueError(f"--model: {module} has no function {function!r}")
-    model = make if isinstance(make, nn.Module) else make()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"--model: {name} gave {type(model).__name__}; it must be a torch.nn.Module")
-    return model.eval()
+        return made_by(name).eval()
+    except (ValueError, TypeError, ImportError) as error:
+        raise type(error)(f"--model: {str(error).removeprefix('name: ')}") from error

@@ -20,6 +20,7 @@ from ..report.strength import CLEAN, strongest
 from ..runs.folder import RunFolder
 from ..runs.settings import EvaluateSettings, TrainSettings
 from .experiments import STRONG, Cell, planned
+from .first_weights import with_their_normalisation
 from .flags import Sweep
 from .from_settings import device_of, model_of
 from .progress import duration, say
@@ -39,6 +40,7 @@ def sweep(wanted: Sweep) -> int:
         FileNotFoundError, ImportError naming what would fail in every run.
     """
     wanted.settings.check()
+    wanted = replace(wanted, settings=with_their_normalisation(wanted.settings))
     folder = wanted.out or Path("runs") / f"sweep-{wanted.settings.data.source}"
     plan, left_out = planned(wanted.experiment, wanted.settings, wanted.seeds, wanted.only)
     for cell in plan:

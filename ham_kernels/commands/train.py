@@ -20,6 +20,7 @@ from ..runs.settings import TrainSettings
 from ..training.reports import EpochReport, StepReport
 from ..training.trainer import Trainer
 from . import run_images
+from .first_weights import begin_with, with_their_normalisation
 from .from_settings import check_before_data, check_takes, device_of, loaders_of, model_of, scheduler_of, trainer_of
 from .progress import TrainProgress, duration, say
 from .signals import Stopped, StopRequest
@@ -35,6 +36,7 @@ def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool
     if not isinstance(settings, TrainSettings):
         raise TypeError(f"settings: got {settings!r}; it must be TrainSettings, such as ham_kernels.preset('digits')")
     settings.check()
+    settings = with_their_normalisation(settings)
     RunFolder("runs" if out is None else out).check_writable()
     if out is not None:
         RunFolder(out).check_free()
@@ -56,6 +58,8 @@ def resume(
         checks.integer("until_epoch", until_epoch, 1)
     run = RunFolder.open(out)
     run.check_writable("run")
+    if run.adopted:
+        raise ValueError(f"resume: {run.path} holds a model that was trained elsewhere, of which there is no course")
     settings = run.settings()
     settings.check()
     return _Job(settings, run, None if path is None else str(path)).work_in(run, quiet, until_epoch)
@@ -82,13 +86,16 @@ class _Job:
         device = device_of(settings.run.device)
         check_before_data(settings, device)
         images, self.facts, self.places = run_images.find(settings, run, path)
-        self.trainer = trainer_of(settings, model_of(settings, len(images.classes), images.channels), device)
+        model = model_of(settings, len(images.classes), images.channels)
+        fresh = run is None or not run.checkpoints.newest_first()
+        self.begun = begin_with(settings, model) if settings.run.weights is not None and fresh else None
+        self.trainer = trainer_of(settings, model, device)
         self.scheduler = scheduler_of(settings, self.trainer)
         self.loaders = loaders_of(settings, images, device)
         batches, size = len(self.loaders.train), settings.data.batch_size
         if settings.data.path is not None and batches < 10:
             troubles.warn("few_batches", batches=batches, size=size, images=images.counts["train"])
-        check_takes(self.trainer.model, settings.model.name, self.loaders.test)
+        check_takes(self.trainer.model, settings.model.name, self.loaders.test, len(images.classes))
         self.stop = StopRequest()
         self.best: dict[str, float] = {}
 
@@ -247,6 +254,8 @@ class _Job:
             f"eps {s.attack.eps:g}, step {s.attack.step_size:g}, K {s.attack.steps}, {s.attack.norm}; {s.optim.epochs} "
             f"epochs of {len(self.loaders.train)} batches on {trainer.device}, {s.run.precision}, seed {s.run.seed}"
         )
+        if self.begun is not None:
+            say(self.begun)
         if resumed:
             epoch, batches = trainer.position
             say(f"goes on in epoch {epoch} after {batches} batches")

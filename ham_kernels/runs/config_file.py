@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ def to_dict(settings: TrainSettings) -> dict[str, dict[str, Any]]:
     return out
 
 
-def to_toml(settings: TrainSettings) -> str:
+def to_toml(settings: TrainSettings, sections: Sequence[str] | None = None) -> str:
+    """As the text of a TOML file, of these sections alone where they are given."""
     import tomli_w
 
-    return tomli_w.dumps(to_dict(settings))
+    told = to_dict(settings)
+    return tomli_w.dumps(told if sections is None else {name: told[name] for name in sections})
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

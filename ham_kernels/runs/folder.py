@@ -3,7 +3,7 @@
 config.toml         resolved settings
 data.json           classes, channels, images of each part and class, where they lay
 environment.json    versions, machine, commit, and when it was worked on
-status.json         running, interrupted, finished or failed
+status.json         running, interrupted, finished or failed; adopted: trained elsewhere, then origin.json says where
 metrics.jsonl       one line per epoch
 checkpoints/        step_*.pt (two newest), best.pt, best_ema.pt
 evaluation/         one JSON per weights judged
@@ -19,7 +19,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from .config_file import from_toml, to_toml
 from .settings import TrainSettings, lr_factor
 
 WEIGHTS = ("last", "ema", "best", "best_ema")
+ADOPTED = "adopted"
 
 
 class RunFolder:
@@ -42,13 +43,16 @@ class RunFolder:
 
     # ------------------------------------------------------------ what it was told
     @classmethod
-    def create(cls, path: str | Path, settings: TrainSettings) -> RunFolder:
-        """A new folder with config.toml. Raises: FileExistsError where there is a run already, or parts of one."""
+    def create(cls, path: str | Path, settings: TrainSettings, sections: Sequence[str] | None = None) -> RunFolder:
+        """A new folder with config.toml, of all sections unless told otherwise.
+
+        Raises: FileExistsError where there is a run already, or parts of one.
+        """
         run = cls(path)
         run.check_free()
         aside = run.path / f".config.{os.getpid()}.partial"
         try:
-            write_atomically(aside, to_toml(settings).encode())
+            write_atomically(aside, to_toml(settings, sections).encode())
         except OSError as error:
             raise OSError(f"out: {run.path} cannot be written ({error}); give another folder") from error
         try:
@@ -117,6 +121,11 @@ class RunFolder:
 
     def settings(self) -> TrainSettings:
         return from_toml(self.path / "config.toml", TrainSettings())
+
+    @property
+    def adopted(self) -> bool:
+        """Whether its weights were trained elsewhere."""
+        return self.status()["state"] == ADOPTED
 
     def has_begun(self) -> bool:
         """Whether it knows its images."""

@@ -25,7 +25,7 @@ _RUNS = tyro.conf.arg(help_behavior_hint="(default: the run's)")
 
 
 @dataclass(frozen=True)
-class DataSettings:
+class ImageSettings:
     """Images."""
 
     dataset: str = "digits"
@@ -40,16 +40,10 @@ class DataSettings:
     """Download a named data set that is missing."""
     size: Annotated[int | None, Ge(1)] = None
     """Resize to size x size pixels (None: as they are; files of many sizes: 224)."""
-    train_images: Annotated[int | None, Ge(1), Words("{} training images")] = None
-    """Use only so many training images, class shares kept."""
     test_images: Annotated[int | None, Ge(1)] = None
     """Use only so many test images, class shares kept."""
-    val_images: Annotated[int, Ge(0)] = 160
-    """Training images set aside to choose the best checkpoint; 0 for none. The test set never chooses."""
-    batch_size: Annotated[int, Ge(1), Words("batch={}")] = 128
     workers: Annotated[int, Ge(0)] = 2
     """Processes that decode images which do not fit the device as one tensor."""
-    augment: Annotated[Literal["none", "crop", "crop+flip"], Words("augment={}")] = "none"
 
     @property
     def source(self) -> str:
@@ -58,13 +52,34 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class DataSettings(ImageSettings):
+    """Images."""
+
+    train_images: Annotated[int | None, Ge(1), Words("{} training images")] = None
+    """Use only so many training images, class shares kept."""
+    val_images: Annotated[int, Ge(0)] = 160
+    """Training images set aside to choose the best checkpoint; 0 for none. The test set never chooses."""
+    batch_size: Annotated[int, Ge(1), Words("batch={}")] = 128
+    augment: Annotated[Literal["none", "crop", "crop+flip"], Words("augment={}")] = "none"
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """Classifier."""
 
     name: Annotated[str, tyro.conf.arg(name="model"), Words("{}")] = "small_cnn"
-    """small_cnn, preact_resnet18, wrn_34_10, wrn_28_10, or any torchvision classifier by its name there."""
+    """small_cnn, preact_resnet18, wrn_34_10, wrn_28_10; a torchvision classifier by its name there; timm:NAME;
+    MODULE:FUNCTION, which makes one; robustbench:NAME, with its weights."""
     normalize: bool = False
     """The data set's mean and std as the model's first layer (where its table has them)."""
+    mean: tuple[float, ...] | None = None
+    """Of a normalisation as the model's first layer, one value per channel, in place of the data set's."""
+    std: tuple[float, ...] | None = None
+
+    def check(self) -> None:
+        """Raises: ValueError naming the field."""
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"{'mean' if self.mean is None else 'std'}: got None; give both mean and std, or neither")
 
 
 @dataclass(frozen=True)
@@ -142,6 +157,9 @@ class RunSettings:
     """Of forward and backward (autocast)."""
     ema_decay: Annotated[float | None, Ge(0), Lt(1), Words("EMA={}")] = 0.99
     """Of the weight average, which is judged beside the last weights; None (TOML: false) for none."""
+    weights: str | None = None
+    """Begin with the weights of a FILE, of a RUN's folder, or of imagenet (torchvision's and timm's models): by a
+    tenth of the learning rate, with a new head for other classes."""
     val_attack: str = "pgd10"
     """Judges the validation images after each epoch, beside clean accuracy."""
     best_by: Literal["robust", "worst_class"] = "robust"
@@ -173,6 +191,7 @@ class TrainSettings:
         check_step(self.attack.step_size, self.attack.norm)
         optim, method = self.optim, self.method
         method.attack_steps(self.attack.steps)
+        self.model.check()
         if len(optim.milestones) != len(optim.lr_decay):
             raise ValueError(
                 f"lr_decay: got {len(optim.lr_decay)} factors for {len(optim.milestones)} milestones; give one each"
@@ -200,24 +219,13 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
-class EvaluateSettings:
-    """How a run is judged."""
+class JudgeSettings:
+    """How a model is judged."""
 
-    weights: Annotated[
-        tuple[str, ...],
-        tyro.conf.arg(help_behavior_hint="(default: ema where the run keeps a weight average, else last)"),
-    ] = ()
-    """Of last, ema (both of the last epoch), best, best_ema (of the epoch that the validation images chose); or all."""
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw20")
     """clean, fgsm, pgdK, cwK (PGD on the CW loss), apgd (APGD-CE and APGD-T), autoattack."""
     restarts: Annotated[int, Ge(1)] = 1
     """Random starts of pgdK and cwK; an image counts as robust if it resists all."""
-    eps: Annotated[float | None, Ge(0), _RUNS] = None
-    """Budget, in units of images in [0, 1]."""
-    step_size: Annotated[float | None, Ge(0), _RUNS] = None
-    """Of one attack step."""
-    path: str | None = None
-    """Where the run's images lie now, if they have moved; they must be the same."""
     part: Literal["test", "val", "train"] = "test"
     images: Annotated[int | None, Ge(1)] = None
     """Judge only so many images of the part, class shares kept."""
@@ -248,6 +256,23 @@ class EvaluateSettings:
             raise ValueError(
                 f"transfer_from: got {self.transfer_from} with masking off, which alone uses it; leave one of them out"
             )
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(JudgeSettings):
+    """How a run is judged."""
+
+    weights: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(help_behavior_hint="(default: ema where the run keeps a weight average, else last)"),
+    ] = ()
+    """Of last, ema (both of the last epoch), best, best_ema (of the epoch that the validation images chose); or all."""
+    eps: Annotated[float | None, Ge(0), _RUNS] = None
+    """Budget, in units of images in [0, 1]."""
+    step_size: Annotated[float | None, Ge(0), _RUNS] = None
+    """Of one attack step."""
+    path: str | None = None
+    """Where the run's images lie now, if they have moved; they must be the same."""
 
 
 def check_step(step_size: float, norm: str) -> None:

@@ -11,7 +11,7 @@ from ...common.one_class import answers_one_class
 from ..reading.evaluations import WEIGHTS, Evaluation
 from ..reading.runs import Run
 from ..text_format import attack_title
-from .groups import Section
+from .groups import Group, Section
 
 Training = dict[str, list[str]]  # see `training_of`
 
@@ -98,8 +98,8 @@ def _as_number(text: str) -> tuple[float, str]:
 def limits(section: Section) -> list[str]:
     """What a reader must know before comparing the groups of a section."""
     counted = [run for g in section.groups for run in g.counted]
-    shown = [evaluation for g in section.groups for evaluation in g.evaluated(g.weights)]
-    trainings = [training_of(g.settings, g.counted) for g in section.groups if g.settings]
+    shown = [(g, evaluation) for g in section.groups for evaluation in g.evaluated(g.weights)]
+    trainings = [training_of(g.settings, g.counted) for g in section.groups if g.settings and not g.adopted]
     return [
         *_limits_of_models(section), *_limits_of_evaluations(shown), *_limits_of_trainings(trainings),
         *_limits_of_runs(counted), *_limits_of_times(section),
@@ -130,12 +130,13 @@ def _limits_of_models(section: Section) -> list[str]:
     ]
 
 
-def _limits_of_evaluations(shown: Sequence[Evaluation]) -> list[str]:
+def _limits_of_evaluations(judged: Sequence[tuple[Group, Evaluation]]) -> list[str]:
+    shown, of_runs = [e for _, e in judged], [e for g, e in judged if not g.adopted]
     told = {
-        "test images": {" ".join(str(v) for v in (e.part, e.images) if v is not None) for e in shown},
+        "test images": {" ".join(str(v) for v in (e.part, e.images) if v is not None) for e in of_runs},
         "the attack's step size": {str(e.step_size) for e in shown},
         "the precision of the evaluation": {str(e.precision) for e in shown},
-        "weights": {WEIGHTS[e.weights] for e in shown},
+        "weights": {WEIGHTS[e.weights] for e in of_runs},
     }
     apart = {what: "; ".join(sorted(values)) for what, values in told.items() if len(values) > 1}
     for attack in sorted({name for e in shown for name in e.attacks}):
@@ -157,7 +158,7 @@ def _limits_of_runs(runs: Sequence[Run]) -> list[str]:
     commits = sorted({str(run.environment["commit"]) for run in runs if run.environment.get("commit")})
     if len(commits) > 1:
         notes.append(f"Not of one commit: {', '.join(commits)} (-dirty: with changes that no commit holds).")
-    machines = {machine for run in runs for machine in machines_of(run)}
+    machines = {machine for run in runs if not run.adopted for machine in machines_of(run)}
     if len(machines) > 1:
         notes.append(f"Trained on different machines, so times do not compare: {'; '.join(sorted(machines))}.")
     return notes

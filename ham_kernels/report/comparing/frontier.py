@@ -64,6 +64,8 @@ def undominated(methods: Sequence[dict[str, Any]], cost: str) -> list[dict[str, 
 def _unranked(group: dict, attack: str) -> str:
     if not group["finished"]:
         return "training is not finished"
+    if group["adopted"]:
+        return "trained elsewhere"
     if group["weights"] in group["one_class"]:
         return "answers one class for nearly all images"
     return "" if _judged(group, attack) else f"not judged under {attack_title(attack)}"

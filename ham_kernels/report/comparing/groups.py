@@ -31,6 +31,11 @@ class Group:
         return any(run.finished for run in self.runs)
 
     @property
+    def adopted(self) -> bool:
+        """Trained elsewhere, so that nothing is known of how."""
+        return all(run.adopted for run in self.runs)
+
+    @property
     def counted(self) -> list[Run]:
         return [run for run in self.runs if run.finished] or self.runs
 
@@ -87,6 +92,8 @@ def settings_of(run: Run) -> dict[str, Any]:
         for section, values in run.config.items()
         for key, value in (values.items() if isinstance(values, dict) else [("", values)])
     }
+    if run.adopted:  # told apart by what they are called
+        return {key: value for key, value in flat.items() if key.startswith(("attack.", "model."))} | {"": run.label}
     flat = {key: value for key, value in flat.items() if key not in NOT_SETTINGS}
     method = run.method
     if method is None:

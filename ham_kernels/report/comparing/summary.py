@@ -55,7 +55,7 @@ def _section(section: Section) -> dict[str, Any]:
         "notes": section.notes,
         "val_attack": _val_attack(section.groups),
         "groups": groups,
-        "frontier": frontier(groups, attack),
+        "frontier": frontier(groups, headline_attack([g for g in section.groups if not g.adopted])),
         "claims": claims(groups, judging, seconds, pairs),
     }
 
@@ -96,6 +96,7 @@ def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
         "mines_hard_rows": group.method is not None and group.method.mines and group.method.rows == "hard",
         "baseline": is_baseline,
         "finished": group.finished,
+        "adopted": group.adopted,
         "one_class": {w: found for w in WEIGHTS if (found := _one_class(group, w))},
         "runs": [run.name for run in group.counted],
         "seeds": [run.seed for run in group.counted],

@@ -38,7 +38,7 @@ def _title(group: Group, groups: list[Group]) -> str:
         return group.runs[0].name
     method = group.method
     title = [method.title if method else str(group.method_name or "unknown method")]
-    groups = [g for g in groups if g.settings]
+    groups = [g for g in groups if g.settings and not g.adopted]
     family = [g for g in groups if g.method_name == group.method_name]
     known = _known(method)
     unknown = sorted({key for g in groups for key in g.settings} - {"method.name", *known})

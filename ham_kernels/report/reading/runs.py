@@ -145,8 +145,13 @@ class Run:
         return "finished" if done else "unknown"
 
     @property
+    def adopted(self) -> bool:
+        """Trained elsewhere: weights and verdicts alone are known."""
+        return self.status.get("state") == "adopted"
+
+    @property
     def finished(self) -> bool:
-        return self.state == "finished"
+        return self.state == "finished" or self.adopted
 
     @property
     def seconds(self) -> float | None:
@@ -186,7 +191,9 @@ class Run:
         if not self.finished:
             at = f" at epoch {self.epochs[-1].epoch if self.epochs else 0} of {self.planned_epochs or '?'}"
             out.append((f"training is not finished ({self.state}{at})", self._command(RESUME)))
-        if not self.epochs:
+        if self.adopted:
+            pass
+        elif not self.epochs:
             out.append(("no training log (metrics.jsonl)", None))
         elif self.seconds is None:
             out.append(("no training time: epochs are missing in metrics.jsonl", None))
@@ -212,6 +219,8 @@ def read_run(folder: str | Path) -> Run:
     run.environment = read_mapping(folder / "environment.json", run.notes)
     run.status = read_mapping(folder / "status.json", run.notes)
     run.data = read_mapping(folder / "data.json", run.notes)
+    if run.adopted:  # its images are those that judge it, whatever else lay beside them
+        run.data = {key: value for key, value in run.data.items() if key not in ("counts", "sha256")}
     run.epochs = _read_metrics(folder / "metrics.jsonl", run.notes)
     run.busy = held(folder / ".lock")
     if run.cut and not any("metrics.jsonl line" in note for note in run.notes):

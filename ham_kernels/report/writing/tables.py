@@ -48,7 +48,7 @@ def paper_table(section: dict[str, Any]) -> Table:
     groups = [g for g in section["groups"] if g["accuracy"] or g["time"]["mean"] is not None]
     columns = _columns(section, groups)
     table = Table([("", "Method"), *((c.span, c.name) for c in columns)], caption=_caption(section, groups, columns))
-    mixed = len({g["weights"] for g in groups} - {None}) > 1
+    mixed = len({g["weights"] for g in groups if not g["adopted"]} - {None}) > 1
     table.rows = [[Cell(_method(g, mixed)), *(c.cell(g) for c in columns)] for g in groups]
     for i, column in enumerate(columns, 1):
         ranked = [r for r, g in enumerate(groups) if is_ranked(g) and table.rows[r][i].value is not None]
@@ -156,7 +156,7 @@ def _title(attack: str) -> str:
 
 
 def _method(group: dict, mixed: bool) -> str:
-    weights = f" [{WEIGHTS[group['weights']]}]" if mixed and group["weights"] else ""
+    weights = f" [{WEIGHTS[group['weights']]}]" if mixed and group["weights"] and not group["adopted"] else ""
     one_class = " (answers one class)" if group["weights"] in group["one_class"] else ""
     return f"{group['title']}{weights}{one_class}{'' if group['finished'] else ' (not finished)'}"
 
@@ -169,7 +169,7 @@ def _caption(section: dict, groups: Sequence[dict], columns: Sequence[_Column]) 
     if counts != {1}:
         seeds = f"{_range(counts)} seeds, mean ± standard deviation"
         best = "Bold: the best value, and those within its standard deviation."
-    weights = {g["weights"] for g in groups} - {None}
+    weights = {g["weights"] for g in groups if not g["adopted"]} - {None}
     of = f"; {WEIGHTS[weights.pop()]}" if len(weights) == 1 else ""
     return f"{section['title']}; {seeds}{of}{_images(groups, columns)}{_no_gradient(groups, columns)}. {best}"
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .common import checks
-from .data.table import SETS
+from ..common import checks
+from ..data.table import SETS
 
 CIFAR10_MEAN, CIFAR10_STD = SETS["cifar10"].mean, SETS["cifar10"].std
 
@@ -87,12 +86,12 @@ class PreActBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(out))) + shortcut
 
 
-class _PreActNet(nn.Sequential):
+class PreActNet(nn.Sequential):
     """Normalisation, a 3x3 convolution, stages of PreActBlocks (all but the first halve the image), a linear head."""
 
     def __init__(
         self, classes: int, stem: int, widths: Sequence[int], blocks: int, channels: int,
-        mean: Sequence[float] | None, std: Sequence[float] | None,
+        mean: Sequence[float] | None, std: Sequence[float] | None, last_norm: bool = True,
     ):  # fmt: skip
         layers, c_in = [], stem
         for stage, width in enumerate(widths):
@@ -103,28 +102,30 @@ class _PreActNet(nn.Sequential):
             normalisation(channels, mean, std),
             nn.Conv2d(channels, stem, 3, padding=1, bias=False),
             *layers,
-            nn.BatchNorm2d(c_in),
-            nn.ReLU(),
+            *([nn.BatchNorm2d(c_in), nn.ReLU()] if last_norm else []),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
             nn.Linear(c_in, classes),
         )
+        self.blocks = blocks  # of a stage
 
 
-class PreActResNet18(_PreActNet):
+class PreActResNet18(PreActNet):
     """Pre-activation ResNet-18 for 32x32 images (He et al., ECCV 2016), by default with CIFAR-10's mean and std inside.
 
-    Args: classes; channels of the images; mean, std: one value per channel, or None for no normalisation.
+    Args: classes; channels of the images; mean, std: one value per channel, or None for no normalisation; last_norm:
+    BatchNorm and ReLU before the head, as published (kuangliu's pytorch-cifar, from which many checkpoints come, has
+    neither).
     """
 
     def __init__(
         self, classes: int = 10, *, channels: int = 3, mean: Sequence[float] | None = CIFAR10_MEAN,
-        std: Sequence[float] | None = CIFAR10_STD,
+        std: Sequence[float] | None = CIFAR10_STD, last_norm: bool = True,
     ):  # fmt: skip
-        super().__init__(classes, 64, (64, 128, 256, 512), 2, channels, mean, std)
+        super().__init__(classes, 64, (64, 128, 256, 512), 2, channels, mean, std, last_norm)
 
 
-class WideResNet(_PreActNet):
+class WideResNet(PreActNet):
     """Wide ResNet for 32x32 images, without dropout (Zagoruyko & Komodakis, BMVC 2016), as in TRADES' code.
 
     Args: depth = 6n + 4; widen: factor of the widths 16, 32, 64; classes; channels of the images; mean, std: one value
@@ -143,63 +144,3 @@ class WideResNet(_PreActNet):
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self[-1].bias)
-
-
-_OWN: dict[str, Callable[..., nn.Module]] = {
-    "small_cnn": lambda classes, channels, mean, std: SmallCNN(channels, classes, mean=mean, std=std),
-    "preact_resnet18": lambda classes, **how: PreActResNet18(classes, **how),
-    "wrn_34_10": lambda classes, **how: WideResNet(34, 10, classes, **how),
-    "wrn_28_10": lambda classes, **how: WideResNet(28, 10, classes, **how),
-}
-# with their auxiliary classifiers they would return three tensors; a given init_weights silences a warning
-_WITHOUT_AUXILIARIES = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
-
-
-def names() -> list[str]:
-    """What `create` knows: the models of this file, then torchvision's classifiers where torchvision is installed."""
-    return [*_OWN, *_torchvision_names()]
-
-
-def create(
-    name: str, classes: int, *, channels: int = 3, mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> nn.Module:  # fmt: skip
-    """A classifier with random weights: images (n, channels, H, W) in [0, 1] -> logits (n, classes).
-
-    Args:
-        name: one of `names()`: "small_cnn", "preact_resnet18", "wrn_34_10", "wrn_28_10", or a classifier of
-            torchvision.models.
-        classes: >= 2.
-        channels: of the images; torchvision's classifiers take 3 only.
-        mean, std: normalisation inside the model, one value per channel; None for no normalisation.
-    Raises: TypeError, ValueError naming the argument, with close matches for an unknown name.
-    """
-    checks.integer("classes", classes, 2)
-    checks.integer("channels", channels, 1)
-    if name in _OWN:
-        return _OWN[name](classes, channels=channels, mean=mean, std=std)
-    theirs = _torchvision_names()
-    if name not in theirs:
-        raise ValueError(_unknown(name, theirs))
-    if channels != 3:
-        raise ValueError(f"channels: got {channels}; torchvision's {name} takes 3 (of {', '.join(_OWN)} any number)")
-    from torchvision import models
-
-    before = normalisation(channels, mean, std)
-    model = models.get_model(name, weights=None, num_classes=classes, **_WITHOUT_AUXILIARIES.get(name, {}))
-    return model if mean is None else nn.Sequential(before, model)
-
-
-def _torchvision_names() -> list[str]:
-    try:
-        from torchvision import models
-    except ImportError:
-        return []
-    return models.list_models(module=models)
-
-
-def _unknown(name: str, theirs: list[str]) -> str:
-    close = difflib.get_close_matches(str(name).lower().replace("-", "_"), [*_OWN, *theirs])
-    hint = f"close are {', '.join(close)}" if close else f"allowed are {', '.join(_OWN)}"
-    more = "models.names() lists all" if theirs else "torchvision, which has many more, is not installed"
-    return f"name: got {name!r}; {hint}; {more}"
