@@ -56,7 +56,10 @@ class Train:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Judge the weights of a run, by default on its test images."""
+    """Judge the weights of a run, by default on its test images.
+
+    With --model, one that was trained elsewhere: `ham evaluate --model NAME --help`.
+    """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""

@@ -72,7 +72,7 @@ def model_of(settings: TrainSettings, classes: int, channels: int) -> nn.Module:
     try:
         return models.create(m.name, classes, channels=channels, mean=mean, std=std)
     except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
-        if not str(error).startswith("name: "):
+        if str(error).startswith(("mean: ", "std: ")):
             raise
         raise type(error)(f"model: {str(error).removeprefix('name: ')}") from error  # the flag is --model
 

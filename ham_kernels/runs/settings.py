@@ -259,14 +259,18 @@ class JudgeSettings:
 
 
 @dataclass(frozen=True)
-class EvaluateSettings(JudgeSettings):
-    """How a run is judged."""
-
+class _WhichWeights:
     weights: Annotated[
         tuple[str, ...],
         tyro.conf.arg(help_behavior_hint="(default: ema where the run keeps a weight average, else last)"),
     ] = ()
     """Of last, ema (both of the last epoch), best, best_ema (of the epoch that the validation images chose); or all."""
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(JudgeSettings, _WhichWeights):
+    """How a run is judged."""
+
     eps: Annotated[float | None, Ge(0), _RUNS] = None
     """Budget, in units of images in [0, 1]."""
     step_size: Annotated[float | None, Ge(0), _RUNS] = None
