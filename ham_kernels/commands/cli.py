@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from ..common import field_types
 from ..common.processes import refuse_several
 from ..common.provenance import package_version
 
@@ -20,6 +21,8 @@ USAGE = """usage: ham COMMAND [options]        (ham COMMAND --help shows the opt
   evaluate   judge a run, or any model (--model): accuracy per class under attacks, gradient masking
   report     one HTML page, figures and tables from any number of runs
   sweep      the paper's experiments and ablations, one command each
+  export     a run's model for torch alone (torch.export, state_dict, ONNX), with a model card
+  predict    classes of image files, by a run or an export
   doctor     which backend each op uses on this machine, and why
   build      compile the libraries of a checkout in place (CUDA, CPU), and show what the compilers say
 """
@@ -133,6 +136,27 @@ def _sweep(argv: list[str]) -> int:
         return error.code
 
 
+def _export(argv: list[str]) -> int:
+    from . import flags
+
+    wanted = flags.parse_export(argv)
+    from .export import export
+
+    print(f"written: {export(wanted)}")
+    return 0
+
+
+def _predict(argv: list[str]) -> int:
+    from . import flags
+
+    wanted = flags.parse_predict(argv)
+    field_types.check(wanted)
+    from .predict import predict
+
+    predict(wanted)
+    return 0
+
+
 def _doctor(argv: list[str]) -> int:
     from . import doctor
 
@@ -150,6 +174,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "report": _report,
     "sweep": _sweep,
+    "export": _export,
+    "predict": _predict,
     "doctor": _doctor,
     "build": _build,
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+from annotated_types import Ge
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ..methods import names
@@ -33,6 +34,7 @@ def _default(words: str) -> Any:
     return tyro.conf.arg(help_behavior_hint=f"(default: {words})")
 
 
+_EMA_IF_KEPT = _default("ema where the run keeps a weight average, else last")
 _METHOD = tyro.conf.arg(
     help=f"One of {', '.join(names())}; `--method NAME --help` shows its own settings.",
     help_behavior_hint=lambda default: f"(default: {default})",
@@ -101,6 +103,44 @@ class Report:
     title: str | None = None
     baseline: Annotated[str | None, _default("PGD-AT")] = None
     """Title of the method that the others are compared with."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's model for those who have torch alone, with a card of what it is worth."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    out: Annotated[Path | None, _default("exports/RUN")] = None
+    """New folder."""
+    weights: Annotated[Literal["last", "ema", "best", "best_ema"] | None, _EMA_IF_KEPT] = None
+    formats: tuple[Literal["state_dict", "pt2", "safetensors", "onnx", "robustbench", "card"], ...] = (
+        "state_dict", "pt2", "robustbench", "card",
+    )  # fmt: skip
+    """state_dict: model.pt. pt2: model.pt2 of torch.export, images in [0, 1] to logits, about.json inside.
+    safetensors, onnx: where their packages are installed. robustbench: an entry of its model_info. card:
+    MODEL_CARD.md."""
+    names: Literal["ours", "field"] = "ours"
+    """Of the weights in model.pt and safetensors: field gives those of pytorch-cifar and TRADES, without
+    normalisation."""
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Classes of image files, by a run or by an export that has a model.pt2."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Run folder, or the folder of an export."""
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(help_behavior_hint="(at least one)")]
+    """Images, resized as the test images of the training were."""
+    weights: Annotated[Literal["last", "ema", "best", "best_ema"] | None, _EMA_IF_KEPT] = None
+    """Of a run."""
+    top: Annotated[int, Ge(1)] = 3
+    """So many classes of each image are told."""
+    batch_size: Annotated[int, Ge(1)] = 64
+    device: str = "auto"
+    json: bool = False
+    """One JSON list in place of lines."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +217,14 @@ def parse_evaluate(argv: list[str]) -> Evaluate | Adoption:
 
 def parse_report(argv: list[str]) -> Report:
     return _cli(Report, argv, "ham report")
+
+
+def parse_export(argv: list[str]) -> Export:
+    return _cli(Export, argv, "ham export")
+
+
+def parse_predict(argv: list[str]) -> Predict:
+    return _cli(Predict, argv, "ham predict")
 
 
 def parse_sweep(argv: list[str]) -> Sweep:

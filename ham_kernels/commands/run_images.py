@@ -87,7 +87,7 @@ def _gone(run: RunFolder, path: str, before: dict[str, Any]) -> str:
 
 
 def facts_of(images: data.ImageSet | data.FileSet, path: str | None = None, named: str | None = None) -> dict[str, Any]:
-    """What a run notes of its images: classes, channels, counts, and a digest of pixels (or file names) and labels.
+    """What a run notes of its images: classes, shape, counts, and a digest of pixels (or file names) and labels.
 
     Of files also one of the sizes of all and the bytes of some, since reading all takes as long as an epoch.
 
@@ -107,11 +107,19 @@ def facts_of(images: data.ImageSet | data.FileSet, path: str | None = None, name
                 held.update(Path(file).read_bytes())
         digest.update(y.numpy())
     facts = {
-        "classes": list(images.classes), "channels": images.channels, "counts": images.counts,
+        "classes": list(images.classes), "channels": images.channels, "shape": list(shape_of(images)),
+        "counts": images.counts,
         "class_counts": {part: list(counts.values()) for part, counts in images.class_counts.items()},
         "sha256": digest.hexdigest(),
     }  # fmt: skip
     return facts if isinstance(images, data.ImageSet) else {**facts, "files_sha256": held.hexdigest()}
+
+
+def shape_of(images: data.ImageSet | data.FileSet) -> tuple[int, int, int]:
+    """(channels, height, width) that a model is given."""
+    if isinstance(images, data.ImageSet):
+        return tuple(images.x_test.shape[1:])
+    return images.channels, images.size, images.size
 
 
 def _below(files: Sequence[str], path: str | None, named: str | None) -> list[str]:

@@ -1,0 +1,141 @@
+"""`ham export`: a trained model for those who have torch alone, with what it is worth written beside it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common import provenance
+from ..common.files import write_atomically
+from ..models.keys import to_theirs
+from ..runs.folder import RunFolder, dumps
+from ..runs.settings import TrainSettings
+from . import run_images
+from .flags import Export
+from .from_settings import trained_model
+from .model_card import model_card, robustbench_entry
+
+ABOUT = "about.json"
+PROGRAM = "model.pt2"
+_NEEDS = {"safetensors": "safetensors", "onnx": "onnxscript"}  # packages that write a format
+
+
+def export(wanted: Export) -> Path:
+    """Writes a run's weights and what they are worth into a new folder, in the formats asked for; returns it.
+
+    Raises: FileNotFoundError, FileExistsError, ValueError, ImportError naming the argument; CheckpointError.
+    """
+    run = RunFolder.open(wanted.run)
+    told, facts = run.settings(), run.data_facts()
+    kind = wanted.weights or ("last" if told.run.ema_decay is None else "ema")
+    out = wanted.out or Path("exports") / run.path.resolve().name
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"out: {out} is there already; give another folder, or remove it")
+    for name in wanted.formats:
+        if name in _NEEDS and find_spec(_NEEDS[name]) is None:
+            raise ImportError(f"formats: {name} needs {_NEEDS[name]}; `pip install {_NEEDS[name]}`")
+    state = run.load_weights(kind)
+    model = trained_model(told, facts, state["model"], torch.device("cpu"))
+    judged = _judged(run, kind, state["sha256"])
+    about = about_of(run, kind) | {"judged": sorted(judged.get("attacks", {}))}
+    files = {ABOUT: dumps(about, indent=1).encode() + b"\n"}
+    files |= {name: text.encode() for name, text in _texts(wanted, about, judged, run).items()}
+    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    if wanted.names == "field":
+        weights = to_theirs(model, weights)
+    out.mkdir(parents=True, exist_ok=True)
+    if "state_dict" in wanted.formats:
+        torch.save(weights, out / "model.pt")
+    if "safetensors" in wanted.formats:
+        from safetensors.torch import save_file
+
+        save_file(weights, out / "model.safetensors", {"about": json.dumps(about)})
+    if "pt2" in wanted.formats:
+        _save_program(model, about, out / PROGRAM)
+    if "onnx" in wanted.formats:
+        _save_onnx(model, about, out / "model.onnx")
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    return out
+
+
+def _judged(run: RunFolder, kind: str, digest: str) -> dict[str, Any]:
+    """What `ham evaluate` found of these weights; {} where it did not judge them."""
+    path = run.path / "evaluation" / f"{kind}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("checkpoint_sha256") == digest else {}
+
+
+def about_of(run: RunFolder, kind: str) -> dict[str, Any]:
+    """What whoever loads the weights must know, without a path of this machine."""
+    told, facts, state = run.settings(), run.data_facts(), run.load_weights(kind)
+    channels, height, width = facts.get("shape") or list(_first_shape(told, run))
+    m, origin = told.model, run.path / "origin.json"
+    return {
+        "format": 1,
+        "classes": facts["classes"],
+        "input": {
+            "channels": channels, "height": height, "width": width, "range": [0, 1],
+            "resize": "centre crop" if facts.get("files_sha256") else "whole image",
+        },
+        "normalisation": "inside the model",
+        "model": m.name,
+        "threat_model": {"norm": told.attack.norm, "eps": told.attack.eps},
+        "dataset": told.data.source,
+        "method": None if run.adopted else told.method.describe(told.warm_up.name),
+        "label": told.run.label,
+        "origin": json.loads(origin.read_text())["class"] if origin.exists() else None,
+        "weights": {"kind": kind, "epoch": state["epoch"] or None, "checkpoint_sha256": state["sha256"]},
+        "versions": provenance.versions(),
+    }  # fmt: skip
+
+
+def _first_shape(told: TrainSettings, run: RunFolder) -> tuple[int, ...]:
+    """Of runs that did not note it: from the images."""
+    images, *_ = run_images.find(told, run)
+    return run_images.shape_of(images)
+
+
+def _texts(wanted: Export, about: dict, judged: dict, run: RunFolder) -> dict[str, str]:
+    found = {}
+    if "card" in wanted.formats:
+        found["MODEL_CARD.md"] = model_card(about, judged, run)
+    if "robustbench" in wanted.formats:
+        found["robustbench.json"] = json.dumps(robustbench_entry(about, judged), indent=1) + "\n"
+    return found
+
+
+# ---------------------------------------------------------------- programs
+def _example(about: dict) -> Tensor:
+    size = about["input"]
+    return torch.rand(2, size["channels"], size["height"], size["width"], generator=torch.Generator().manual_seed(0))
+
+
+def _save_program(model: nn.Module, about: dict, path: Path) -> None:
+    """torch.export of images -> logits, any number of rows; about.json travels inside."""
+    batch = torch.export.Dim("batch", min=1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, (_example(about),), dynamic_shapes=({0: batch},))
+    except Exception as error:  # whatever a model of the user's meets in there
+        raise ValueError(
+            f"formats: torch.export cannot take {about['model']} ({str(error).splitlines()[0]})"
+        ) from error
+    torch.export.save(program, path, extra_files={ABOUT: json.dumps(about)})
+
+
+def _save_onnx(model: nn.Module, about: dict, path: Path) -> None:
+    batch = torch.export.Dim("batch", min=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (_example(about),), path, dynamo=True, input_names=["images"],
+            output_names=["logits"], dynamic_shapes=({0: batch},), verbose=False, external_data=False,
+        )  # fmt: skip

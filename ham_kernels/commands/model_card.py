@@ -1,0 +1,155 @@
+"""What an exported model is worth, in words and numbers: MODEL_CARD.md, and an entry of RobustBench."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..report.text_format import attack_title
+from ..runs.folder import RunFolder
+
+_NORMS = {
+    "linf": "each pixel value by at most {eps:g} (L∞)",
+    "l2": "the image by at most {eps:g} in Euclidean length (L2)",
+}
+
+
+def model_card(about: dict[str, Any], judged: dict[str, Any], run: RunFolder) -> str:
+    """Markdown; every number from what `ham evaluate` wrote."""
+    facts, threat = run.data_facts(), about["threat_model"]
+    counts = ", ".join(f"{n} {part}" for part, n in facts["counts"].items())
+    size = about["input"]
+    change = _NORMS.get(threat["norm"], threat["norm"]).format(eps=threat["eps"])
+    lines = [
+        f"# {about['label'] or about['dataset'] + ', ' + (about['method'] or about['model'])}",
+        "",
+        f"{about['model']}: images {size['channels']} × {size['height']} × {size['width']} with values in [0, 1] -> "
+        f"logits of {len(about['classes'])} classes. Normalisation is inside the model.",
+        "",
+        "## Data",
+        "",
+        f"{about['dataset']}, images: {counts}. Classes: {', '.join(map(str, about['classes']))}.",
+        "",
+        "## Threat model",
+        "",
+        f"Somebody who knows the model changes {change} of values in [0, 1], so that the image is taken for another "
+        "class. Other changes (rotations, blur, patches, larger ones) are not covered.",
+        "",
+        "## Training",
+        "",
+        f"{about['method']}." if about["method"] else f"Trained elsewhere ({about['origin']}); how is not known here.",
+        *_settings(about, run),
+        "",
+        "## What it is worth",
+        "",
+        *(_worth(about, judged) if judged.get("attacks") else ["Not judged: `ham evaluate` before `ham export`."]),
+        "",
+        "## Limits",
+        "",
+        *_limits(judged),
+        "",
+        f"Versions: {', '.join(f'{k} {v}' for k, v in about['versions'].items())}. Weights: {about['weights']['kind']}"
+        f"{_epoch(about)}, SHA-256 of the checkpoint {about['weights']['checkpoint_sha256']}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _settings(about: dict[str, Any], run: RunFolder) -> list[str]:
+    if about["method"] is None:
+        return []
+    s = run.settings()
+    o, a = s.optim, s.attack
+    return [
+        f"{o.epochs} epochs, batch {s.data.batch_size}, learning rate {o.lr:g} ({o.schedule}), "
+        f"momentum {o.momentum:g}, weight decay {o.weight_decay:g}, augmentation {s.data.augment}.",
+        f"Attack: K = {a.steps}, step {a.step_size:g}. {s.run.precision}, seed {s.run.seed}.",
+    ]
+
+
+def _epoch(about: dict[str, Any]) -> str:
+    epoch = about["weights"]["epoch"]
+    return f" of epoch {epoch}" if epoch else ""
+
+
+def _worth(about: dict[str, Any], judged: dict[str, Any]) -> list[str]:
+    """All attacks, then each class under them, with exact 95 % intervals over images."""
+    attacks, classes = judged["attacks"], about["classes"]
+    lines = [
+        f"On {judged['part']} images, in %; 95 % intervals (Clopper-Pearson) over images.",
+        "",
+        "| attack | images | accuracy | worst class | std over classes |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, a in attacks.items():
+        values = [2 if c["value"] is None else c["value"] for c in a["per_class"]]
+        worst = classes[values.index(min(values))]
+        lines.append(
+            f"| {attack_title(name)} | {a['n']} | {_interval(a['accuracy'])} | {worst}: "
+            f"{_interval(a['worst_class'])} | {_percent(a['std']['value'])} |"
+        )
+    counts = _counts(attacks, len(classes))
+    head = ["class", "images", *map(attack_title, attacks)]
+    lines += ["", f"| {' | '.join(head)} |", "|---|---:" + "|---:" * len(attacks) + "|"]
+    for i, label in enumerate(classes):
+        cells = [_interval(a["per_class"][i]) for a in attacks.values()]
+        lines.append(f"| {label} | {counts[i]} | {' | '.join(cells)} |")
+    how = [f"{attack_title(name)}: {_attack_settings(a['settings'])}" for name, a in attacks.items() if name != "clean"]
+    return [*lines, "", "Attacks: " + "; ".join(how) + "."] if how else lines
+
+
+def _counts(attacks: dict[str, Any], classes: int) -> list[str]:
+    labels = [a["labels"].split() for a in attacks.values() if a.get("labels")]
+    if not labels:
+        return ["–"] * classes
+    most = max(labels, key=len)
+    return [str(most.count(str(i))) for i in range(classes)]
+
+
+def _attack_settings(settings: dict[str, Any]) -> str:
+    left_out = ("attack", "device", "norm", "search")
+    told = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items() if k not in left_out]
+    return ", ".join(told).replace("[", "").replace("]", "").replace("'", "")
+
+
+def _limits(judged: dict[str, Any]) -> list[str]:
+    found = []
+    attacks = judged.get("attacks", {})
+    if "autoattack" not in attacks:
+        found.append("- Not judged by AutoAttack: weaker attacks flatter.")
+    elif attacks["autoattack"]["n"] < judged["images"]:
+        found.append(f"- AutoAttack saw {attacks['autoattack']['n']} of {judged['images']} images.")
+    masking = judged.get("masking")
+    if masking is None:
+        found.append("- Not checked for gradient masking.")
+    else:
+        bad = [f"{c['title']}: {c['why']}" for c in masking["checks"] if c["suspicious"]]
+        run = sum(bool(c["values"]) for c in masking["checks"])
+        found += [f"- Gradient masking: {text}." for text in bad] or [f"- No sign of gradient masking in {run} checks."]
+    return [*found, "- Accuracy differs from class to class: look at the worst one before you rely on the average."]
+
+
+def _interval(value: dict[str, Any]) -> str:
+    if value["value"] is None:
+        return "–"
+    return f"{_percent(value['value'])} [{_percent(value['low'])}, {_percent(value['high'])}]"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def robustbench_entry(about: dict[str, Any], judged: dict[str, Any]) -> dict[str, Any]:
+    """The fields of RobustBench's model_info; what is not known here is empty."""
+
+    def of(attack: str) -> str:
+        found = judged.get("attacks", {}).get(attack)
+        return "" if found is None else f"{100 * found['accuracy']['value']:.2f}"
+
+    eps = about["threat_model"]["eps"]
+    per_255 = round(eps * 255, 6)
+    return {
+        "link": "", "name": about["label"] or about["method"] or "", "authors": "", "additional_data": False,
+        "number_forward_passes": 1, "dataset": about["dataset"], "venue": "", "architecture": about["model"],
+        "eps": f"{per_255:g}/255" if about["threat_model"]["norm"] == "linf" else f"{eps:g}",
+        "clean_acc": of("clean"), "reported": of("autoattack"), "autoattack_acc": of("autoattack"),
+    }  # fmt: skip

@@ -1,0 +1,220 @@
+"""Models for those who have torch alone: the formats, the card, RobustBench's entry, and classes of image files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from runs_helper import TINY
+
+import ham_kernels as ham
+from ham_kernels import models
+from ham_kernels.commands import cli, flags
+from ham_kernels.commands import train as train_command
+from ham_kernels.models.weights import lay, read_weights
+from ham_kernels.runs.folder import RunFolder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("no_gpu", "one_thread")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, one_thread):
+    out = tmp_path_factory.mktemp("commands") / "digits-run"
+    train_command.train(flags.parse_train([*TINY, "--method", "pgd_at"]).settings, out, quiet=True)
+    cli.main(["evaluate", str(out), "--attacks", "clean", "pgd3", "--masking-images", "16", "--no-analyses", "--quiet"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exports") / "model"
+    assert cli.main(["export", str(run), "--out", str(out)]) == 0
+    return out
+
+
+ALONE = """
+import json, sys
+sys.modules["ham_kernels"] = None  # as where it is not installed
+import torch
+held = {"about.json": ""}
+model = torch.export.load(sys.argv[1] + "/model.pt2", extra_files=held).module()
+about = json.loads(held["about.json"])
+x = torch.load(sys.argv[2])
+torch.save({"logits": model(x), "one": model(x[:1]), "about": about}, sys.argv[3])
+state = torch.load(sys.argv[1] + "/model.pt", weights_only=True)
+assert all(isinstance(v, torch.Tensor) for v in state.values())
+"""
+
+
+def test_torch_alone_loads_it(run, exported, tmp_path, seed):
+    x = torch.rand(7, 1, 8, 8)
+    torch.save(x, tmp_path / "x.pt")
+    command = [sys.executable, "-I", "-c", ALONE, str(exported), str(tmp_path / "x.pt"), str(tmp_path / "found.pt")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "found.pt")
+    with torch.no_grad():
+        theirs = ham.load_model(run, "ema")(x)
+    torch.testing.assert_close(found["logits"], theirs)
+    torch.testing.assert_close(found["one"], theirs[:1])
+    about = found["about"]
+    assert about["classes"] == [str(i) for i in range(10)]
+    assert (about["input"]["channels"], about["input"]["height"], about["input"]["width"]) == (1, 8, 8)
+    assert about["threat_model"] == {"norm": "linf", "eps": 0.2}
+    assert about == json.loads((exported / "about.json").read_text())
+
+
+def test_no_path_of_the_machine_is_in_it(run, exported):
+    for file in exported.glob("*.[jM]*"):
+        assert str(run.parent) not in file.read_text()
+
+
+def test_the_card_says_what_was_measured(run, exported):
+    card = (exported / "MODEL_CARD.md").read_text()
+    judged = json.loads((run / "evaluation/ema.json").read_text())
+    robust = judged["attacks"]["pgd3"]
+    value, low, high = (100 * robust["accuracy"][k] for k in ("value", "low", "high"))
+    assert f"| PGD-3 | 60 | {value:.1f} [{low:.1f}, {high:.1f}] |" in card
+    assert card.count("\n| ") == 2 + 2 + 10  # two heads, attacks, classes
+    for said in ("changes each pixel value by at most 0.2 (L∞)", "PGD-AT", "Not judged by AutoAttack", "60 test"):
+        assert said in card
+    entry = json.loads((exported / "robustbench.json").read_text())
+    assert (entry["clean_acc"], entry["autoattack_acc"]) == (
+        f"{100 * judged['attacks']['clean']['accuracy']['value']:.2f}",
+        "",
+    )
+    assert entry["eps"] == "51/255"
+
+
+def test_weights_that_were_not_judged_say_so(run, tmp_path):
+    cli.main(["export", str(run), "--weights", "last", "--formats", "card", "--out", str(tmp_path / "last")])
+    card = (tmp_path / "last/MODEL_CARD.md").read_text()
+    assert "Not judged: `ham evaluate` before `ham export`." in card
+    assert [p.name for p in sorted((tmp_path / "last").iterdir())] == ["MODEL_CARD.md", "about.json"]
+
+
+def test_other_formats(run, tmp_path, seed):
+    pytest.importorskip("safetensors")
+    out = tmp_path / "out"
+    cli.main(["export", str(run), "--formats", "safetensors", "--out", str(out)])
+    model = models.SmallCNN(1, 10, mean=None, std=None).eval()
+    lay(model, read_weights(out / "model.safetensors").state, source="F")
+    x = torch.rand(3, 1, 8, 8)
+    torch.testing.assert_close(model(x), ham.load_model(run, "ema")(x))
+
+
+def test_onnx_where_it_is_installed(run, tmp_path, capsys, seed):
+    command = ["export", str(run), "--formats", "onnx", "--out", str(tmp_path / "out")]
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        assert cli.main(command) == 2
+        assert "formats: onnx needs onnxscript; `pip install onnxscript`" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        return
+    assert cli.main(command) == 0
+    runtime = pytest.importorskip("onnxruntime")
+    x = torch.rand(5, 1, 8, 8)
+    (found,) = runtime.InferenceSession(str(tmp_path / "out/model.onnx")).run(None, {"images": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), ham.load_model(run, "ema")(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_names_of_the_field(tmp_path, seed):
+    command = [
+        "--dataset",
+        "digits",
+        "--model",
+        "preact_resnet18",
+        "--method",
+        "natural",
+        "--epochs",
+        "1",
+        "--start-epoch",
+    ]
+    settings = flags.parse_train(
+        [*command, "1", "--train-images", "20", "--val-images", "0", "--test-images", "20"]
+    ).settings
+    train_command.train(settings, tmp_path / "run", quiet=True)
+    cli.main(
+        ["export", str(tmp_path / "run"), "--names", "field", "--formats", "state_dict", "--out", str(tmp_path / "e")]
+    )
+    state = torch.load(tmp_path / "e/model.pt")
+    assert {
+        "conv1.weight",
+        "layer4.1.bn2.running_var",
+        "layer2.0.shortcut.0.weight",
+        "bn.weight",
+        "linear.bias",
+    } <= set(state)
+    ours = RunFolder.open(tmp_path / "run").load_weights("ema")["model"]
+    assert torch.equal(state["conv1.weight"], ours["1.weight"])
+
+
+def test_what_is_wrong_is_told(run, exported, tmp_path, capsys):
+    for arguments, says in [
+        (("export", str(run), "--out", str(exported)), "is there already; give another folder"),
+        (("export", str(tmp_path)), "is no run folder"),
+        (("export", str(run), "--names", "field", "--formats", "state_dict", "--out", str(tmp_path / "x")), "SmallCNN"),
+        (("predict", str(tmp_path), "a.png"), "is neither a run nor an export"),
+        (("predict", str(run), "nowhere.png"), "files: nowhere.png is not a file"),
+        (("predict", str(run), __file__), "is not a readable image"),
+        (("predict", str(run), "a.png", "--top", "0"), "top: got 0"),
+    ]:
+        assert cli.main(list(arguments)) == 2, arguments
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_classes_of_files(run, exported, tmp_path, capsys):
+    """By the run and by its export: as the model answers for the images that the files hold."""
+    image = pytest.importorskip("PIL.Image")
+    x, _ = ham.data.load("digits").part("test")
+    files = []
+    for i, size in enumerate((8, 8, 16)):
+        files.append(str(tmp_path / f"{i}.png"))
+        image.fromarray(np.asarray(x[i, 0])).resize((size, size), image.Resampling.NEAREST).save(files[-1])
+    with torch.no_grad():
+        theirs = ham.load_model(run, "ema")(x[:2].float() / 255).softmax(1)
+    for source in (run, exported):
+        assert cli.main(["predict", str(source), *files, "--json", "--top", "2", "--batch-size", "2"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [f["file"] for f in found] == files
+        for f, p in zip(found, theirs, strict=False):
+            assert f["class"] == str(p.argmax().item())
+            assert f["probability"] == pytest.approx(p.max().item(), abs=2e-3)
+            assert len(f["top"]) == 2
+    assert cli.main(["predict", str(run), files[0]]) == 0
+    assert capsys.readouterr().out.startswith(f"{files[0]}: {theirs[0].argmax().item()} ")
+
+
+def test_an_export_is_judged_by_autoattack_outside_the_package_as_inside(run, exported, tmp_path, seed):
+    """On the same images with the same seed, by its authors' code alone."""
+    pyautoattack = pytest.importorskip("pyautoattack")
+    command = [
+        "evaluate",
+        str(run),
+        "--attacks",
+        "clean",
+        "autoattack",
+        "--images",
+        "20",
+        "--no-masking",
+        "--no-analyses",
+    ]
+    assert cli.main([*command, "--eps", "0.1", "--step-size", "0.025", "--quiet", "--batch-size", "20"]) == 0
+    (path,) = run.glob("evaluation/ema.test-eps0.1*.json")
+    judged = json.loads(path.read_text())["attacks"]["autoattack"]
+    program = torch.export.load(exported / "model.pt2").module()
+    settings = RunFolder.open(run).settings()
+    images = ham.data.load("digits").subset(None, settings.data.test_images).limit("test", 20)
+    x, y = images.part("test")
+    x = x.float() / 255
+    theirs = pyautoattack.AutoAttack(program, norm="Linf", eps=0.1, seed=0)
+    x_adv, _ = theirs.run_standard_evaluation(x, y, batch_size=20)
+    with torch.no_grad():
+        resists = program(x_adv).argmax(1) == y
+    assert judged["correct"] == "".join(str(int(r)) for r in resists)
