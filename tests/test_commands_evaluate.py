@@ -15,6 +15,8 @@ from ham_kernels.commands import evaluate as evaluate_command
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.evaluate import evaluate_run
 from ham_kernels.commands.evaluation_text import verdict
+from ham_kernels.evaluation import gradient_masking
+from ham_kernels.report.reading.evaluations import read_evaluation
 from ham_kernels.runs.folder import RunFolder
 from ham_kernels.runs.settings import EvaluateSettings
 
@@ -170,6 +172,40 @@ def test_bad_evaluations_are_refused_before_any_work(settings, message, run):
         evaluate_run(run, settings, quiet=True)
     after = sorted(p for p in (run / "evaluation").rglob("*")) if (run / "evaluation").exists() else []
     assert before == after
+
+
+@pytest.mark.slow
+def test_masking_is_checked_by_default_where_it_costs_no_more_than_the_attacks(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    cheap = EvaluateSettings(("last",), ("clean", "pgd3"), analyses=False)
+    (path,) = evaluate_run(tmp_path / "run", cheap)
+    assert "masking" not in json.loads(path.read_text())
+    assert "gradient masking: not checked; --masking does, with some 350" in capsys.readouterr().out
+    evaluate_run(tmp_path / "run", replace(cheap, attacks=("pgd400",)), quiet=True)  # 401 of each against 350
+    assert json.loads(path.read_text())["masking"]["n"] == 60
+
+
+@pytest.mark.slow
+def test_masking_checks_are_kept_one_by_one(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    settings = EvaluateSettings(("last",), ("clean",), masking_images=16, analyses=False)
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gradient_masking, "_scale", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_run(tmp_path / "run", settings, quiet=True)
+    path = tmp_path / "run/evaluation/last.json"
+    begun = json.loads(path.read_text())["masking_begun"]["checks"]
+    assert [check["name"] for check in begun] == ["steps", "budget"]
+    assert read_evaluation("last", json.loads(path.read_text()), [], path).masking is None
+    evaluate_run(tmp_path / "run", settings, quiet=True)
+    result = json.loads(path.read_text())
+    assert result["masking"]["checks"][:2] == begun
+    assert len(result["masking"]["checks"]) == 5
+    assert "masking_begun" not in result
 
 
 @pytest.mark.slow

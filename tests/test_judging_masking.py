@@ -48,6 +48,18 @@ def test_honest_model_passes(norm, budget):
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
+def test_checks_go_on_after_the_last_one_noted():
+    """To the same result, but for the seconds."""
+    noted = []
+    whole = masking(robust_cnn(), digit_batches(32), **HOW, note=lambda found: noted.append(list(found)))
+    assert [len(found) for found in noted] == [1, 2, 3, 4, 5]
+    rest = masking(robust_cnn(), digit_batches(32), **HOW, known=noted[2])
+    assert rest["checks"][:3] == noted[2]
+    without = [{k: v for k, v in c.items() if k != "seconds"} for c in rest["checks"]]
+    assert without == [{k: v for k, v in c.items() if k != "seconds"} for c in whole["checks"]]
+    assert all(c["seconds"] >= 0 for c in whole["checks"])
+
+
 def test_saturated_softmax_is_found():
     """Logits times 1e4: exp underflows in fp32, and with it the gradient of the cross entropy."""
     hot = Around(robust_cnn(), after=lambda z: z * 1e4)

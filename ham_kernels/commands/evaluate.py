@@ -15,6 +15,8 @@ from tqdm import tqdm
 from .. import data, evaluation
 from ..common import provenance
 from ..common.files import write_atomically
+from ..evaluation.gradient_masking import COST as MASKING_COST
+from ..evaluation.gradient_masking import IMAGES as MASKING_IMAGES
 from ..evaluation.named_attacks import plans, searcher
 from ..runs.folder import RunFolder
 from ..runs.settings import EvaluateSettings, TrainSettings, check_step
@@ -71,7 +73,7 @@ def check_how(settings: EvaluateSettings, told: TrainSettings) -> dict[str, Any]
     how = _how(settings, told)
     check_step(how["step_size"], how["norm"])
     plans(settings.attacks, restarts=settings.restarts, **{k: how[k] for k in ("eps", "step_size", "norm")})
-    if settings.masking and 0 in (how["eps"], how["step_size"]):
+    if settings.masking is not False and 0 in (how["eps"], how["step_size"]):
         raise ValueError("eps: got 0 for it or step_size; there is no gradient to examine, give --no-masking")
     return how
 
@@ -120,6 +122,7 @@ class _Judge:
         self.search = searcher(settings.search, device)
         of_part = images.counts[settings.part]
         self.n = min(settings.images or of_part, of_part)
+        self.checked = settings.masking_images or MASKING_IMAGES
         usual = how == _how(EvaluateSettings(), told) and settings.part == "test"
         special = f".{settings.part}-eps{how['eps']:g}-step{how['step_size']:g}-{how['precision']}-seed{how['seed']}"
         self.stem = kind + ("" if usual else special)
@@ -150,7 +153,7 @@ class _Judge:
                 )  # fmt: skip
                 result["attacks"][name] = {**found[attack], **loader.noted, "on": on}
                 self.run.write_json(self.name, result)
-            if s.masking:
+            if self._checks_masking():
                 self._once(result, "masking", self._masking_key(result), self._masking)
             if s.analyses:
                 key = {"images": s.analysis_images, "part": "train", "steps": self.steps, "threshold": s.threshold}
@@ -211,17 +214,34 @@ class _Judge:
     def _masking_key(self, result: dict) -> dict:
         s, known = self.settings, result.get("masking", {}).get("key", {})
         if s.transfer_from is not None:
-            return {"images": s.masking_images, "other": RunFolder.open(s.transfer_from).newest_digest()}
+            return {"images": self.checked, "other": RunFolder.open(s.transfer_from).newest_digest()}
         # without another model, an earlier result that had one stays: it says more
-        return known if known.get("images") == s.masking_images else {"images": s.masking_images, "other": None}
+        return known if known.get("images") == self.checked else {"images": self.checked, "other": None}
+
+    def _checks_masking(self) -> bool:
+        """As asked for; else where that costs no more than the attacks."""
+        s = self.settings
+        if s.masking is not None or s.masking_images is not None or s.transfer_from is not None:
+            return s.masking is not False
+        attacks = plans(s.attacks, restarts=s.restarts, **{k: self.how[k] for k in ("eps", "step_size", "norm")})
+        of_attacks = self.n * sum(plan.passes for plan in attacks.values())
+        return min(self.checked, self.n) * MASKING_COST <= of_attacks
 
     def _masking(self) -> dict:
-        s = self.settings
-        loader = self._loader(s.part, s.masking_images)
-        return evaluation.masking(
-            self.model, loader, device=self.device, other=self.other, images=s.masking_images,
-            progress=self.progress, **self.how,
+        """Check by check, each kept at once: they may take longer than the attacks."""
+        key, begun = self._masking_key(self.result), self.result.get("masking_begun", {})
+
+        def note(found: list[dict]) -> None:
+            self.result["masking_begun"] = {"key": key, "checks": found}
+            self.run.write_json(self.name, self.result)
+
+        found = evaluation.masking(
+            self.model, self._loader(self.settings.part, self.checked), device=self.device, other=self.other,
+            images=self.checked, progress=self.progress, known=begun["checks"] if begun.get("key") == key else (),
+            note=note, **self.how,
         )  # fmt: skip
+        self.result.pop("masking_begun", None)
+        return found
 
     def _confidence(self) -> dict:
         self.progress.begin("confidence")

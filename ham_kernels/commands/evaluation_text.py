@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..common.one_class import answers_one_class
-from ..report.text_format import attack_title, distinct
+from ..evaluation.gradient_masking import COST
+from ..report.text_format import attack_title, distinct, duration
 
 
 def verdict(result: dict[str, Any], run: Path) -> str:
@@ -17,6 +18,11 @@ def verdict(result: dict[str, Any], run: Path) -> str:
     lines += [*_attacks(result), *_limits(result), *_parts(result), "", "per class", *_classes(result)]
     if "masking" in result:
         lines += ["", *_masking(result["masking"])]
+    else:
+        lines += [
+            "",
+            f"gradient masking: not checked; --masking does, with some {COST} forwards and backwards an image",
+        ]
     if "confidence" in result:
         c = result["confidence"]
         shares = [s for s in c["overconfident"] if s is not None]
@@ -86,7 +92,9 @@ def _masking(masked: dict[str, Any]) -> list[str]:
     bad = sum(check["suspicious"] for check in checks)
     found = f"SUSPICIOUS in {bad} of" if masked["suspicious"] else "no sign of it in"
     missing = f", {len(checks) - run} not run" if run < len(checks) else ""
-    lines = [f"gradient masking: {found} {run} checks{missing}"]
+    seconds = [check["seconds"] for check in checks if "seconds" in check]
+    took = f" ({duration(sum(seconds))})" if seconds else ""
+    lines = [f"gradient masking: {found} {run} checks{missing}{took}"]
     for check in checks:
         mark = "!!" if check["suspicious"] else "ok" if check["values"] else "not run"
         lines.append(f"  {mark:<7}  {check['title']}: {check['why'].removeprefix('not run: ')}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -20,6 +21,8 @@ from .class_accuracy import correct_rows
 from .named_attacks import batches, logits_at, resolve_device, walk
 from .resumable import Progress
 
+IMAGES = 512  # that are checked, unless told otherwise
+COST = 350  # forwards and backwards of each, about
 STEPS = 20  # of the attack that everything else is held against
 STEP_COUNTS = (1, 2, 5, 10, 20, 50)
 SCALES = (0.01, 0.1, 10.0, 100.0)
@@ -34,7 +37,8 @@ RISE = 0.01  # share of the loss that may be lost between two step counts: PGD h
 def masking(
     model: nn.Module, loader: Iterable, *, eps: float, step_size: float, norm: str = "linf",
     device: torch.device | str | None = None, precision: str = "fp32", seed: int = 0, other: nn.Module | None = None,
-    images: int = 512, progress: Progress | None = None,
+    images: int = IMAGES, progress: Progress | None = None, known: Sequence[dict] = (),
+    note: Callable[[list[dict]], None] | None = None,
 ) -> dict:  # fmt: skip
     """Five checks that a model with honest gradients passes, each on the same images and with paired errors.
 
@@ -49,7 +53,9 @@ def masking(
         other: a model trained apart from this one, for the transfer check, which is not run without it.
         images: how many images to use at most. Costs about 350 forwards and backwards of each.
         progress: called as progress("masking", checks done, checks in all), first with 0.
-    Returns: JSON-ready {"suspicious", "n", "checks": [{"name", "title", "values", "suspicious", "why"}, ...]}.
+        known: the first checks as an earlier call noted them, of the same model and images; they are not run again.
+        note: called with all checks so far after each.
+    Returns: JSON-ready {"suspicious", "n", "checks": [{"name", "title", "values", "suspicious", "why", "seconds"}]}.
     Raises: TypeError, ValueError naming the argument. Both models are left as they were.
     """
     for name, value in (("eps", eps), ("step_size", step_size)):
@@ -63,15 +69,18 @@ def masking(
     engine.first_look(model, *bench.batches[0])
     with engine.attack_mode(model):
         plain = bench.after(pgd)
+        found = list(known)
         todo = (
             partial(_steps, bench, pgd), partial(_budget, bench, pgd), partial(_scale, bench, pgd, plain),
             partial(_transfer, bench, pgd, plain, other), partial(_noise, bench, pgd, plain),
         )  # fmt: skip
-        found = []
-        for check in todo:
+        for check in todo[len(found) :]:
             if progress is not None:
                 progress("masking", len(found), len(todo))
-            found.append(check())
+            began = time.perf_counter()
+            found.append({**check(), "seconds": time.perf_counter() - began})
+            if note is not None:
+                note(found)
         if progress is not None:
             progress("masking", len(found), len(todo))
     return {"suspicious": any(check["suspicious"] for check in found), "n": len(plain), "checks": found}

@@ -19,6 +19,7 @@ from .class_accuracy import correct_rows
 
 NAMES = "'clean' and 'pgdK' such as 'pgd20', also 'fgsm', 'cwK', 'apgd' and 'autoattack'"
 SEARCHES = ("plain", "fast")
+_PASSES = {"apgd": 1_000, "autoattack": 10_000}
 RESTART_STRIDE = 1 << 20  # noise is keyed on (seed, step): step = batch + restart * stride
 
 
@@ -33,6 +34,11 @@ class Plan:
     @property
     def of_autoattack(self) -> bool:
         return self.name in autoattack.NAMES
+
+    @property
+    def passes(self) -> int:
+        """Forwards of each image, about; of AutoAttack's parts for one that resists."""
+        return _PASSES.get(self.name, 1 + self.pgd.steps * self.restarts)
 
     def settings(self, classes: int) -> dict:
         """All that decides this attack's flags, besides model, data, precision, search and seed; JSON-ready."""

@@ -21,6 +21,9 @@ from ..methods.ham import HAM
 from ..methods.registry import warm_up_of
 from ..methods.settings import Method
 
+_MASKING = tyro.conf.arg(
+    help_behavior_hint="(default: where it costs no more than the attacks, or masking_images or transfer_from is given)"
+)
 _RUNS = tyro.conf.arg(help_behavior_hint="(default: the run's)")
 
 
@@ -236,9 +239,10 @@ class JudgeSettings:
     search: Literal["plain", "fast"] = "plain"
     """fast: attacks look for examples on a rounded, compiled form of the model; the plain one judges each."""
     seed: Annotated[int, Ge(0)] = 0
-    masking: bool = True
-    """Check for gradient masking."""
-    masking_images: Annotated[int, Ge(2)] = 512
+    masking: Annotated[bool | None, _MASKING] = None
+    """Check for gradient masking, with some 350 forwards and backwards of each image."""
+    masking_images: Annotated[int | None, Ge(2), tyro.conf.arg(help_behavior_hint="(default: 512)")] = None
+    """So many images are checked."""
     transfer_from: Path | None = None
     """Another run, whose adversarial examples should not be stronger than this run's own."""
     analyses: bool = True
@@ -252,7 +256,7 @@ class JudgeSettings:
         field_types.check(self)
         if not self.attacks:
             raise ValueError("attacks: got none; give at least one, such as clean pgd20")
-        if self.transfer_from is not None and not self.masking:
+        if self.transfer_from is not None and self.masking is False:
             raise ValueError(
                 f"transfer_from: got {self.transfer_from} with masking off, which alone uses it; leave one of them out"
             )
