@@ -99,6 +99,7 @@ class Net(nn.Module):
 def test_a_model_as_an_object(tmp_path, seed):
     net, how = Net().train(), {"images": 60, "masking": False}
     out = ham.adopt(net, tmp_path / "net", attacks=("clean",), **how)
+    assert net.training
     ham.adopt(net, out, attacks=["fgsm"], **how)
     assert attacks_of(out).keys() == {"clean", "fgsm"}
     found = ham.evaluate(net, loader_of_60(), ("clean",), eps=0.2, step_size=0.05)["clean"]

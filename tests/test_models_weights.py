@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -58,6 +59,16 @@ def test_prefixes(prefix, seed):
     one, two = at_random(models.SmallCNN(3, 4)), models.SmallCNN(3, 4)
     lay(two, brought(prefixed(one.state_dict(), prefix)).state, source="F")
     close(one, two, torch.rand(3, 3, 8, 8))
+
+
+def test_an_average_of_torch_and_a_model_with_a_part_called_module(seed):
+    one, two = at_random(models.SmallCNN(3, 4)), models.SmallCNN(3, 4)
+    lay(two, torch.optim.swa_utils.AveragedModel(one).state_dict(), source="F")
+    close(one, two, torch.rand(3, 3, 8, 8))
+    wrapped = nn.Sequential()
+    wrapped.module = models.SmallCNN(3, 4)
+    lay(wrapped, nn.Sequential(OrderedDict(module=one)).state_dict(), source="F")
+    close(wrapped, one, torch.rand(3, 3, 8, 8))
 
 
 @pytest.mark.parametrize("names", [("mean", "std"), ("mu", "sigma"), ("normalize.mean", "normalize.std")])
@@ -147,6 +158,9 @@ def test_files_of_safetensors(tmp_path, seed):
     state = models.SmallCNN(1, 4).state_dict()
     save(state, tmp_path / "a.safetensors")
     assert read_weights(tmp_path / "a.safetensors").state.keys() == state.keys()
+    (tmp_path / "b.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"checkpoint: .*b.safetensors is no file of safetensors"):
+        read_weights(tmp_path / "b.safetensors")
 
 
 def test_an_entry_by_its_name(tmp_path):

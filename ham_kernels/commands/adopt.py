@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import engine
 from ..models.named import OBJECT, is_architecture
 from ..models.weights import lay, read_weights
 from ..runs.folder import ADOPTED, RunFolder
@@ -44,7 +45,7 @@ def adopt(
         dataset, path: whose test images judge, as in `ham train`; the budget is that of the data set's preset.
         label: what reports call it; None: the name of its class.
         settings: of `ham evaluate` and of the images, such as attacks, images, search, eps, step_size, norm, size,
-            test_images, batch_size, masking, device.
+            test_images, batch_size, masking. It runs where the model is.
     Returns: the folder. Raises: TypeError, ValueError, FileNotFoundError, FileExistsError naming the argument.
     """
     if not isinstance(model, nn.Module):
@@ -57,13 +58,18 @@ def adopt(
         if name not in known:
             raise TypeError(f"{name}: is no setting of an adopted model; allowed are {', '.join(sorted(known))}")
         told[known[name]][name] = tuple(value) if isinstance(value, list) else value
+    told["judge"].setdefault("device", str(engine.model_device(model) or "cpu"))
     data = ImageSettings(**told["data"])
     called = f"{OBJECT}:{type(model).__name__}"
     wanted = Adoption(
         ModelSettings(called), out=Path(out), label=label or type(model).__name__, data=data,
         attack=replace(base.attack, **told["attack"]), judge=replace(JudgeSettings(analyses=False), **told["judge"]),
     )  # fmt: skip
-    return adopt_as(wanted, model, quiet=True)
+    training = model.training
+    try:
+        return adopt_as(wanted, model, quiet=True)
+    finally:
+        model.train(training)
 
 
 def adopt_as(wanted: Adoption, model: nn.Module | None = None, *, quiet: bool = False) -> Path:

@@ -206,13 +206,22 @@ def parse_train(argv: list[str]) -> Train | Resume:
 def parse_evaluate(argv: list[str]) -> Evaluate | Adoption:
     """A run to judge, or with --model a model that was trained elsewhere, under its data set's budget unless told."""
     if not any(word == "--model" or word.startswith("--model=") for word in argv):
-        return _cli(Evaluate, argv, "ham evaluate")
+        wanted = _cli(Evaluate, argv, "ham evaluate", Evaluate(tyro.MISSING, settings=EvaluateSettings(masking=True)))
+        return replace(wanted, settings=replace(wanted.settings, masking=_switched(argv, "masking")))
     base = _base(argv)
     default = Adoption(
         ModelSettings(tyro.MISSING), attack=base.attack,
         data=ImageSettings(**{f.name: getattr(base.data, f.name) for f in fields(ImageSettings)}),
+        judge=JudgeSettings(masking=True, analyses=False),
     )  # fmt: skip
-    return _cli(Adoption, argv, "ham evaluate", default)
+    wanted = _cli(Adoption, argv, "ham evaluate", default)
+    return replace(wanted, judge=replace(wanted.judge, masking=_switched(argv, "masking")))
+
+
+def _switched(argv: list[str], name: str) -> bool | None:
+    """Which of --NAME and --no-NAME came last; None where neither did."""
+    said = [word for word in (w.replace("_", "-") for w in argv) if word in (f"--{name}", f"--no-{name}")]
+    return said[-1] == f"--{name}" if said else None
 
 
 def parse_report(argv: list[str]) -> Report:

@@ -42,17 +42,18 @@ def read_weights(path: str | Path, key: str | None = None) -> Brought:
 
 
 def brought(state: Mapping[str, Tensor]) -> Brought:
-    """A state_dict without the prefixes of DataParallel and torch.compile; what it normalises by is told."""
-    found = Brought({_unwrapped(name): value for name, value in state.items()})
+    """A state_dict, and what it normalises by."""
+    found = Brought(dict(state))
     if names := _normalisation(found.state):
         found.mean, found.std = (tuple(found.state[name].flatten().tolist()) for name in names)
     return found
 
 
 def lay(model: nn.Module, state: State, *, source: str, new_head: bool = False) -> list[str]:
-    """Loads a state_dict into a model whose names it has, or the field's for it, or these behind one prefix.
+    """Loads a state_dict into a model whose names it has, or the field's for it, or these behind prefixes.
 
-    Its normalisation is left out where the model is not made of such names: give `create` its mean and std.
+    Prefixes are one that all names share, and those of DataParallel, AveragedModel and torch.compile. A normalisation
+    is left out where the model has no such names: give `create` its mean and std.
 
     Args:
         source: what errors call it.
@@ -90,7 +91,10 @@ def _content(path: Path) -> Any:
             from safetensors.torch import load_file
         except ImportError as error:
             raise ImportError(f"checkpoint: {path} needs safetensors; `pip install safetensors`") from error
-        return load_file(path)
+        try:
+            return load_file(path)
+        except Exception as error:  # SafetensorError, which is no ValueError
+            raise ValueError(f"checkpoint: {path} is no file of safetensors ({_first_line(error)})") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -128,7 +132,8 @@ def _entry(content: Any, key: str | None, path: Path) -> State:
 
 
 def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+    named = isinstance(value, Mapping) and bool(value)
+    return named and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
 # ---------------------------------------------------------------- names
@@ -153,7 +158,10 @@ def _readings(model: nn.Module, state: State) -> list[State]:
     """What the names may mean: as they are, without prefixes, the field's for ours, of the model behind ours."""
     left_out = _normalisation(state) or ()
     bare = {k: v for k, v in state.items() if k not in left_out}
-    found = [*_without_prefix(state), *_without_prefix(bare)]
+    found = []
+    for names in (state, bare):
+        unwrapped = {_unwrapped(k): v for k, v in names.items() if k != "n_averaged"}
+        found += [*_without_prefix(names), *_without_prefix(unwrapped)]
     found += [to_ours(model, reading) for reading in found]
     if type(model) is nn.Sequential and len(model) == 2 and isinstance(model[0], Normalize):  # as `create` makes it
         found += [{f"1.{k}": v for k, v in reading.items()} for reading in found]

@@ -22,7 +22,8 @@ from ..methods.registry import warm_up_of
 from ..methods.settings import Method
 
 _MASKING = tyro.conf.arg(
-    help_behavior_hint="(default: where it costs no more than the attacks, or masking_images or transfer_from is given)"
+    constructor=bool,  # --masking, --no-masking, or neither
+    help_behavior_hint="(default: where that costs no more than the attacks, or --masking-images or --transfer-from asks)",
 )
 _RUNS = tyro.conf.arg(help_behavior_hint="(default: the run's)")
 
