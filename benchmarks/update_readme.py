@@ -14,6 +14,7 @@ from pathlib import Path
 from readme import measured, timed
 from readme.frontier import frontier
 from readme.methods_table import details, methods
+from readme.questions import questions
 from readme.troubles import troubles
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +42,12 @@ PAGES: dict[Path, Sections] = {
         "kernels": timed.kernels,
         "costs": timed.costs,
     },
-    ROOT / "docs" / "methods.md": {"methods": methods, "fair": timed.fair, "method_details": details},
+    ROOT / "docs" / "methods.md": {
+        "methods": methods,
+        "fair": timed.fair,
+        "questions": questions,
+        "method_details": details,
+    },
     ROOT / "docs" / "troubleshooting.md": {"troubles": troubles},
 }
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import update_readme  # noqa: E402
-from readme import measured, timed  # noqa: E402
+from readme import measured, questions, timed  # noqa: E402
 
 
 @pytest.fixture
@@ -134,3 +134,36 @@ def test_the_frontier_comes_first_where_a_report_has_one(results):
     table = (folder / "table.md").read_text().strip()
     places = [text.index(part) for part in ("frontier_time.png", "worst_class_time.png", "| the frontier |", table)]
     assert places == sorted(places)
+
+
+# ---------------------------------------------------------------- the paper's open questions
+def a_group(title: str, seeds: list[int], values: list[float], classes: list[float], sure: list[float]) -> dict:
+    def of(measure: float) -> dict:
+        return {"mean": measure, "values": [measure] * len(seeds)}
+
+    accuracy = {m: {"mean": sum(values) / len(values), "values": values} for m in ("average", "worst", "std")}
+    accuracy["per_class"] = [of(v) for v in classes]
+    sure = {"overconfident": [of(v) for v in sure]}
+    return {
+        "title": title, "seeds": seeds, "accuracy": {"ema": {"autoattack": accuracy}}, "confidence": sure,
+        "forwards": {"mean": 23.0 if title == "PGD-AT" else 11.5},
+    }  # fmt: skip
+
+
+def test_questions_are_answered_seed_by_seed(tmp_path, monkeypatch):
+    base = a_group("PGD-AT", [0, 1, 2], [0.60, 0.62, 0.64], [0.9, 0.2, 0.5], [0.7, 0.0, 0.1])
+    ham = a_group(
+        "HAM", [2, 1, 0], [0.54, 0.52, 0.50], [0.6, 0.3, 0.4], [0.0, 0.3, 0.1]
+    )  # the same 10 points below, in another order
+    section = {"dataset": "digits", "eps": 0.2, "classes": ["a", "b", "c"], "groups": [base, ham]}
+    data = {"sections": [{**section, "frontier": {"attack": "autoattack"}}], "runs": [], "made": "2026-11-28T00:00:00"}
+    (tmp_path / questions.SWEEP).mkdir()
+    (tmp_path / questions.SWEEP / "data.json").write_text(json.dumps(data))
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    monkeypatch.setattr(measured, "machines_of", lambda data: "a machine")
+    parts, classes = re.findall(r"(?:^\|.*\n?)+", questions.questions(tmp_path), re.MULTILINE)
+    assert cells_of(parts)["both: HAM"] == ["−10.0 ± 0.0", "−10.0 ± 0.0", "−10.0 ± 0.0", "0.50"]
+    assert cells_of(classes)["a"] == ["90.0", "−30.0", "70.0", "0.0"]
+    assert "PGD-AT: rank correlation over classes of over-confidence and robustness +1.00" in questions.questions(
+        tmp_path
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from ham_kernels.report.comparing.over_seeds import mean_interval
 from ham_kernels.report.text_format import attack_title
@@ -77,13 +78,14 @@ def _of_classes(section: dict, groups: dict, attack: str) -> str:
         changes = [measured.minus(f"{robust[t][i] - robust['PGD-AT'][i]:+.1f}") for t in COMPARED if t in robust]
         rows.append([str(label), f"{robust['PGD-AT'][i]:.1f}", *changes, *(f"{sure[t][i]:.1f}" for t in told)])
     lines = [
-        f"- {t}: rank correlation over classes of over-confidence and robustness {_ranks(sure[t], robust[t]):+.2f}"
+        f"- {t}: rank correlation over classes of over-confidence and robustness "
+        f"{_correlation(sure[t], robust[t]):+.2f}"
         for t in told
     ]
     if "PGD-AT" in told:
         lines += [
             f"- rank correlation over classes of PGD-AT's over-confidence and the change by {t} "
-            f"{_ranks(sure['PGD-AT'], robust[t] - robust['PGD-AT']):+.2f}"
+            f"{_correlation(sure['PGD-AT'], robust[t] - robust['PGD-AT']):+.2f}"
             for t in COMPARED
             if t in robust
         ]
@@ -99,10 +101,6 @@ def _over_confident(group: dict[str, Any]) -> np.ndarray | None:
     return None if found is None else np.array([100 * c["mean"] for c in found["overconfident"]])
 
 
-def _ranks(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's, ties by their mean rank."""
-    return float(np.corrcoef(*(_mean_ranks(v) for v in (a, b)))[0, 1])
-
-
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    return np.array([(values < v).sum() + (values == v).sum() / 2 for v in values])
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's, of ranks."""
+    return float(spearmanr(a, b).statistic)

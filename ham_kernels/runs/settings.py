@@ -23,7 +23,7 @@ from ..methods.settings import Method
 
 _MASKING = tyro.conf.arg(
     constructor=bool,  # --masking, --no-masking, or neither
-    help_behavior_hint="(default: where that costs no more than the attacks, or --masking-images or --transfer-from asks)",
+    help_behavior_hint="(default: where that costs no more than the attacks, or its other flags are given)",
 )
 _RUNS = tyro.conf.arg(help_behavior_hint="(default: the run's)")
 
