@@ -237,10 +237,11 @@ def sweep_figure(here: Path) -> str:
 def methods_digits(here: Path) -> str:
     return report(
         here, "sweep_methods_digits",
-        "`ham sweep methods --seeds {seeds} --out runs/methods-digits --attacks clean pgd20 cw20` and `ham sweep "
-        "frontier` likewise on the digits, of those runs that are shown here `ham evaluate RUN --attacks autoattack "
-        "--search fast --batch-size 600 --no-analyses`, on all 517 test images, and `ham report` of them; {machines}. "
-        "CPU times are of one thread; the other core had other work.",
+        "`ham sweep methods --seeds {seeds} --out runs/methods-digits --attacks clean pgd20 cw20` on the digits, `ham "
+        "sweep frontier --only pgd_at-steps2-1-0.5` and `ham sweep ablations --only '*drop_only' '*reweight_only' "
+        "'*random_rows'` likewise, `ham evaluate RUN --attacks autoattack --search fast --batch-size 600 "
+        "--no-analyses` of each run, on all 517 test images, and `ham report` of them; {machines}. CPU times are of "
+        "one thread; the other core had other work.",
     )  # fmt: skip
 
 

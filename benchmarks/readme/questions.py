@@ -18,7 +18,7 @@ PARTS = {
     "HAM, no early drop": "reweighting alone",
     "HAM, no reweighting": "early dropping alone",
     "HAM": "both: HAM",
-    "random rows": "HAM, but as many rows at random",
+    "HAM, random rows": "HAM, but as many rows at random",
 }
 COMPARED = ("HAM", "fair")
 
@@ -78,14 +78,13 @@ def _of_classes(section: dict, groups: dict, attack: str) -> str:
         changes = [measured.minus(f"{robust[t][i] - robust['PGD-AT'][i]:+.1f}") for t in COMPARED if t in robust]
         rows.append([str(label), f"{robust['PGD-AT'][i]:.1f}", *changes, *(f"{sure[t][i]:.1f}" for t in told)])
     lines = [
-        f"- {t}: rank correlation over classes of over-confidence and robustness "
-        f"{_correlation(sure[t], robust[t]):+.2f}"
+        f"- {t}: rank correlation over classes of over-confidence and robustness {_correlation(sure[t], robust[t])}"
         for t in told
     ]
     if "PGD-AT" in told:
         lines += [
             f"- rank correlation over classes of PGD-AT's over-confidence and the change by {t} "
-            f"{_correlation(sure['PGD-AT'], robust[t] - robust['PGD-AT']):+.2f}"
+            f"{_correlation(sure['PGD-AT'], robust[t] - robust['PGD-AT'])}"
             for t in COMPARED
             if t in robust
         ]
@@ -101,6 +100,7 @@ def _over_confident(group: dict[str, Any]) -> np.ndarray | None:
     return None if found is None else np.array([100 * c["mean"] for c in found["overconfident"]])
 
 
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+def _correlation(a: np.ndarray, b: np.ndarray) -> str:
     """Spearman's, of ranks."""
-    return float(spearmanr(a, b).statistic)
+    alike = np.ptp(a) == 0 or np.ptp(b) == 0
+    return "not defined, all are alike" if alike else f"{spearmanr(a, b).statistic:+.2f}"
