@@ -37,8 +37,8 @@ def evaluate_run(
     The file is WEIGHTS.json for the test images under the run's own budget, in fp32, with seed 0; any other choice
     has a file of its own. A second call adds further attacks, each on its own number of images; an attack that was
     judged on as many images or more stays. Stopped or killed, the same call goes on after the last batch. What was
-    found of later weights, whose checkpoint is damaged now, is not overwritten. `model`: an object to lay them into,
-    in place of one made by the name that the run knows.
+    found of later weights, whose checkpoint is damaged now, is not overwritten. `model`: one with these weights, where
+    no name makes it.
     Raises: FileNotFoundError, ValueError, TypeError naming what is wrong, before any attack; BlockingIOError while
         another process judges the run; CheckpointError.
     """
