@@ -154,6 +154,16 @@ def test_names_of_the_field(tmp_path, seed):
     assert torch.equal(state["conv1.weight"], ours["1.weight"])
 
 
+def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise RuntimeError("no program")
+
+    monkeypatch.setattr(torch.export, "export", fails)
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "e")]) == 2
+    assert "formats: torch.export cannot take small_cnn (no program); leave pt2 out" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_wrong_is_told(run, exported, tmp_path, capsys):
     for arguments, says in [
         (("export", str(run), "--out", str(exported)), "is there already; give another folder"),

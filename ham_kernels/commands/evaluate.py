@@ -50,7 +50,7 @@ def evaluate_run(
     how = check_how(settings, told)
     device = device_of(settings.device)
     other = None if settings.transfer_from is None else _other_model(settings.transfer_from, run, device)
-    states = {kind: run.load_weights(kind) for kind in _kinds(settings, run, told)}
+    states = {kind: run.load_weights(kind) for kind in _kinds(settings, run)}
     if settings.part not in run.data_facts()["counts"]:
         raise ValueError(f"part: got {settings.part!r}, but {run.path} was trained without validation images")
     images, *_ = run_images.find(told, run, settings.path)  # not others, which would be split anew
@@ -87,10 +87,10 @@ def _how(settings: EvaluateSettings, told: TrainSettings) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _kinds(settings: EvaluateSettings, run: RunFolder, told: TrainSettings) -> tuple[str, ...]:
+def _kinds(settings: EvaluateSettings, run: RunFolder) -> tuple[str, ...]:
     if settings.weights == ("all",):
         return tuple(run.available_weights())
-    return settings.weights or (("last",) if told.run.ema_decay is None else ("ema",))
+    return settings.weights or (run.usual_weights(),)
 
 
 def _other_model(path: Path, run: RunFolder, device: torch.device) -> nn.Module:
@@ -104,8 +104,7 @@ def _other_model(path: Path, run: RunFolder, device: torch.device) -> nn.Module:
         raise ValueError(f"transfer_from: {path} is the run itself; give one that was trained apart from it")
     if any(facts[k] != run.data_facts()[k] for k in ("classes", "channels")):
         raise ValueError(f"transfer_from: {path} was trained on other classes or images than {run.path}")
-    kind = "last" if other.settings().run.ema_decay is None else "ema"
-    return load_model(path, kind, device)
+    return load_model(path, other.usual_weights(), device)
 
 
 class _Judge:

@@ -35,7 +35,7 @@ def verdict(result: dict[str, Any], run: Path) -> str:
         steps = result["easy"]["steps"]
         lines.append(f"easy after M steps, and of these still easy after K = {steps} (training images):")
         lines += [
-            f"  M={m['m']}: {_percent(m['easy_fraction'])} % of the images are easy, {_percent(m['stay_share'])} % of "
+            f"  M={m['m']}: {percent(m['easy_fraction'])} % of the images are easy, {percent(m['stay_share'])} % of "
             "these stay so"
             for m in result["easy"]["by_m"]
         ]
@@ -43,13 +43,13 @@ def verdict(result: dict[str, Any], run: Path) -> str:
 
 
 def _attacks(result: dict[str, Any]) -> list[str]:
-    worst = [f"class {_worst(a, result['classes'])}: {_interval(a['worst_class'])}" for a in result["attacks"].values()]
+    worst = [f"class {_worst(a, result['classes'])}: {interval(a['worst_class'])}" for a in result["attacks"].values()]
     width = max(26, *(len(w) + 2 for w in worst))
     lines = [f"{'attack':<14}{'accuracy':>22}{'worst class':>{width}}{'std':>8}{'nstd':>8}{'images':>8}"]
     for (name, a), w in zip(result["attacks"].items(), worst, strict=True):
         lines.append(
-            f"{attack_title(name):<14}{_interval(a['accuracy']):>22}{w:>{width}}"
-            f"{_percent(a['std']['value']):>8}{_number(a['nstd']['value']):>8}{a['n']:>8}"
+            f"{attack_title(name):<14}{interval(a['accuracy']):>22}{w:>{width}}"
+            f"{percent(a['std']['value']):>8}{_number(a['nstd']['value']):>8}{a['n']:>8}"
         )
     return lines
 
@@ -80,7 +80,7 @@ def _classes(result: dict[str, Any]) -> list[str]:
     width = max(12, *(len(c) + 2 for c in classes))
     lines = [" " * width + "".join(f"{attack_title(n):>14}" for n in names)]
     for i, c in enumerate(classes):
-        row = "".join(f"{_percent(result['attacks'][n]['per_class'][i]['value']):>14}" for n in names)
+        row = "".join(f"{percent(result['attacks'][n]['per_class'][i]['value']):>14}" for n in names)
         lines.append(f"{c:<{width}}{row}")
     return lines
 
@@ -106,11 +106,11 @@ def _worst(attack: dict[str, Any], classes: list[str]) -> str:
     return distinct(classes)[min(values, key=values.get)]
 
 
-def _interval(i: dict[str, float | None]) -> str:
-    return f"{_percent(i['value'])} [{_percent(i['low'])}, {_percent(i['high'])}]"
+def interval(i: dict[str, float | None]) -> str:
+    return f"{percent(i['value'])} [{percent(i['low'])}, {percent(i['high'])}]"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ def export(wanted: Export) -> Path:
     """
     run = RunFolder.open(wanted.run)
     told, facts = run.settings(), run.data_facts()
-    kind = wanted.weights or ("last" if told.run.ema_decay is None else "ema")
+    kind = wanted.weights or run.usual_weights()
     out = wanted.out or Path("exports") / run.path.resolve().name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"out: {out} is there already; give another folder, or remove it")
@@ -43,26 +45,34 @@ def export(wanted: Export) -> Path:
     state = run.load_weights(kind)
     model = trained_model(told, facts, state["model"], torch.device("cpu"))
     judged = _judged(run, kind, state["sha256"])
-    about = about_of(run, kind) | {"judged": sorted(judged.get("attacks", {}))}
+    about = about_of(run, kind, state) | {"judged": sorted(judged.get("attacks", {}))}
     files = {ABOUT: dumps(about, indent=1).encode() + b"\n"}
     files |= {name: text.encode() for name, text in _texts(wanted, about, judged, run).items()}
     weights = {k: v.contiguous() for k, v in model.state_dict().items()}
     if wanted.names == "field":
         weights = to_theirs(model, weights)
-    out.mkdir(parents=True, exist_ok=True)
-    if "state_dict" in wanted.formats:
-        torch.save(weights, out / "model.pt")
-    if "safetensors" in wanted.formats:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:  # whole, or not there
+        aside = Path(folder) / out.name
+        aside.mkdir()
+        _write(wanted.formats, model, weights, about, aside)
+        for name, content in files.items():
+            write_atomically(aside / name, content)
+        aside.replace(out)
+    return out
+
+
+def _write(formats: Sequence[str], model: nn.Module, weights: dict[str, Tensor], about: dict, folder: Path) -> None:
+    if "state_dict" in formats:
+        torch.save(weights, folder / "model.pt")
+    if "safetensors" in formats:
         from safetensors.torch import save_file
 
-        save_file(weights, out / "model.safetensors", {"about": json.dumps(about)})
-    if "pt2" in wanted.formats:
-        _save_program(model, about, out / PROGRAM)
-    if "onnx" in wanted.formats:
-        _save_onnx(model, about, out / "model.onnx")
-    for name, content in files.items():
-        write_atomically(out / name, content)
-    return out
+        save_file(weights, folder / "model.safetensors", {"about": json.dumps(about)})
+    if "pt2" in formats:
+        _save_program(model, about, folder / PROGRAM)
+    if "onnx" in formats:
+        _save_onnx(model, about, folder / "model.onnx")
 
 
 def _judged(run: RunFolder, kind: str, digest: str) -> dict[str, Any]:
@@ -72,9 +82,9 @@ def _judged(run: RunFolder, kind: str, digest: str) -> dict[str, Any]:
     return found if found.get("checkpoint_sha256") == digest else {}
 
 
-def about_of(run: RunFolder, kind: str) -> dict[str, Any]:
+def about_of(run: RunFolder, kind: str, state: dict[str, Any]) -> dict[str, Any]:
     """What whoever loads the weights must know, without a path of this machine."""
-    told, facts, state = run.settings(), run.data_facts(), run.load_weights(kind)
+    told, facts = run.settings(), run.data_facts()
     channels, height, width = facts.get("shape") or list(_first_shape(told, run))
     m, origin = told.model, run.path / "origin.json"
     return {

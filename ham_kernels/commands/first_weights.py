@@ -57,7 +57,7 @@ def _found(settings: TrainSettings) -> Brought:
 def _of_run(path: str) -> Brought:
     """Its weight average, where it has one."""
     run = RunFolder.open(path)
-    return brought(run.load_weights("last" if run.settings().run.ema_decay is None else "ema")["model"])
+    return brought(run.load_weights(run.usual_weights())["model"])
 
 
 def _of_imagenet(model: str) -> Brought:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..report.text_format import attack_title
 from ..runs.folder import RunFolder
+from .evaluation_text import interval, percent
 
 _NORMS = {
     "linf": "each pixel value by at most {eps:g} (L∞)",
@@ -84,14 +85,14 @@ def _worth(about: dict[str, Any], judged: dict[str, Any]) -> list[str]:
         values = [2 if c["value"] is None else c["value"] for c in a["per_class"]]
         worst = classes[values.index(min(values))]
         lines.append(
-            f"| {attack_title(name)} | {a['n']} | {_interval(a['accuracy'])} | {worst}: "
-            f"{_interval(a['worst_class'])} | {_percent(a['std']['value'])} |"
+            f"| {attack_title(name)} | {a['n']} | {interval(a['accuracy'])} | {worst}: "
+            f"{interval(a['worst_class'])} | {percent(a['std']['value'])} |"
         )
     counts = _counts(attacks, len(classes))
     head = ["class", "images", *map(attack_title, attacks)]
     lines += ["", f"| {' | '.join(head)} |", "|---|---:" + "|---:" * len(attacks) + "|"]
     for i, label in enumerate(classes):
-        cells = [_interval(a["per_class"][i]) for a in attacks.values()]
+        cells = [interval(a["per_class"][i]) for a in attacks.values()]
         lines.append(f"| {label} | {counts[i]} | {' | '.join(cells)} |")
     how = [f"{attack_title(name)}: {_attack_settings(a['settings'])}" for name, a in attacks.items() if name != "clean"]
     return [*lines, "", "Attacks: " + "; ".join(how) + "."] if how else lines
@@ -126,16 +127,6 @@ def _limits(judged: dict[str, Any]) -> list[str]:
         run = sum(bool(c["values"]) for c in masking["checks"])
         found += [f"- Gradient masking: {text}." for text in bad] or [f"- No sign of gradient masking in {run} checks."]
     return [*found, "- Accuracy differs from class to class: look at the worst one before you rely on the average."]
-
-
-def _interval(value: dict[str, Any]) -> str:
-    if value["value"] is None:
-        return "–"
-    return f"{_percent(value['value'])} [{_percent(value['low'])}, {_percent(value['high'])}]"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
 
 
 def robustbench_entry(about: dict[str, Any], judged: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ..data.files import RESIZE, decode, open_image
 from ..runs.folder import RunFolder
 from .export import ABOUT, PROGRAM, about_of
 from .flags import Predict
-from .from_settings import device_of, load_model
+from .from_settings import device_of, trained_model
 from .progress import say
 
 
@@ -50,8 +50,9 @@ def _model(wanted: Predict, device: torch.device) -> tuple[Callable[[Tensor], Te
         run = RunFolder.open(wanted.source)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"source: {wanted.source} is neither a run nor an export") from error
-    kind = wanted.weights or ("last" if run.settings().run.ema_decay is None else "ema")
-    return load_model(wanted.source, kind, device), about_of(run, kind)
+    kind = wanted.weights or run.usual_weights()
+    state = run.load_weights(kind)
+    return trained_model(run.settings(), run.data_facts(), state["model"], device), about_of(run, kind, state)
 
 
 def _batches(wanted: Predict, about: dict) -> Iterator[tuple[list[str], Tensor]]:

@@ -252,8 +252,7 @@ def _note(folder: Path, experiment: str, name: str, problem: str) -> None:
 
 def _summary(path: Path, attacks: Sequence[str]) -> str:
     """Worst class and average under the strongest attack that all runs of the sweep are judged by."""
-    settings = RunFolder.open(path).settings()
-    kind = "last" if settings.run.ema_decay is None else "ema"
+    kind = RunFolder.open(path).usual_weights()
     name = strongest([attacks]) or CLEAN
     found = json.loads((path / "evaluation" / f"{kind}.json").read_text())["attacks"][name]
     return f"{name} {100 * found['accuracy']['value']:.1f} %, worst class {100 * found['worst_class']['value']:.1f} %"

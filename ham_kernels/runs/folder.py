@@ -264,6 +264,10 @@ class RunFolder:
         newest = self.checkpoints.newest_first()
         return _digest(newest[0]) if newest else None
 
+    def usual_weights(self) -> str:
+        """ "ema" where the run keeps a weight average, else "last"."""
+        return "last" if self.settings().run.ema_decay is None else "ema"
+
     def available_weights(self) -> list[str]:
         """Those of WEIGHTS that can be loaded, by name only."""
         found = []
