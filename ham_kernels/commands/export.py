@@ -135,9 +135,8 @@ def _save_program(model: nn.Module, about: dict, path: Path) -> None:
             warnings.simplefilter("ignore")
             program = torch.export.export(model, (_example(about),), dynamic_shapes=({0: batch},))
     except Exception as error:  # whatever a model of the user's meets in there
-        raise ValueError(
-            f"formats: torch.export cannot take {about['model']} ({str(error).splitlines()[0]})"
-        ) from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"formats: torch.export cannot take {about['model']} ({why}); leave pt2 out") from error
     torch.export.save(program, path, extra_files={ABOUT: json.dumps(about)})
 
 
