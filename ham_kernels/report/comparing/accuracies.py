@@ -1,0 +1,73 @@
+"""Accuracies of a group under each attack, and what it gains and loses against the baseline."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..reading.evaluations import Attack
+from .claims import same_seeds
+from .frontier import FEWEST_CLASSES
+from .groups import Group
+from .images import smallest_class
+from .over_seeds import difference, spread
+
+
+def accuracies(group: Group, weights: str) -> dict[str, Any]:
+    """{attack: spreads, and on which images and how they were found}."""
+    found = [run.evaluations.get(weights) for run in group.counted]
+    names = dict.fromkeys(name for e in found if e for name in e.attacks)
+    out = {name: _accuracy([e and e.attacks.get(name) for e in found]) for name in names}
+    for name, accuracy in out.items():
+        judged = [
+            (run, e, e.attacks[name]) for run, e in zip(group.counted, found, strict=True) if e and name in e.attacks
+        ]
+        told = {"part": lambda e: e.part, "step size": lambda e: e.step_size, "precision": lambda e: e.precision}
+        accuracy["how"] = {what: _known(map(of, (e for _, e, _ in judged))) for what, of in told.items()}
+        smallest = [smallest_class(*one) for one in judged]
+        accuracy["smallest_class"] = None if None in smallest else min(smallest)
+        accuracy["no_gradient"] = {run.name: a.no_gradient for run, _, a in judged if a.no_gradient}
+    return out
+
+
+def relate(group: dict, base: dict, attack: str | None, pairs: dict[tuple, dict]) -> None:
+    """What a group gains and loses against the baseline, for the same weights."""
+    if group["time"]["mean"] is not None and base["time"]["mean"] and group["finished"] and base["finished"]:
+        group["relative_time"] = group["time"]["mean"] / base["time"]["mean"]
+    ours = group["accuracy"].get(group["weights"], {}).get(attack)
+    theirs = base["accuracy"].get(group["weights"], {}).get(attack)
+    if ours and theirs:
+        by_seed = same_seeds(group, base)
+        group["differences"] = [
+            difference(a, b, by_seed) for a, b in zip(ours["per_class"], theirs["per_class"], strict=True)
+        ]
+        if found := pairs.get((group["title"], group["weights"], attack)):
+            for gain, ends in zip(group["differences"], found["per_class"], strict=True):
+                gain |= dict(zip(("low", "high"), ends or (None, None), strict=True))
+
+
+def _known(values: Iterable[Any]) -> list[str]:
+    return sorted({str(value) for value in values if value is not None})
+
+
+def _accuracy(judged: Sequence[Attack | None]) -> dict[str, Any]:
+    """Spreads under one attack. A seed without it counts as None, so that values stay in the order of seeds."""
+    known = [a for a in judged if a]
+    classes = zip(*(a.per_class if a else [None] * len(known[0].per_class) for a in judged), strict=True)
+    return {
+        "average": spread([a and a.accuracy for a in judged]),
+        "worst": spread([a and a.worst_class for a in judged]),
+        "worst_three": spread([a and _worst_three(a) for a in judged]),
+        "std": spread([a and a.std for a in judged]),
+        "nstd": spread([a and a.nstd for a in judged]),
+        "per_class": [spread(values) for values in classes],
+        "images": sorted({a.n for a in known}, key=str),
+        "digests": sorted({a.images_sha256 for a in known} - {None}),
+    }
+
+
+def _worst_three(attack: Attack) -> float | None:
+    """Mean of the three lowest classes; None of few."""
+    known = sorted(c.value for c in attack.per_class if c.value is not None)
+    return statistics.fmean(known[:3]) if len(known) >= FEWEST_CLASSES else None
