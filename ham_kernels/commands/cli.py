@@ -5,6 +5,7 @@ Nothing here imports torch before the flags are read, so that help and typing er
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -116,9 +117,13 @@ def _report(argv: list[str]) -> int:
     wanted = flags.parse_report(argv)
     from .. import report
 
-    page = report.build(wanted.runs, wanted.out, title=wanted.title, baseline=wanted.baseline)
+    told = {name: getattr(wanted, name) for name in ("title", "baseline", "attack", "audit", "require", "columns")}
+    page = report.build(wanted.runs, wanted.out, **told)
     print(f"written: {page}, with its figures and tables beside it")
-    return 0
+    held = [one for section in json.loads((page.parent / "data.json").read_text())["sections"] for one in section["audit"]]
+    for one in held:
+        print(f"{'pass' if one['passes'] else 'FAIL'}  {one['group']}: {one['requirement']}, {one['measured']}")
+    return 0 if all(one["passes"] for one in held) else 1
 
 
 def _sweep(argv: list[str]) -> int:

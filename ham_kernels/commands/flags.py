@@ -103,6 +103,16 @@ class Report:
     title: str | None = None
     baseline: Annotated[str | None, _default("PGD-AT")] = None
     """Title of the method that the others are compared with."""
+    attack: Annotated[str | None, _default("the strongest that all runs compared have")] = None
+    """What robust accuracy is by, such as cw20."""
+    audit: bool = False
+    """What the models are worth alone: no claims of a paper, no frontier."""
+    require: tuple[str, ...] = ()
+    """What each model must meet: "worst_class>=20", "autoattack.accuracy>=45", "class cat>=30" in percent, "gini<=0.2";
+    measures: accuracy, worst_class, worst3, range, std, nstd, gini. One that fails makes the exit status 1."""
+    columns: Annotated[tuple[str, ...], _default("what fits an article")] = ()
+    """Of the paper's tables: avg, worst, worst3, range, std, nstd, gini, each alone or as in clean.avg; time, relative,
+    forwards."""
 
 
 @dataclass(frozen=True)

@@ -6,26 +6,29 @@ import datetime
 import json
 import math
 import os
+import shlex
 import tempfile
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ..common.provenance import package_version
+from .comparing.audit import requirements
 from .comparing.sections import sections
 from .reading.find_runs import lost_cells, read_runs
 from .reading.runs import MARKS, Run, read_run
 
-if TYPE_CHECKING:
-    from .writing.tables import Table
+TITLE = "Fair adversarial training: comparison of runs"
+AUDIT = "Audit of robust classifiers"
 
 __all__ = ["Run", "build", "read_run", "read_runs"]
 
 
 def build(
-    runs: Sequence[str | Path], out: str | Path, *, title: str | None = None, baseline: str | None = None
-) -> Path:
-    """Writes index.html (needs no other file), table.md, table.tex, data.json and figures/*.png.
+    runs: Sequence[str | Path], out: str | Path, *, title: str | None = None, baseline: str | None = None,
+    attack: str | None = None, audit: bool = False, require: Sequence[str] = (), columns: Sequence[str] = (),
+) -> Path:  # fmt: skip
+    """Writes index.html (needs no other file), table.md, table.tex, classes.csv, data.json and figures/*.png, *.pdf.
 
     Where methods can be compared, frontier.html too (frontier.md, frontier.tex): accuracy under the strongest attack
     against training time and forwards.
@@ -35,6 +38,12 @@ def build(
         out: folder of the report, no run folder, made where it is missing. An earlier report's files are replaced.
         title: of the page.
         baseline: title of the group that others are compared with; None takes PGD-AT.
+        attack: what robust accuracy is by, such as "cw20"; None takes the strongest that all runs compared have.
+        audit: whether the page is of what models are worth alone: no claims of a paper, no frontier.
+        require: what each model must meet, such as "worst_class>=20" (percent), "autoattack.class cat>=30",
+            "gini<=0.2"; measures are accuracy, worst_class, worst3 (mean of the three worst), range, std, nstd, gini.
+            Verdicts are in the page and in data.json, sections' "audit".
+        columns: of the paper's tables, such as "clean.avg", "worst", "time"; of none, what fits an article.
     Returns: the path of index.html.
     Raises: TypeError, ValueError, FileNotFoundError naming the argument, before anything is written.
     """
@@ -43,42 +52,55 @@ def build(
         raise ValueError(f"out: {out} is a file; it must be a folder")
     if any((out / mark).exists() for mark in MARKS):  # both have a data.json
         raise ValueError(f"out: {out} is a run folder, whose data.json a report would replace; try {out / 'report'}")
-    for name, value in (("title", title), ("baseline", baseline)):
+    for name, value in (("title", title), ("baseline", baseline), ("attack", attack)):
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); it must be text")
-    found = sections(read_runs(runs), baseline)
+    for name, value in (("require", require), ("columns", columns)):
+        if isinstance(value, str) or not all(isinstance(one, str) for one in value):
+            raise TypeError(f"{name}: got {value!r}; it must be a list of texts")
+    required = requirements(require)
+    found = sections(read_runs(runs), baseline, attack)
     from .comparing.summary import summarise
     from .drawing import figure_list  # matplotlib loads here
-    from .writing.frontier_tables import frontier_table
+    from .writing.class_tables import classes_csv
     from .writing.page import pages
-    from .writing.tables import paper_table
+    from .writing.table_files import table_files
 
-    head = {"format": 1, "title": title or "Fair adversarial training: comparison of runs"}
+    told = {
+        "title": title, "baseline": baseline, "attack": attack, "audit": audit, "require": require, "columns": columns,
+    }  # fmt: skip
+    head = {"format": 1, "title": title or (AUDIT if audit else TITLE), "audit": bool(audit)}
     head["made"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    data = _plain({**head, "version": package_version(), **summarise(found), "lost": lost_cells(runs)})
+    head |= {"version": package_version(), "command": _command(runs, out, told)}
+    data = _plain({**head, **summarise(found, required), "lost": lost_cells(runs)})
+    for section in data["sections"] if audit else ():
+        section |= {"frontier": None, "claims": []}
+    files = {name: text.encode() for name, text in table_files(data["sections"], columns).items()}
+    files["classes.csv"] = classes_csv(found).encode()
     plots, absent = figure_list.plots(data)
-    papers = [paper_table(section) for section in data["sections"]]
-    files = {plot.file: plot.png for section in plots for plot in section}
-    data["figures"] = list(files)
-    for name in ("table.md", "table.tex"):
-        files[name] = _in_turn(name, papers)
-    frontiers = [frontier_table(section) for section in data["sections"] if section["frontier"]]
-    for name in ("frontier.md", "frontier.tex") if frontiers else ():
-        files[name] = _in_turn(name.replace("frontier", "table"), frontiers)
-    written = pages(data, papers, plots, absent)
+    drawn = [plot for section in plots for plot in section]
+    data["figures"] = [plot.file for plot in drawn]
+    files |= {plot.file: plot.png for plot in drawn} | {_pdf(plot.file): plot.pdf for plot in drawn}
+    written = pages(data, plots, absent)
     data["files"] = [name for name in (*files, *written) if name.startswith("frontier")]
-    files["data.json"] = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    files["data.json"] = json.dumps(data, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     # last: they belong to all that is before them
     files |= {name: text.encode() for name, text in sorted(written.items())}
     _replace(out, files)
     return out / "index.html"
 
 
-def _in_turn(name: str, tables: Sequence[Table]) -> bytes:
-    """Tables one after the other, by the template of this file's format."""
-    from .writing.render import render
+def _command(runs: Sequence[str | Path], out: Path, told: Mapping[str, Any]) -> str:
+    """What makes this report again."""
+    words = ["ham", "report", *map(str, runs), "--out", str(out)]
+    for name, value in told.items():
+        given = [value] if isinstance(value, str) else [] if isinstance(value, bool) else value
+        words += [f"--{name}", *given] if value else []
+    return shlex.join(words)
 
-    return "\n".join(render(f"{name}.jinja", table=table) for table in tables).encode()
+
+def _pdf(png: str) -> str:
+    return str(PurePosixPath(png).with_suffix(".pdf"))
 
 
 def _plain(value: Any) -> Any:
@@ -116,6 +138,10 @@ def _written_before(path: Path) -> set[str]:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         figures = {f"figures/{Path(name).name}" for name in told["figures"] if name.endswith(".png")}
-        return figures | {Path(name).name for name in told.get("files", ()) if name.startswith("frontier.")}
+        return (
+            figures
+            | set(map(_pdf, figures))
+            | {Path(name).name for name in told.get("files", ()) if name.startswith("frontier.")}
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()

@@ -70,6 +70,11 @@ def duration(seconds: float | None) -> str:
     return f"{round(seconds / 60) // 60} h {round(seconds / 60) % 60} min"
 
 
+def unit_of_time(seconds: float) -> tuple[float, str]:
+    """(seconds in one, its name) of the unit for times up to this."""
+    return (1.0, "s") if seconds < 120 else (60.0, "min") if seconds < 7200 else (3600.0, "h")
+
+
 def mean_std_time(spread: dict[str, Any]) -> tuple[str, str]:
     """Mean and spread, as in `mean_std`."""
     if spread["std"] is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..reading.evaluations import Attack
+from ..reading.flags import class_images
 from .claims import same_seeds
 from .frontier import FEWEST_CLASSES
 from .groups import Group
@@ -59,9 +60,12 @@ def _accuracy(judged: Sequence[Attack | None]) -> dict[str, Any]:
         "average": spread([a and a.accuracy for a in judged]),
         "worst": spread([a and a.worst_class for a in judged]),
         "worst_three": spread([a and _worst_three(a) for a in judged]),
+        "range": spread([a and a.range for a in judged]),
+        "gini": spread([a and a.gini for a in judged]),
         "std": spread([a and a.std for a in judged]),
         "nstd": spread([a and a.nstd for a in judged]),
         "per_class": [spread(values) for values in classes],
+        "class_images": class_images(known[0]),
         "images": sorted({a.n for a in known}, key=str),
         "digests": sorted({a.images_sha256 for a in known} - {None}),
     }

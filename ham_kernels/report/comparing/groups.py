@@ -70,6 +70,7 @@ class Section:
     classes: tuple[str, ...]  # () where no run is evaluated
     groups: list[Group] = field(default_factory=list)
     baseline: Group | None = None
+    attack: str | None = None  # asked for in place of the strongest
     notes: list[str] = field(default_factory=list)
     title: str = ""
 

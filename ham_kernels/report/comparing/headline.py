@@ -9,12 +9,14 @@ from ..strength import strongest
 from .groups import Group
 
 
-def headline_attack(groups: Sequence[Group]) -> str | None:
+def headline_attack(groups: Sequence[Group], chosen: str | None = None) -> str | None:
     """The attack behind "robust accuracy": the strongest that all runs compared were judged with, on the same images.
 
-    Where none is, that of most runs.
+    Where none is, that of most runs. `chosen` in its place, where a run has it.
     """
     run = attacks_run(groups)
+    if any(chosen in attacks for attacks in run):
+        return chosen
     alike = [{name for name in attacks if _same_images([r[name] for r in run if name in r])} for attacks in run]
     return strongest(alike) or strongest(run)
 

@@ -61,6 +61,25 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
+def interval_of_difference(ours: Spread, theirs: Spread, paired: bool) -> tuple[float, float] | None:
+    """95 % interval of ours - theirs: seed by seed where they pair, else from both sides' intervals; None unknown.
+
+    A side's interval is that of its mean over seeds, with one seed over test images.
+    """
+    if paired:
+        pairs = zip(ours["values"], theirs["values"], strict=True)
+        each = [a - b for a, b in pairs if None not in (a, b)]
+        if len(each) > 1:
+            return mean_interval(each)
+    sides = []
+    for side in (ours, theirs):
+        known = [value for value in side["values"] if value is not None]
+        ends = mean_interval(known) or (side["low"], side["high"])
+        sides.append(side | {"low": ends[0], "high": ends[1]})
+    found = difference(*sides, paired=False)
+    return None if found["low"] is None else (found["low"], found["high"])
+
+
 def reach(value: Spread) -> tuple[float, float]:
     """How far a spread reaches below and above its mean; NaN, of which nothing is drawn, where that is not known.
 

@@ -5,21 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..reading.runs import Run
+from ..strength import CLEAN
+from ..text_format import attack_title
 from .comparable import limits
 from .groups import Group, Section, canonical, choose_weights, settings_of
+from .headline import attacks_run
 from .images import apart
 from .titles import number_repeats, set_titles
 
 
-def sections(runs: Sequence[Run], baseline: str | None = None) -> list[Section]:
-    """All runs in sections and titled groups, the baseline first. Raises: ValueError naming `baseline`."""
+def sections(runs: Sequence[Run], baseline: str | None = None, attack: str | None = None) -> list[Section]:
+    """All runs in sections and titled groups, the baseline first.
+
+    `attack`: what robust accuracy is by, in place of the strongest. Raises: ValueError naming `baseline`, `attack`.
+    """
     out = [_section(key, members) for key, members in _by_data(runs)]
     number_repeats(out)  # as with folders of the same name that hold other images
     titles = [group.title for section in out for group in section.groups]
     if baseline is not None and baseline not in titles:
         raise ValueError(f"baseline: got {baseline!r}; it must be the title of a group: {', '.join(titles)}")
+    judged = {name for section in out for run in attacks_run(section.groups) for name in run} - {CLEAN}
+    if attack is not None and attack not in judged:
+        raise ValueError(f"attack: got {attack!r}; these runs were judged by {', '.join(sorted(judged)) or 'none'}")
     for section in out:
         _choose_baseline(section, baseline)
+        _choose_attack(section, attack)
         section.notes += [*limits(section), *apart(section, out)]
     return out
 
@@ -89,3 +99,14 @@ def _choose_baseline(section: Section, title: str | None) -> None:
         section.notes.append(f"Several groups are PGD-AT; the baseline is the first, “{found[0].title}”.")
     section.baseline = found[0]
     section.groups = [found[0], *(g for g in section.groups if g is not found[0])]
+
+
+def _choose_attack(section: Section, name: str | None) -> None:
+    if name is None:
+        return
+    section.attack = name
+    have = [name in run for run in attacks_run(section.groups)]
+    if not any(have):
+        section.notes.append(f"No run here was judged by {attack_title(name)}: shown is the strongest attack.")
+    elif not all(have):
+        section.notes.append(f"Not all runs here were judged by {attack_title(name)}, which was asked for.")

@@ -11,31 +11,37 @@ from ..reading.runs import Run
 from ..strength import of_each_family
 from .accuracies import accuracies, relate
 from .analyses import confidence, curves, easy, masking
+from .audit import Requirement, audit
 from .claims import claims
 from .comparable import machines_of, one_class, training_of
+from .failures import confusion, examples, over_eps
 from .forwards import forwards
 from .frontier import frontier
 from .groups import Group, Section
 from .headline import attacks_run, headline_attack
 from .over_seeds import spread
 from .paired import paired
+from .reproduce import commands
 
 
-def summarise(sections: Sequence[Section]) -> dict[str, Any]:
-    """{"sections": [...], "runs": [...], "styles": {title: index}} of plain values, NaN as None."""
+def summarise(sections: Sequence[Section], required: Sequence[Requirement] = ()) -> dict[str, Any]:
+    """{"sections": [...], "runs": [...], "styles": {title: index}} of plain values, NaN as None.
+
+    Raises: ValueError naming `require`, for a class that a section has not.
+    """
     titles = [g.title for s in sections for g in s.groups if g is not s.baseline]
     styles = {title: i for i, title in enumerate(dict.fromkeys(titles))}
     return {
         "styles": styles,
-        "sections": [_section(section) for section in sections],
+        "sections": [_section(section, required) for section in sections],
         "runs": [_run(run, section, group) for section in sections for group in section.groups for run in group.runs],
     }
 
 
 # ---------------------------------------------------------------- sections
-def _section(section: Section) -> dict[str, Any]:
-    attack = headline_attack(section.groups)
-    groups = [_group(group, group is section.baseline) for group in section.groups]
+def _section(section: Section, required: Sequence[Requirement]) -> dict[str, Any]:
+    attack = headline_attack(section.groups, section.attack)
+    groups = [_group(group, group is section.baseline, attack) for group in section.groups]
     base = groups[0] if section.baseline else None
     judging = of_each_family(attacks_run(section.groups), attack)
     pairs = _pairs(section, set(judging)) if base else {}
@@ -49,14 +55,23 @@ def _section(section: Section) -> dict[str, Any]:
         "norm": section.norm,
         "classes": list(section.classes),
         "attack": attack,
-        "attack_of_all": attack is not None and all(attack in run for run in attacks_run(section.groups)),
+        "attack_why": None if attack is None else _why(section, attack),
         "baseline": section.baseline.title if section.baseline else None,
         "notes": section.notes,
         "val_attack": _val_attack(section.groups),
         "groups": groups,
-        "frontier": frontier(groups, headline_attack([g for g in section.groups if not g.adopted])),
+        "frontier": frontier(groups, headline_attack([g for g in section.groups if not g.adopted], section.attack)),
         "claims": claims(groups, judging, seconds, pairs),
+        "audit": audit(groups, section.classes, attack, required),
     }
+
+
+def _why(section: Section, attack: str) -> str:
+    """What makes this attack the one that robust accuracy is by."""
+    if attack == section.attack:
+        return "as asked for"
+    of_all = all(attack in run for run in attacks_run(section.groups))
+    return "the strongest attack that all these runs share" if of_all else "which most of these runs have"
 
 
 def _seconds(run: Run) -> list[tuple[int, float | None, float | None]]:
@@ -86,7 +101,7 @@ def _val_attack(groups: Sequence[Group]) -> str | None:
 
 
 # ---------------------------------------------------------------- groups
-def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
+def _group(group: Group, is_baseline: bool, attack: str | None) -> dict[str, Any]:
     shown = group.evaluated(group.weights)
     return {
         "title": group.title,
@@ -112,6 +127,9 @@ def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
         "confidence": confidence([e.confidence for e in shown if e.confidence]),
         "easy": easy([e.easy for e in shown if e.easy]),
         "masking": masking(group),
+        "confusion": confusion(group, attack),
+        "over_eps": over_eps(group, attack),
+        "examples": examples(group),
     }
 
 
@@ -140,6 +158,7 @@ def _run(run: Run, section: Section, group: Group) -> dict[str, Any]:
             "weights": shown.weights, "epoch": shown.epoch, "checkpoint_sha256": shown.checkpoint_sha256,
             "dataset": run.dataset, "part": shown.part, "images": shown.images, "precision": shown.precision,
             "attacks": {name: attack.n for name, attack in shown.attacks.items()},
+            "images_sha256": sorted({a.images_sha256 for a in shown.attacks.values()} - {None}),
         },
         "machine": "; then ".join(machines_of(run)),
         "versions": {str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},
@@ -147,6 +166,7 @@ def _run(run: Run, section: Section, group: Group) -> dict[str, Any]:
         "started": run.sessions[0].get("started") if run.sessions else None,
         "ended": run.sessions[-1].get("ended") if run.sessions else None,
         "sessions": len(run.sessions),
+        "commands": commands(run, shown),
         "missing": [{"what": what, "command": command} for what, command in run.missing],
         "notes": run.notes,
         "left_out": run.left_out,

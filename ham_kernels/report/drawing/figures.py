@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..comparing.over_seeds import reach
-from ..text_format import attack_title
+from ..text_format import attack_title, unit_of_time
 from . import names
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
@@ -25,6 +25,7 @@ MANY_GROUPS = 6  # above: a heat map instead of bars
 LONG = 4.5  # of the lines in a legend, in its font size, so that their dashes are seen
 DPI = 150
 SETTINGS = {
+    "pdf.fonttype": 42,  # letters stay letters in a paper
     "text.parse_math": False,  # a class may be called $a$
     "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
@@ -188,8 +189,3 @@ def legend_below(figure: Figure, handles: Sequence[Artist], lines: bool = True) 
     figure.set_size_inches(width, height + 0.2 * max(0, math.ceil(len(labels) / columns) - 3))
     # Labels are given, as matplotlib leaves out those that begin with "_" where it looks for them.
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=LONG if lines else None)
-
-
-def unit_of_time(seconds: float) -> tuple[float, str]:
-    """(seconds in one, its name) of the unit for times up to this."""
-    return (1.0, "s") if seconds < 120 else (60.0, "min") if seconds < 7200 else (3600.0, "h")

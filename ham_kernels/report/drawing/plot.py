@@ -12,5 +12,8 @@ class Plot:
     file: str
     title: str
     caption: str
+    alt: str  # what it shows, for those who do not see it
     png: bytes
+    pdf: bytes
     frontier: bool = False  # on the page of the frontier
+    of_classes: bool = False  # of what the classes are worth: beside the tables that say so

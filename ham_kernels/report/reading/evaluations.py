@@ -42,6 +42,7 @@ class Attack:
     labels: str | None = None  # class numbers of the images, a space between them
     images_sha256: str | None = None  # of these images and labels
     no_gradient: int | None = None  # images whose attack had no gradient to follow
+    settings: Any = None  # of the attack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,26 @@ class Masking:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Example:
+    """An image before and after an attack: class numbers, and how sure the model is of each answer."""
+
+    label: int
+    answer: int
+    probability: float
+    answer_adv: int
+    probability_adv: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Images that `file`, beside the evaluation, holds as x and x_adv, (n, C, H, W) in [0, 1]."""
+
+    attack: str
+    file: str
+    rows: tuple[Example, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What the weights W of a run are worth on the test images."""
 
@@ -123,13 +144,15 @@ class Evaluation:
     masking: Masking | None = None
     confidence: Confidence | None = None
     easy: Easy | None = None
+    examples: Examples | None = None
 
 
 def read_evaluation(weights: str, raw: Mapping[str, Any], notes: list[str], file: Path) -> Evaluation:
     """Raises one of MALFORMED where it is no evaluation; what is wrong in an optional part goes to `notes`."""
     if raw.get("format") != 1:
         raise ValueError(f"format {raw.get('format')!r} is not known here; this version reads format 1")
-    found = read_as(Evaluation, {**raw, "weights": weights, "masking": None, "confidence": None, "easy": None})
+    optional = {"masking": Masking, "confidence": Confidence, "easy": Easy, "examples": Examples}
+    found = read_as(Evaluation, {**raw, "weights": weights, **dict.fromkeys(optional)})
     for name, attack in found.attacks.items():
         _of_each_class(found, f"{name}: per_class", attack.per_class)
     wrong = {name: why for name, attack in found.attacks.items() if (why := contradiction(attack))}
@@ -138,7 +161,7 @@ def read_evaluation(weights: str, raw: Mapping[str, Any], notes: list[str], file
         notes.append(troubles.text("flags_contradict", **facts))
         troubles.warn("flags_contradict", **facts)
     parts = {"attacks": {name: attack for name, attack in found.attacks.items() if name not in wrong}}
-    for key, kind in (("masking", Masking), ("confidence", Confidence), ("easy", Easy)):
+    for key, kind in optional.items():
         try:
             parts[key] = read_as(kind | None, raw.get(key))
             if key == "confidence" and parts[key]:

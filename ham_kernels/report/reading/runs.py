@@ -70,6 +70,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     busy: bool = False  # a process works on it
     data: dict[str, Any] = field(default_factory=dict)  # of its images: classes, counts, digest
+    other_eps: list[Evaluation] = field(default_factory=list)  # judged as those shown, but under another eps
     left_out: dict[str, str] = field(default_factory=dict)  # {evaluation: the part, budget, precision or seed it is of}
 
     def _scalar(self, section: str, key: str, kind: type | tuple[type, ...]) -> Any:
@@ -227,7 +228,8 @@ def read_run(folder: str | Path) -> Run:
         told = f"while status.json says that {run.status['epoch']} are done"
         _tell_log(folder / "metrics.jsonl", run.notes, f"ends at epoch {run.epochs[-1].epoch}, {told}")
     others = sorted(path for path in (folder / "evaluation").glob("[!.]*.json*") if path.name not in SHOWN)
-    run.left_out = {path.name: _other(run, path) for path in others}
+    for path in others:
+        _read_other(run, path)
     for weights in WEIGHTS:
         _read_evaluation(run, weights)
     return run
@@ -250,15 +252,24 @@ def _read_evaluation(run: Run, weights: str) -> None:
         )
 
 
-def _other(run: Run, path: Path) -> str:
-    """In what an evaluation differs from those that a report shows."""
+def _read_other(run: Run, path: Path) -> None:
+    """An evaluation that differs from those shown: kept where it does in eps alone, else why it is left out."""
     raw = read_mapping(path, run.notes)
     if ".json.epoch" in path.name:
-        return f"earlier weights, of epoch {raw.get('epoch')}"
+        run.left_out[path.name] = f"earlier weights, of epoch {raw.get('epoch')}"
+        return
     step = run._scalar("attack", "step_size", (int, float))
     usual = {"part": "test", "eps": run.eps, "step_size": step, "precision": "fp32", "seed": 0}
     apart = [key for key, value in usual.items() if key in raw and raw[key] != value]
-    return ", ".join(f"{key.replace('_', ' ')} {raw[key]}" for key in apart) or "another choice"
+    weights = path.name.split(".")[0]
+    if "eps" in apart and weights in WEIGHTS and set(apart) <= {"eps", "step_size"}:
+        try:
+            run.other_eps.append(read_evaluation(weights, raw, run.notes, path))
+            return
+        except MALFORMED as error:
+            run.notes.append(f"{_shown(path)}: not an evaluation ({type(error).__name__}: {error})")
+    told = ", ".join(f"{key.replace('_', ' ')} {raw[key]}" for key in apart)
+    run.left_out[path.name] = told or "another choice"
 
 
 # ---------------------------------------------------------------- files

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..comparing.frontier import COSTS
 from ..text_format import NONE, attack_title, duration
-from .tables import Cell, Table
+from .table import Cell, Table
 
 FEW = 2  # of the methods that dominate one
 MANY_CLASSES = 20  # above: the changes are in the figure and in data.json
@@ -33,6 +33,17 @@ def frontier_table(section: dict[str, Any]) -> Table:
         row += [_number(m["forwards"]["mean"], 1)] + [_ratio(m["relative_forwards"])] * bool(base)
         row += [_dominated(m, cost) for cost in COSTS]
         table.rows.append([*row, _masking(groups[m["title"]]["masking"])])
+    return table
+
+
+def frontier_article(section: dict[str, Any], number: int = 1) -> Table:
+    """The columns of `frontier_table` that fit an article's page."""
+    whole = frontier_table(section)
+    kept = [
+        i for i, (span, name) in enumerate(whole.head) if name in ("Method", "avg", "worst", "std") or name[:2] == "/ "
+    ]
+    table = Table([whole.head[i] for i in kept], [[row[i] for i in kept] for row in whole.rows], whole.caption)
+    table.label = "tab:frontier" + (f"-{number}" if number > 1 else "")
     return table
 
 

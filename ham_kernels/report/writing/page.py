@@ -10,7 +10,8 @@ from ..reading.evaluations import WEIGHTS
 from ..text_format import attack_title
 from .frontier_tables import class_table, frontier_table
 from .render import render
-from .tables import Table, all_accuracies
+from .class_tables import class_tables
+from .tables import all_accuracies, article_tables, confusion_table, paper_table, worth_table
 
 _SETTINGS = {
     "model": "model.name", "training images": "data.train_images", "batch size": "data.batch_size",
@@ -18,21 +19,24 @@ _SETTINGS = {
     "first epoch that mines": "method.start_epoch", "M": "method.screen_steps", "λ": "method.lam",
     "decay of the weight average": "run.ema_decay", "precision": "run.precision",
 }  # fmt: skip
+_TABLES = {
+    "table": paper_table, "worth": worth_table, "accuracies": all_accuracies, "confusions": confusion_table,
+    "by_class": class_tables,
+}  # fmt: skip
 
 
-def pages(
-    data: dict[str, Any], tables: Sequence[Table], plots: Sequence[Sequence[Plot]], absent: Sequence[Sequence[str]]
-) -> dict[str, str]:
+def pages(data: dict[str, Any], plots: Sequence[Sequence[Plot]], absent: Sequence[Sequence[str]]) -> dict[str, str]:
     """{file: text}; the page of the frontier where there is one.
 
-    tables, plots, absent (titles of figures without data): one entry per section of `data`.
+    plots, absent (titles of figures without data): one entry per section of `data`.
     """
     sections = [
         section
-        | {"table": table, "absent": missing, "accuracies": all_accuracies(section), "number": i}
+        | {"number": i, "absent": missing, "articles": article_tables(section, number=i + 1)}
         | {"plots": [p for p in drawn if not p.frontier], "frontier_plots": [p for p in drawn if p.frontier]}
         | {"shown": _shown(section, data["runs"]), "shared": _shared_settings(section["groups"])}
-        for i, (section, table, drawn, missing) in enumerate(zip(data["sections"], tables, plots, absent, strict=True))
+        | {name: table(section) for name, table in _TABLES.items()}
+        for i, (section, drawn, missing) in enumerate(zip(data["sections"], plots, absent, strict=True))
     ]
     found = {"index.html": render("page.html.jinja", data=data, sections=sections)}
     for section in (section for section in sections if section["frontier"]):

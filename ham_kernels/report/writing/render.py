@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..reading.evaluations import WEIGHTS
 from ..text_format import NONE, attack_title, duration
+from .columns import latex_cell, latex_column
 
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -54,6 +55,7 @@ _PLAIN.filters |= {
     "attack_title": attack_title, "duration": duration, "weights": WEIGHTS.get, "md": _markdown, "tex": _tex,
     "wanting": _wanting, "reasons": _reasons, "base64": lambda png: base64.b64encode(png).decode(),
     "markdown": lambda table: render("table.md.jinja", table=table),
+    "latex_column": latex_column, "latex_cell": latex_cell,
     "latex": lambda table: render("table.tex.jinja", table=table),
 }  # fmt: skip
 _LATEX = _PLAIN.overlay(variable_start_string="<<", variable_end_string=">>")  # braces are LaTeX's own

@@ -1,197 +1,172 @@
-"""The table for a paper, and others of the page: rows of cells, which a template of each format writes."""
+"""The tables of methods: with all that was judged for the page, what fits an article, and how unequal classes are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import groupby
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
 
-from ..comparing.comparable import judged_unlike, same_work
 from ..reading.evaluations import WEIGHTS
 from ..strength import CLEAN, of_each_family
-from ..text_format import NONE, attack_title, mean_std, mean_std_time
+from ..text_format import NONE, unit_of_time
+from . import columns as c
+from .columns import Column, accuracy, cost, judged, mark_best, share, title_of
+from .table import Cell, Table
 
-
-@dataclass(frozen=True)
-class Cell:
-    text: str
-    error: str = ""  # " ± 1.1"
-    value: float | None = None  # what the column is ranked by
-    best: bool = False
-    std: float | None = None  # of `value`
-    words: bool = False  # text, which may be broken
-
-
-@dataclass
-class Table:
-    """`head` is (what spans several columns or "", what is said of each)."""
-
-    head: list[tuple[str, str]]
-    rows: list[list[Cell]] = field(default_factory=list)
-    caption: str = ""
-
-    @property
-    def spans(self) -> list[tuple[str, list[int]]]:
-        """(words, the columns that they are over, counted from 1)."""
-        columns = groupby(enumerate(self.head, 1), key=lambda column: column[1][0])
-        return [(span, [i for i, _ in members]) for span, members in columns]
-
-    @property
-    def names(self) -> list[str]:
-        """Of the columns, where nothing can span them."""
-        return [f"{span.removesuffix(', %')} {name}" if span else name for span, name in self.head]
+ARTICLE = ("clean.avg", "avg", "worst", "std", "time", "relative", "forwards")  # what fits an article
+BOLD = (
+    "Bold: the best value, and those that the 95 % interval of their difference does not tell from it; none where it "
+    "tells nothing."
+)
 
 
 def paper_table(section: dict[str, Any]) -> Table:
     """Method, average and worst class of clean accuracy and that under each attack, std, nstd, time; best marked."""
-    groups = [g for g in section["groups"] if g["accuracy"] or g["time"]["mean"] is not None]
-    columns = _columns(section, groups)
-    table = Table([("", "Method"), *((c.span, c.name) for c in columns)], caption=_caption(section, groups, columns))
-    mixed = len({g["weights"] for g in groups if not g["adopted"]} - {None}) > 1
-    table.rows = [[Cell(_method(g, mixed)), *(c.cell(g) for c in columns)] for g in groups]
-    for i, column in enumerate(columns, 1):
-        ranked = [r for r, g in enumerate(groups) if is_ranked(g) and table.rows[r][i].value is not None]
-        if len(ranked) > 1 and column.alike([groups[r] for r in ranked]):
-            _mark_best([table.rows[r] for r in ranked], i, column.best)
+    groups = _shown(section)
+    robust = section["attack"]
+    judged_by = _attacks(groups)
+    attacks = [CLEAN] if any(CLEAN in names for names in judged_by) else []
+    attacks += reversed(of_each_family(judged_by, robust))
+    columns = [accuracy(attack, name) for attack in attacks for name in ("avg", "worst")]
+    if robust in attacks:
+        columns += [accuracy(robust, name, f"{title_of(robust)} over classes") for name in ("std", "nstd")]
+    return _table(section, groups, [*columns, *_costs(section, groups, c.COSTS[:2])])
+
+
+def article_tables(section: dict[str, Any], names: Sequence[str] = (), number: int = 1) -> list[Table]:
+    """Accuracy and cost of the methods, as two tables with a label each, that are no wider than an article's page.
+
+    names: of their columns, see `columns.asked`; of none ARTICLE, as far as the runs have it. Raises: ValueError.
+    """
+    groups = _shown(section)
+    attacks = list(dict.fromkeys(chain(*_attacks(groups))))
+    wanted = [name for name in ARTICLE if name != "clean.avg" or CLEAN in attacks] if not names else names
+    if not names and section["attack"] is None:
+        wanted = [name for name in wanted if "." in name or name in c.COSTS]
+    found = c.asked(wanted, attacks, section["attack"])
+    told = {
+        "accuracy": [accuracy(attack, name) for attack, name in found if attack],
+        "cost": _costs(section, groups, [name for attack, name in found if attack is None], in_units=True),
+    }
+    tables = []
+    for what, columns in told.items():
+        if columns and groups:
+            tables.append(_table(section, groups, columns))
+            tables[-1].label = f"tab:{what}" + (f"-{number}" if number > 1 else "")
+    return tables
+
+
+def worth_table(section: dict[str, Any]) -> Table:
+    """What each model is worth under the attack of the headline, and how unequal its classes are."""
+    groups = [g for g in _shown(section) if judged(g, section["attack"])]
+    columns = [accuracy(CLEAN, "avg")] if any(judged(g, CLEAN) for g in groups) else []
+    columns += [accuracy(section["attack"], name) for name in c.MEASURES] if groups else []
+    table = _table(section, groups, columns)
+    table.head.append((columns[-1].span if columns else "", "worst class"))
+    for row, group in zip(table.rows, groups, strict=True):
+        row.append(Cell(_worst_classes(judged(group, section["attack"]), section["classes"]), words=True))
     return table
 
 
-def is_ranked(group: dict) -> bool:
-    """Neither what is not trained to the end, nor a model that answers one class."""
-    return group["finished"] and group["weights"] not in group["one_class"]
+def _worst_classes(accuracies: dict, classes: Sequence[str]) -> str:
+    """The class that is lowest on average over seeds, or those that share the place."""
+    means = [spread["mean"] for spread in accuracies["per_class"]]
+    lowest = min((mean for mean in means if mean is not None), default=None)
+    names = [name for name, mean in zip(classes, means, strict=True) if mean is not None and mean == lowest]
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} classes"
 
 
 def all_accuracies(section: dict[str, Any]) -> Table:
     """Every attack and every kind of weights that was evaluated."""
     attacks = list(dict.fromkeys(a for g in section["groups"] for acc in g["accuracy"].values() for a in acc))
     head = [("", "Method"), ("", "Weights"), ("", "Seeds")]
-    head += [(f"{attack_title(a)}, %", name) for a in attacks for name in ("avg", "worst", "std", "nstd")]
+    head += [(f"{title_of(a)}, %", name) for a in attacks for name in ("avg", "worst", "std", "nstd")]
     table = Table(head)
     for group in section["groups"]:
         for weights, accuracies in group["accuracy"].items():
             seeds = max((acc["average"]["n"] for acc in accuracies.values()), default=0)
             row = [Cell(group["title"]), Cell(WEIGHTS[weights]), Cell(str(seeds))]
             for attack in attacks:
-                row += [_accuracy(accuracies.get(attack), m) for m in ("average", "worst", "std", "nstd")]
+                row += [share(accuracies.get(attack), m) for m in ("average", "worst", "std", "nstd")]
             table.rows.append(row)
     return table
 
 
-def _accuracy(accuracies: dict | None, measure: str) -> Cell:
-    """In percent, but for nstd, which is a ratio."""
-    if not accuracies:
-        return Cell(NONE)
-    found = accuracies[measure]
-    shown = mean_std(found, 1, 3) if measure == "nstd" else mean_std(found)
-    return Cell(*shown, found["mean"], std=found["std"])
+def confusion_table(section: dict[str, Any]) -> Table:
+    """The most frequent confusions of each method."""
+    table = Table([("", "Method"), ("", "Class"), ("", "taken for"), ("", "of its images, %")])
+    for group in section["groups"]:
+        for pair in (group["confusion"] or {"pairs": ()})["pairs"][: 10 if len(section["groups"]) == 1 else 3]:
+            names = (section["classes"][pair[of]] for of in ("label", "answer"))
+            cells = [Cell(group["title"], words=True), *(Cell(name, words=True) for name in names)]
+            table.rows.append([*cells, Cell(f"{100 * pair['share']:.1f}")])
+    return table
 
 
-# ---------------------------------------------------------------- columns of the paper's table
-class _Column(NamedTuple):
-    span: str
-    name: str
-    cell: Callable[[dict], Cell]  # of a group
-    best: Callable  # max or min
-    alike: Callable[[Sequence[dict]], bool]  # whether these groups may be ranked
-    attack: str | None = None
+def _shown(section: dict[str, Any]) -> list[dict]:
+    return [g for g in section["groups"] if g["accuracy"] or g["time"]["mean"] is not None]
 
 
-def _columns(section: dict, groups: Sequence[dict]) -> list[_Column]:
+def _attacks(groups: Sequence[dict]) -> list[list[str]]:
+    return [list(g["accuracy"].get(g["weights"], {})) for g in groups]
+
+
+def _costs(section: dict, groups: Sequence[dict], names: Sequence[str], in_units: bool = False) -> list[Column]:
     """Those that have a value in some group."""
-
-    def judged(span: str, name: str, best: Callable, attack: str, measure: str) -> _Column:
-        def alike(ranked: Sequence[dict]) -> bool:
-            return not judged_unlike(_judged(g, attack) for g in ranked)
-
-        return _Column(span, name, lambda g: _accuracy(_judged(g, attack), measure), best, alike, attack)
-
-    robust = section["attack"]
-    judged_by = [list(g["accuracy"].get(g["weights"], {})) for g in groups]
-    attacks = [CLEAN] if any(CLEAN in names for names in judged_by) else []
-    attacks += reversed(of_each_family(judged_by, robust))
-    columns: list[_Column] = []
-    for attack in attacks:
-        span = f"{_title(attack)}, %"
-        columns += [judged(span, "avg", max, attack, "average"), judged(span, "worst", max, attack, "worst")]
-    if robust in attacks:
-        span = f"{attack_title(robust)} over classes"
-        columns += [judged(span, name, min, robust, name) for name in ("std", "nstd")]
-    if any(g["time"]["mean"] is not None for g in groups):
-        columns.append(_Column("Training", "time", _time, min, _same_work))
-    if any(g["relative_time"] is not None and not g["baseline"] for g in groups):
-        columns.append(_Column("Training", f"/ {section['baseline']}", _relative, min, _same_work))
-    return columns
+    times = [g["time"]["mean"] for g in groups if g["time"]["mean"] is not None]
+    has = {
+        "time": bool(times),
+        "relative": any(g["relative_time"] is not None and not g["baseline"] for g in groups),
+        "forwards": any(g["forwards"]["mean"] is not None for g in groups),
+    }
+    unit = unit_of_time(max(times)) if in_units and times else None
+    return [cost(name, section["baseline"], unit) for name in names if has[name]]
 
 
-def _judged(group: dict, attack: str) -> dict:
-    return group["accuracy"].get(group["weights"], {}).get(attack) or {}
-
-
-def _same_work(groups: Sequence[dict]) -> bool:
-    return same_work(g["training"] for g in groups)
-
-
-def _time(group: dict) -> Cell:
-    return Cell(*mean_std_time(group["time"]), group["time"]["mean"], std=group["time"]["std"])
-
-
-def _relative(group: dict) -> Cell:
-    ratio = group["relative_time"]
-    return Cell(NONE) if ratio is None else Cell(f"{ratio:.2f}", value=ratio)
-
-
-def _mark_best(rows: Sequence[list[Cell]], column: int, best: Callable) -> None:
-    """The best value, all that look the same at the digits shown, and all within its standard deviation."""
-    winner = best((row[column] for row in rows), key=lambda cell: cell.value)
-    for row in rows:
-        cell = row[column]
-        near = cell.text == winner.text or abs(cell.value - winner.value) <= (winner.std or 0.0)
-        row[column] = replace(cell, best=near)
+def _table(section: dict, groups: Sequence[dict], columns: Sequence[Column]) -> Table:
+    table = Table([("", "Method"), *((column.span, column.name) for column in columns)])
+    table.caption = _caption(section, groups, columns)
+    mixed = len({g["weights"] for g in groups if not g["adopted"]} - {None}) > 1
+    table.rows = [[Cell(_method(g, mixed)), *(column.cell(g) for column in columns)] for g in groups]
+    mark_best(table, columns, groups)
+    return table
 
 
 # ---------------------------------------------------------------- words
-def _title(attack: str) -> str:
-    return "Clean" if attack == "clean" else attack_title(attack)
-
-
 def _method(group: dict, mixed: bool) -> str:
     weights = f" [{WEIGHTS[group['weights']]}]" if mixed and group["weights"] and not group["adopted"] else ""
     one_class = " (answers one class)" if group["weights"] in group["one_class"] else ""
     return f"{group['title']}{weights}{one_class}{'' if group['finished'] else ' (not finished)'}"
 
 
-def _caption(section: dict, groups: Sequence[dict], columns: Sequence[_Column]) -> str:
+def _caption(section: dict, groups: Sequence[dict], columns: Sequence[Column]) -> str:
     counts = {len(g["runs"]) for g in groups}
     if not counts:
         return section["title"]
-    seeds, best = "one seed", "Best values in bold."
-    if counts != {1}:
-        seeds = f"{_range(counts)} seeds, mean ± standard deviation"
-        best = "Bold: the best value, and those within its standard deviation."
+    seeds = "one seed" if counts == {1} else f"{_range(counts)} seeds, mean ± standard deviation"
     weights = {g["weights"] for g in groups if not g["adopted"]} - {None}
     of = f"; {WEIGHTS[weights.pop()]}" if len(weights) == 1 else ""
-    return f"{section['title']}; {seeds}{of}{_images(groups, columns)}{_no_gradient(groups, columns)}. {best}"
+    return f"{section['title']}; {seeds}{of}{_images(groups, columns)}{_no_gradient(groups, columns)}. {BOLD}"
 
 
-def _images(groups: Sequence[dict], columns: Sequence[_Column]) -> str:
+def _images(groups: Sequence[dict], columns: Sequence[Column]) -> str:
     """Where attacks or methods differ in them: "; images: 517 (Clean, PGD-20), 40 to 60 (AutoAttack)"."""
     attacks: dict[str, list[str]] = {}
-    for attack in dict.fromkeys(c.attack for c in columns if c.attack):
-        found = {n for g in groups for n in _judged(g, attack).get("images", ())} - {None}
-        attacks.setdefault(_range(found) or "unknown", []).append(_title(attack))
+    for attack in dict.fromkeys(one.attack for one in columns if one.attack):
+        found = {n for g in groups for n in judged(g, attack).get("images", ())} - {None}
+        attacks.setdefault(_range(found) or "unknown", []).append(title_of(attack))
     if len(attacks) < 2 and not any(" to " in images for images in attacks):
         return ""
     return "; images: " + ", ".join(f"{images} ({', '.join(names)})" for images, names in attacks.items())
 
 
-def _no_gradient(groups: Sequence[dict], columns: Sequence[_Column]) -> str:
+def _no_gradient(groups: Sequence[dict], columns: Sequence[Column]) -> str:
     """ "; gradient missing: HAM under PGD-20 for 12 images", of the run that has most."""
     found = [
-        f"{g['title']} under {_title(attack)} for {max(rows.values())} images"
-        for attack in dict.fromkeys(c.attack for c in columns if c.attack)
+        f"{g['title']} under {title_of(attack)} for {max(rows.values())} images"
+        for attack in dict.fromkeys(one.attack for one in columns if one.attack)
         for g in groups
-        if (rows := _judged(g, attack).get("no_gradient"))
+        if (rows := judged(g, attack).get("no_gradient"))
     ]
     return "; gradient missing: " + ", ".join(found) if found else ""
 

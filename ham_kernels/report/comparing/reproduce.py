@@ -1,0 +1,47 @@
+"""The commands that make the numbers of a run again."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from ..reading.evaluations import Evaluation
+from ..reading.runs import Run
+from ..strength import base_attack
+
+
+def commands(run: Run, shown: Evaluation | None) -> list[str]:
+    """Its training, as far as it was here, and the judgement of the weights shown."""
+    out = [] if run.adopted or not run.config else [f"ham train --config {_quoted(run, 'config.toml')} --out NEW"]
+    if shown is None:
+        return out
+    begun = f"ham evaluate {_quoted(run)} --weights {shown.weights}"
+    for told, attacks in _alike(shown).items():
+        out.append(f"{begun} --attacks {' '.join(attacks)}{told}")
+    others = sorted({e.eps for e in run.other_eps if e.weights == shown.weights and e.eps is not None})
+    if others and shown.attacks:
+        attacks = dict.fromkeys(
+            base_attack(n)[0] for e in run.other_eps if e.weights == shown.weights for n in e.attacks
+        )
+        out.append(f"{begun} --attacks {' '.join(attacks)} --eps-curve {' '.join(f'{eps:g}' for eps in others)}")
+    return out
+
+
+def _alike(shown: Evaluation) -> dict[str, list[str]]:
+    """{flags: the attacks that share them}."""
+    out: dict[str, list[str]] = {}
+    for name, attack in shown.attacks.items():
+        base, restarts = base_attack(name)
+        told = f" --images {attack.n}" if attack.n not in (None, shown.images) else ""
+        told += f" --restarts {restarts}" if restarts > 1 else ""
+        told += " --search fast" if _searched(attack.settings) else ""
+        out.setdefault(told, []).append(base)
+    return out
+
+
+def _searched(settings: Any) -> bool:
+    return "search" in settings if isinstance(settings, dict) else False
+
+
+def _quoted(run: Run, *inside: str) -> str:
+    return shlex.quote(str(run.folder.joinpath(*inside)))

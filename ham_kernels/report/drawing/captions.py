@@ -1,0 +1,160 @@
+"""What is said under figures: (section of data.json) -> text."""
+
+from __future__ import annotations
+
+from ..text_format import attack_title
+from . import by_class, curves, failures, figures
+from .figures import Section
+
+
+def _errors(section: Section, drawn: str = "Error bars") -> str:
+    counts = {len(g["runs"]) for g in section["groups"]}
+    several = "one standard deviation over seeds"
+    one = "the 95 % interval over test images"
+    if counts == {1}:
+        return f"{drawn}: {one} (one seed each)."
+    return f"{drawn}: {several}." if 1 not in counts else f"{drawn}: {several}; with one seed, {one}."
+
+
+def _mapped(section: Section, key: str) -> bool:
+    """Whether a figure over classes is a heat map, which has no error bars."""
+    return sum(bool(g[key]) for g in section["groups"]) > figures.MANY_GROUPS
+
+
+MAPPED = "Means over seeds; their errors are in data.json."
+
+
+def many(section: Section) -> bool:
+    return len(section["classes"]) > by_class.MANY_CLASSES
+
+
+def bars(section: Section) -> str:
+    what = f"Accuracy of each class under {attack_title(section['attack'])}."
+    if _mapped(section, "accuracy"):
+        return f"{what} {MAPPED}"
+    return (
+        f"{what} {_errors(section, _of_classes(section))} Level dashed lines: the worst class, as in the table (mean "
+        "over seeds of each run's worst; below the class that is lowest on average where seeds differ in it)."
+    )
+
+
+def _of_classes(section: Section) -> str:
+    return "Bands" if many(section) else "Error bars"
+
+
+def differences(section: Section) -> str:
+    what = (
+        f"Accuracy under {attack_title(section['attack'])} minus that of {section['baseline']}, for the same weights."
+    )
+    if many(section):
+        several = sum(bool(g["differences"]) for g in section["groups"]) > 1
+        what += (
+            f" The {by_class.of_extremes(len(section['classes']))}{', by the mean of the methods' if several else ''}: "
+            "of many classes, the extremes owe part of their size to chance."
+        )
+    if _mapped(section, "differences"):
+        return f"{what} {MAPPED}"
+    return (
+        f"{what} Error bars: standard deviation of the differences seed by seed; with one seed each and the same "
+        "images, a 95 % bootstrap interval of both answers in pairs; else both sides' spreads combined (squares added)."
+    )
+
+
+def time(section: Section) -> str:
+    spread = "; ".join(sorted({f"{len(g['runs'])} run{'s' * (len(g['runs']) > 1)}" for g in section["groups"]}))
+    return (
+        f"Upper left is better. Large: mean of a method ({spread} each), small: its runs. {_errors(section)} "
+        "Dotted lines: the baseline. Time is that of the training steps."
+    )
+
+
+def confidence(section: Section) -> str:
+    return f"Softmax probability of the true class at adversarial examples ({_attacked(section)}), mean over seeds."
+
+
+def _attacked(section: Section) -> str:
+    """ "PGD-10, 2048 training images"."""
+    names = {"train": "training", None: "unknown"}
+    parts = [g["confidence"] for g in section["groups"] if g["confidence"]]
+    told = {f"PGD-{p['steps'] or '?'}, {p['images']} {names.get(p['part'], p['part'])} images" for p in parts}
+    return "; ".join(sorted(told))
+
+
+def overconfident(section: Section) -> str:
+    bounds = sorted({g["confidence"]["threshold"] for g in section["groups"] if g["confidence"]} - {None})
+    above = f" of {' or '.join(f'{b:g}' for b in bounds)} or more" if bounds else " above the threshold"
+    errors = MAPPED if _mapped(section, "confidence") else _spread(_of_classes(section))
+    return (
+        f"Share of each class's adversarial examples ({_attacked(section)}) whose true class has a "
+        f"probability{above}. {errors}"
+    )
+
+
+def _spread(drawn: str = "Error bars") -> str:
+    return f"{drawn}: one standard deviation over seeds, where there are several."
+
+
+def hard(section: Section) -> str:
+    dotted = " Dotted: the first epoch that mines." if curves.start_of_mining(section) is not None else ""
+    return f"{_band(section)}{dotted}"
+
+
+def training(section: Section) -> str:
+    mines = any(g["mines_hard_rows"] and "loss" in g["curves"] for g in section["groups"])
+    loss = " Where a method mines, its loss is of the rows that stay: not comparable with others." if mines else ""
+    return f"{hard(section)}{loss}"
+
+
+def _band(section: Section) -> str:
+    if not curves.has_bands(section):
+        return (
+            f"Means over seeds. Bands are left out for more than {figures.MANY_GROUPS} methods; they are in data.json."
+        )
+    return f"{_spread('Bands')} Those of shares are cut at 0 and 100 %."
+
+
+def easy(section: Section) -> str:
+    return (
+        "Left: of the examples that resist M attack steps, the share that resists to the end; the star is the "
+        f"paper's figure. Right: how many resist M steps. {_spread()}"
+    )
+
+
+def frontier(section: Section) -> str:
+    return (
+        "Upper left is better. In colour: what nothing dominates, named at least once, numbered as in the table where "
+        "another has more in this panel at no more cost. Grey: another method costs no more and is no worse in average "
+        "and worst class. Bars: 95 % intervals of the mean over seeds (Student's t), with one seed over test images; "
+        "long ones end outside. Solid: the most that so much buys. Dotted: the baseline. A triangle at the lower edge "
+        "stands for a value far below, which is beside it."
+    )
+
+
+def frontier_classes(section: Section) -> str:
+    return f"{differences(section)} 95 % intervals are in the table."
+
+
+def confusion(section: Section) -> str:
+    return (
+        "Of the images of each class, the share that the model takes for another under "
+        f"{attack_title(section['attack'])}; on the diagonal those it still gets right. All seeds together."
+        f"{_left_out(section, 'confusion', failures.CONFUSED)}"
+    )
+
+
+def over_eps(section: Section) -> str:
+    return f"Step sizes in proportion to ε. Dotted: the ε that everything else is by. {_errors(section)}"
+
+
+def examples(section: Section) -> str:
+    attacks = sorted({attack_title(g["examples"]["attack"]) for g in section["groups"] if g["examples"]})
+    return (
+        f"One image of each class (of many, of ten), by {' or '.join(attacks)}: the image, what is added to it "
+        "(magnified to the full range, grey is none), and their sum. Above: what the model answers, and how sure it is."
+        f"{_left_out(section, 'examples', failures.SEEN)}"
+    )
+
+
+def _left_out(section: Section, key: str, count: int) -> str:
+    more = sum(bool(g[key]) for g in section["groups"]) - count
+    return f" Shown are the baseline and the best worst classes; {more} more are in data.json." if more > 0 else ""
