@@ -55,6 +55,10 @@ def test_restarts_are_the_worst_case_over_starts(batch):
             plan = plans(["pgd2"], **BUDGET, restarts=restarts)["pgd2"]
             found = survivors(model, x, y, plan, seed=3, batch=5, precision="fp32")
             assert torch.equal(found.correct, torch.stack(by_hand[:restarts]).all(0))
+            expected = y.clone()  # the answer to the first restart that turned the image
+            for z in reversed(ends[:restarts]):
+                expected = torch.where(z.argmax(1) == y, expected, z.argmax(1))
+            assert torch.equal(found.answers, expected)
             assert (found.classes, found.no_gradient) == (10, 0)
     assert not torch.equal(ends[0], ends[1])
 

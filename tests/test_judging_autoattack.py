@@ -70,16 +70,19 @@ def test_survivors_are_what_the_examples_leave(quick, norm):
     y[:3] = (y[:3] + 1) % 10  # wrong from the start
     with engine.attack_mode(model):
         judged = autoattack.survivors(model, x, y, BALLS[norm], name="autoattack", seed=1, precision="fp32")
-        expected = first = model(x).argmax(1) == y
+        answer = model(x).argmax(1)
+        expected = first = answer == y
         for part in autoattack.parts("autoattack", 10):
             rows = expected.nonzero()[:, 0]
             x_adv = found(part, model, x[rows], y[rows], BALLS[norm])
             expected = expected.clone()
-            expected[rows] = model(x_adv).argmax(1) == y[rows]
+            answer[rows] = model(x_adv).argmax(1)
+            expected[rows] = answer[rows] == y[rows]
             assert judged.lost[part] == len(rows) - expected.sum()
     assert judged.classes == 10
     assert not judged.correct[:3].any()
     assert torch.equal(judged.correct, expected)
+    assert torch.equal(judged.answers, answer)
     assert expected.sum() < first.sum()
 
 
@@ -196,7 +199,7 @@ def test_judged_twice_alike_and_resumed(quick, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         judge(robust_cnn(), data, ["autoattack"], **how, store=store, progress=stop)
     resumed = judge(robust_cnn(), data, ["autoattack"], **how, store=store)["autoattack"]
-    assert resumed["correct"] == whole["correct"]
+    assert (resumed["correct"], resumed["answers"]) == (whole["correct"], whole["answers"])
     assert whole["settings"]["steps"] == 5
     assert "step_size" not in whole["settings"]
 

@@ -10,8 +10,9 @@ import torch
 from scipy.stats import binom
 
 import ham_kernels as ham
+from ham_kernels.common.class_measures import gini, value_range, worst_mean
 from ham_kernels.evaluation import Interval, intervals
-from ham_kernels.evaluation.class_accuracy import correct_rows, summary
+from ham_kernels.evaluation.class_accuracy import answers, correct_rows, summary
 
 
 def flags(*of_each: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,6 +38,25 @@ def test_nstd_is_of_the_classes_and_needs_a_mean():
     """The mean over the classes, not over the images; and 0/0 where every image fails."""
     assert summary(*flags((10, 10), (0, 90)), 2).nstd == pytest.approx(0.5 / 0.5)
     assert math.isnan(summary(*flags((0, 3), (0, 3)), 2).nstd)
+
+
+def test_measures_of_inequality_by_hand():
+    """Gini of (0.2, 0.4, 0.6, 0.8): the pairs differ by 2 in all, twice; over 2 * 16 * 0.5."""
+    uneven = [0.8, None, 0.2, 0.6, math.nan, 0.4]
+    assert worst_mean(uneven) == pytest.approx(0.4)
+    assert worst_mean(uneven, k=1) == 0.2
+    assert worst_mean(uneven, k=9) == pytest.approx(0.5)
+    assert value_range(uneven) == pytest.approx(0.6)
+    assert gini(uneven) == pytest.approx(0.25)
+    assert gini([0.0, 0.0, 0.0, 0.9]) == pytest.approx(1 - 1 / 4)
+    assert (value_range([0.5] * 3), gini([0.5] * 3)) == (0, 0)
+    assert math.isnan(gini([0.0, 0.0]))
+    assert all(math.isnan(measure([None, math.nan])) for measure in (worst_mean, value_range, gini))
+
+
+def test_gini_is_that_of_its_definition(seed):
+    a = np.random.default_rng(seed).random(17)
+    assert gini(a.tolist()) == pytest.approx(np.abs(a[:, None] - a).sum() / (2 * 17**2 * a.mean()))
 
 
 def test_class_accuracy_by_position_as_before():
@@ -78,7 +98,11 @@ def test_std_is_drawn_from_what_the_counts_allow(seed):
     rng = np.random.default_rng(seed)
     found = intervals(*flags((300, 400), (100, 250)), 2, resamples=20000)
     drawn = np.stack([rng.beta(300.5, 100.5, 20000), rng.beta(100.5, 150.5, 20000)], axis=1)
-    for name, values in (("std", drawn.std(1)), ("nstd", drawn.std(1) / drawn.mean(1))):
+    expected = {
+        "std": drawn.std(1), "nstd": drawn.std(1) / drawn.mean(1), "worst3": drawn.mean(1), "range": np.ptp(drawn, 1),
+        "gini": np.ptp(drawn, 1) / drawn.mean(1) / 4,
+    }  # fmt: skip
+    for name, values in expected.items():
         assert [found[name].low, found[name].high] == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=0.01)
         assert found[name].low < found[name].value < found[name].high
 
@@ -86,7 +110,7 @@ def test_std_is_drawn_from_what_the_counts_allow(seed):
 def test_values_are_those_of_the_summary():
     correct, labels = torch.rand(300) < 0.6, torch.randint(0, 5, (300,))
     found, result = intervals(correct, labels, 6), summary(correct, labels, 6)
-    for name in ("accuracy", "worst_class", "std", "nstd"):
+    for name in ("accuracy", "worst_class", "std", "nstd", "worst3", "range", "gini"):
         assert found[name].value == pytest.approx(result[name])
     assert [i.value for i in found["per_class"][:5]] == pytest.approx(list(result.per_class[:5]))
 
@@ -102,7 +126,8 @@ def test_class_without_images_is_nan_and_never_the_worst():
 def test_all_wrong():
     found = intervals([0, 0, 0, 0], [0, 0, 1, 1], 2)
     assert found["accuracy"] == Interval(0.0, 0.0, pytest.approx(1 - 0.025**0.25))
-    assert all(math.isnan(v) for v in vars(found["nstd"]).values())
+    assert all(math.isnan(v) for name in ("nstd", "gini") for v in vars(found[name]).values())
+    assert found["worst3"].value == 0
 
 
 def test_same_seed_same_intervals_and_a_wider_level_is_wider():
@@ -138,3 +163,10 @@ def test_a_tie_is_lost_whichever_class_is_first():
     """argmax would give it to the lower number: in bf16, where ties are common, low classes would look robust."""
     z = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [0.0, 1.0, 2.0]], dtype=torch.bfloat16)
     assert correct_rows(z, torch.tensor([0, 1, 0, 2])).tolist() == [False, False, True, True]
+
+
+def test_the_answer_is_the_label_exactly_where_a_row_is_correct():
+    """A tie is lost, and its answer is the other class, whichever comes first."""
+    z = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [2.0, 1.0, 0.0], [0.0, 1.0, 2.0]], dtype=torch.bfloat16)
+    y = torch.tensor([0, 1, 0, 1])
+    assert answers(z, y, correct_rows(z, y)).tolist() == [1, 0, 0, 2]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ham_kernels as ham
 from ham_kernels import engine
-from ham_kernels.evaluation import StoreWarning, intervals, judge
+from ham_kernels.evaluation import StoreWarning, intervals, judge, partial_results
 
 HOW = {"classes": 10, "eps": 0.01, "step_size": 0.004}
 ATTACKS = ("clean", "pgd3")
@@ -74,6 +74,32 @@ def test_flags_are_in_the_order_of_the_loader(model, loader):
     flags = judge(model, loader, ["clean"], **HOW)["clean"]["correct"]
     expected = "".join(str(int(c)) for x, y in loader for c in model(x).argmax(1) == y)
     assert flags == expected
+
+
+def test_answers_are_the_classes_at_the_judged_examples(model, loader):
+    found = judge(model, loader, ATTACKS, **HOW)
+    model.eval()
+    assert found["clean"]["answers"] == " ".join(str(int(c)) for x, _ in loader for c in model(x).argmax(1))
+    labels = [int(c) for _, y in loader for c in y]
+    for name in ATTACKS:
+        pairs = zip(map(int, found[name]["answers"].split()), labels, found[name]["correct"], strict=True)
+        assert all((answer == label) == (flag == "1") for answer, label, flag in pairs)
+
+
+def test_a_store_without_answers_stays_valid(model, loader, tmp_path):
+    """Its flags are not made anew, and the attack has no answers, also where some batches were added later."""
+    store = tmp_path / "flags.json"
+    with pytest.raises(Interrupt):
+        judge(model, loader, ATTACKS, **HOW, store=store, progress=stop_after("pgd3", 16))
+    body = json.loads(store.read_text())
+    for entry in body["attacks"].values():
+        for batch in entry["batches"]:
+            del batch["answers"]
+    body.pop("sha256")
+    store.write_text(json.dumps({"sha256": partial_results._digest(body), **body}))
+    assert count_rows(model, loader, store) == (3 + 1) * (40 - 16)
+    found = judge(model, loader, (*ATTACKS, "fgsm"), **HOW, store=store)
+    assert ["answers" in found[name] for name in ("clean", "pgd3", "fgsm")] == [False, False, True]
 
 
 def test_result_is_json_with_null_for_what_is_not_there(model):

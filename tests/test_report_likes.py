@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import fake_runs
 import pytest
@@ -14,8 +15,9 @@ from ham_kernels.common.line_sums import first_altered, with_sums
 from ham_kernels.common.troubles import HamWarning
 from ham_kernels.report.comparing.paired import paired
 from ham_kernels.report.comparing.sections import sections
-from ham_kernels.report.reading.evaluations import Attack
+from ham_kernels.report.reading.evaluations import Attack, Interval
 from ham_kernels.report.reading.find_runs import read_runs
+from ham_kernels.report.reading.flags import contradiction
 from ham_kernels.report.reading.json_types import read_as
 
 ACCURACY = {"clean": [0.9, 0.8], "pgd20": [0.5, 0.3]}
@@ -130,6 +132,27 @@ def test_results_that_do_not_follow_from_their_flags_are_refused(tmp_path, what)
         page, (section,), _ = built(runs, tmp_path / "out")
     assert "evaluation/ema.json: what it states under pgd20 does not follow from its flags" in page
     assert list(section["groups"][1]["accuracy"]["ema"]) == ["clean"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "why"),
+    [
+        ("0 1 1 0", None),
+        ("0 1 1", "its answers are not one of 2 classes for each of 4 flags"),
+        ("0 2 1 0", "its answers are not one of 2 classes for each of 4 flags"),
+        ("0 0 1 0", "its answers are not the labels where its flags are 1, and others where they are 0"),
+        ("1 1 1 0", "its answers are not the labels where its flags are 1, and others where they are 0"),
+    ],
+)
+def test_answers_follow_from_flags_and_labels(answers, why):
+    assert contradiction(replace(judged(["10", "10"]), answers=answers)) == why
+
+
+def test_measures_over_classes_follow_from_the_accuracies_where_a_file_lacks_them():
+    found = judged(["1110", "1000", ""])
+    assert (found.worst3, found.range, found.gini) == (Interval(0.5), Interval(0.5), Interval(0.25))
+    assert judged(["0", "0"]).gini == Interval()
+    assert contradiction(replace(found, range=Interval(0.4))) == "range is 50.00 %, not 40.00 %"
 
 
 # ---------------------------------------------------------------- log

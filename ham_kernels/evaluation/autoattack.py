@@ -26,7 +26,7 @@ from .. import engine
 from ..attack.pgd import PGD
 from ..common import checks
 from ..ops import l2
-from .class_accuracy import correct_rows
+from .class_accuracy import answers, correct_rows
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -63,6 +63,7 @@ def settings() -> dict:
 
 class Judged(NamedTuple):
     correct: Tensor  # (n,) bool, the rows that survive
+    answers: Tensor  # (n,) int64, the class at the example that took a row; without one the clean image's
     classes: int  # that the model knows
     lost: dict[str, int]  # rows that each part took
 
@@ -78,13 +79,14 @@ def survivors(
     guard = engine.BatchGuard(x, y)
 
     @torch.no_grad()
-    def right(x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+    def right(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
         z = _plain(model, precision)(x)
         checks.model_output(z, x.shape[0])
         guard.logits(z)
-        return correct_rows(z, y), z.shape[1]
+        correct = correct_rows(z, y)
+        return correct, answers(z, y, correct), z.shape[1]
 
-    correct, classes = right(x, y)
+    correct, answer, classes = right(x, y)
     guard.read()
     _check_problem(x, classes, pgd)
     lost = {}
@@ -96,13 +98,13 @@ def survivors(
         with _searching(model, clean, precision, search) as logits:
             x_adv = examples(part, logits, clean, labels, classes, pgd, seed)
             disputed = None if search is None else _taken_for_lost(logits, clean, labels, x_adv)
-        still, _ = right(projected(x_adv, clean, pgd), labels)
+        still, now, _ = right(projected(x_adv, clean, pgd), labels)
         if disputed is not None and (again := (still & disputed).nonzero()[:, 0]).numel():
             x_adv = examples(part, _plain(model, precision), clean[again], labels[again], classes, pgd, seed)
-            still[again], _ = right(projected(x_adv, clean[again], pgd), labels[again])
+            still[again], now[again], _ = right(projected(x_adv, clean[again], pgd), labels[again])
         guard.read()
-        correct[rows], lost[part] = still, int((~still).sum())
-    return Judged(correct, classes, lost)
+        correct[rows], answer[rows], lost[part] = still, now, int((~still).sum())
+    return Judged(correct, answer, classes, lost)
 
 
 def examples(part: str, logits: Logits, x: Tensor, y: Tensor, classes: int, pgd: PGD, seed: int) -> Tensor:

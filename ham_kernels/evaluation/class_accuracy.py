@@ -11,6 +11,7 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 from ..common import checks
+from ..common.class_measures import gini, value_range, worst_mean
 
 _ops = torch.ops.ham_kernels
 
@@ -32,8 +33,23 @@ class ClassAccuracy:
         mean = math.fsum(present) / len(present) if present else 0.0
         object.__setattr__(self, "nstd", self.std / mean if mean > 0 else math.nan)
 
+    @property
+    def worst3(self) -> float:
+        """Mean of the three worst classes."""
+        return worst_mean(self.per_class)
+
+    @property
+    def range(self) -> float:
+        """Best minus worst class."""
+        return value_range(self.per_class)
+
+    @property
+    def gini(self) -> float:
+        """Gini coefficient over the classes; NaN where the mean is 0."""
+        return gini(self.per_class)
+
     def __getitem__(self, key: str):
-        if key not in self.__dataclass_fields__:
+        if key not in (*self.__dataclass_fields__, "worst3", "range", "gini"):
             raise KeyError(key)
         return getattr(self, key)
 
@@ -59,6 +75,12 @@ def correct_rows(z: Tensor, y: Tensor) -> Tensor:
     return ~_ops.margin_stats(z, y, None, None, probs=False)[1]
 
 
+def answers(z: Tensor, y: Tensor, correct: Tensor) -> Tensor:
+    """(n,) int64, the class that each row answers: y where it is correct, else the largest of the other classes."""
+    is_label = y[:, None] == torch.arange(z.shape[1], device=z.device)  # no index: y may be no class, unread on a GPU
+    return torch.where(correct, y, z.masked_fill(is_label, -torch.inf).argmax(1))
+
+
 def summary(correct: Tensor, labels: Tensor, classes: int, no_gradient: int = 0) -> ClassAccuracy:
     """The accuracies of flags (n,) bool with labels (n,)."""
     right, total = _counts(correct, labels, classes)
@@ -82,16 +104,17 @@ def intervals(
 
     accuracy and per_class: Clopper and Pearson's (1934), exact for binomial counts. worst_class: the smallest lower and
     the smallest upper limit of all classes' intervals at level 1 - (1 - level) / classes: these hold together, so that
-    the smallest of the true accuracies lies inside whichever class it is. std and nstd: draws of each class's accuracy
-    from Beta(k + 1/2, n - k + 1/2) (Jeffreys); what the classes seem to differ by counting few images is in the value
-    and once more in the draws, so that their interval may lie above it.
+    the smallest of the true accuracies lies inside whichever class it is. std, nstd, worst3, range and gini: draws of
+    each class's accuracy from Beta(k + 1/2, n - k + 1/2) (Jeffreys); what the classes seem to differ by counting few
+    images is in the value and once more in the draws, so that their interval may lie above it (of worst3, below).
 
     Args:
         correct: (n,) flags: tensor, array or list.  labels: (n,) class numbers in 0..classes-1.
-        resamples, seed: of the draws for std and nstd.
+        resamples, seed: of the draws.
         level: share of all cases in which an interval holds what it should, above 0 and below 1.
-    Returns: {"accuracy", "worst_class", "std", "nstd": Interval, "per_class": [Interval, ...]}. A class without
-        images is NaN and never the worst; nstd is NaN where every image fails.
+    Returns: {"accuracy", "worst_class", "std", "nstd", "worst3", "range", "gini": Interval, "per_class":
+        [Interval, ...]}; the last three as in `common.class_measures`. A class without images is NaN and never the
+        worst; nstd and gini are NaN where every image fails.
     Raises: TypeError, ValueError naming the argument.
     """
     checks.integer("resamples", resamples, 1)
@@ -112,7 +135,7 @@ def intervals(
         "accuracy": exact(right.sum(), total.sum(), tail),
         "per_class": by_class,
         "worst_class": Interval(*(min(getattr(i, side) for i in together) for side in ("value", "low", "high"))),
-        **{name: _drawn(spread[name], drawn[name], tail) for name in ("std", "nstd")},
+        **{name: _drawn(spread[name], drawn[name], tail) for name in spread},
     }
 
 
@@ -147,9 +170,18 @@ def _array(name: str, value) -> np.ndarray:
 
 
 def _spread(per_class: np.ndarray) -> dict[str, np.ndarray]:
-    """Of each row of accuracies, (rows, classes)."""
+    """Of each row of accuracies, (rows, classes); the last three are those of `common.class_measures`."""
+    rising, n = np.sort(per_class, axis=1), per_class.shape[1]
     mean, std = per_class.mean(1), per_class.std(1)
-    return {"std": std, "nstd": np.divide(std, mean, out=np.full_like(std, np.nan), where=mean > 0)}
+    pairs = rising @ (2 * np.arange(1, n + 1) - n - 1) / n**2
+
+    def over_mean(values: np.ndarray) -> np.ndarray:
+        return np.divide(values, mean, out=np.full_like(std, np.nan), where=mean > 0)
+
+    return {
+        "std": std, "nstd": over_mean(std), "worst3": rising[:, :3].mean(1), "range": rising[:, -1] - rising[:, 0],
+        "gini": over_mean(pairs),
+    }  # fmt: skip
 
 
 def _drawn(value: np.ndarray, draws: np.ndarray, tail: float) -> Interval:

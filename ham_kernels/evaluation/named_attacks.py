@@ -15,7 +15,7 @@ from .. import engine
 from ..attack.pgd import PGD, Attack
 from ..common import checks
 from . import autoattack
-from .class_accuracy import correct_rows
+from .class_accuracy import answers, correct_rows
 
 NAMES = "'clean' and 'pgdK' such as 'pgd20', also 'fgsm', 'cwK', 'apgd' and 'autoattack'"
 SEARCHES = ("plain", "fast")
@@ -124,6 +124,7 @@ def batches(loader: Iterable, device: torch.device) -> Iterator[tuple[int, Tenso
 # ---------------------------------------------------------------- running
 class Survivors(NamedTuple):
     correct: Tensor  # (n,) bool, the rows that the model in eval mode still classifies correctly
+    answers: Tensor  # (n,) int64, the class at the judged example: y where correct, else another
     classes: int  # that the model knows
     no_gradient: int = 0  # rows whose attack began without a gradient to follow
     lost: dict[str, int] = {}  # rows that each part of AutoAttack took
@@ -141,18 +142,20 @@ def survivors(
     how = {"precision": precision, "search": search}
     if plan.of_autoattack:
         found = autoattack.survivors(model, x, y, plan.pgd, name=plan.name, seed=seed + batch, **how)
-        return Survivors(found.correct, found.classes, lost=found.lost)
+        return Survivors(found.correct, found.answers, found.classes, lost=found.lost)
     attack, at = walk(model, x, y, plan.pgd, seed=seed, batch=batch, **how)
     z = at[plan.pgd.steps]
     correct = correct_rows(z, y)
+    answer = answers(z, y, correct)
     for restart in range(1, plan.restarts):
         rows = correct.nonzero()[:, 0]
         if not len(rows):
             break
         step = batch + restart * RESTART_STRIDE
         _, at = walk(model, x, y, plan.pgd, seed=seed, batch=step, rows=rows, **how)
-        correct[rows] = correct_rows(at[plan.pgd.steps], y[rows])
-    return Survivors(correct, z.shape[1], attack.guard.no_gradient)
+        correct[rows] = still = correct_rows(at[plan.pgd.steps], y[rows])
+        answer[rows] = answers(at[plan.pgd.steps], y[rows], still)
+    return Survivors(correct, answer, z.shape[1], attack.guard.no_gradient)
 
 
 def walk(

@@ -37,7 +37,7 @@ class FlagStore:
             self._entries = self._read()
 
     def entry(self, settings: dict) -> dict:
-        """{"settings", "seconds", "batches": [{"data": fingerprint, "correct": "101..."}]}, to be filled in place."""
+        """{"settings", "seconds", "batches": [{"data": fingerprint, "correct": "101...", ...}]}, filled in place."""
         fresh = {"settings": settings, "seconds": 0.0, "batches": []}
         return self._entries.setdefault(_digest(settings), fresh)
 

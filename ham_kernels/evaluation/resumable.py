@@ -49,11 +49,13 @@ def judge(
         identity: what else the flags belong to, JSON-ready (sha256 of a checkpoint, name and part of a data set).
         progress: called as progress(attack, images done, images in all) after each batch; the last is None as long
             as it is not known. What it raises stops the run, after the flags are written.
-    Returns: {attack: {"settings", "n", "seconds", "correct", "no_gradient", "accuracy", "per_class", "worst_class",
-        "std", "nstd"}}, ready for JSON: "correct" has one character, 0 or 1, per image in the loader's order;
-        "no_gradient" counts the images whose attack began without a gradient to follow, "lost" (of AutoAttack) those
-        that each of its parts took; each statistic is {"value", "low", "high"} (95 %, see `intervals`), null where
-        there is nothing to measure.
+    Returns: {attack: {"settings", "n", "seconds", "correct", "answers", "no_gradient", "accuracy", "per_class",
+        "worst_class", "std", "nstd", "worst3", "range", "gini"}}, ready for JSON: "correct" has one character, 0 or 1,
+        per image in the loader's order; "answers" the class that the model gives to each one's judged example, a space
+        between them: the true class where "correct" is 1, else the one of the largest logit among the others (missing
+        where flags of a store of before hold none); "no_gradient" counts the images whose attack began without a
+        gradient to follow, "lost" (of AutoAttack) those that each of its parts took; each statistic is {"value", "low",
+        "high"} (95 %, see `intervals`), null where there is nothing to measure.
     Raises: TypeError, ValueError, FileNotFoundError naming the argument, before work starts where possible;
         ImportError for "autoattack" without pyautoattack.
     """
@@ -102,12 +104,14 @@ class _Run:
         finally:
             self.shelf.save(now=True)
         correct = "".join(batch["correct"] for batch in entry["batches"])
+        told = [batch["answers"] for batch in entry["batches"] if "answers" in batch]  # stores of before have none
+        answers = {"answers": " ".join(told)} if len(told) == len(entry["batches"]) else {}
         no_gradient = sum(batch.get("no_gradient", 0) for batch in entry["batches"])
         tell_no_gradient({plan.name: no_gradient}, len(correct))
         lost = sum((Counter(batch.get("lost", {})) for batch in entry["batches"]), Counter())
         return {
             "settings": settings, "n": len(correct), "seconds": entry["seconds"], "correct": correct,
-            "no_gradient": no_gradient, **({"lost": dict(lost)} if plan.of_autoattack else {}),
+            **answers, "no_gradient": no_gradient, **({"lost": dict(lost)} if plan.of_autoattack else {}),
             **as_json(intervals(np.frombuffer(correct.encode(), np.uint8) == ord("1"), self.labels, self.classes)),
         }  # fmt: skip
 
@@ -142,7 +146,10 @@ class _Run:
         found = survivors(self.model, x, y, plan, batch=b, **how)
         if found.classes != self.classes:
             raise ValueError(f"classes: got {self.classes}; the model gives logits of {found.classes}")
-        flags = {"correct": "".join(map(str, found.correct.int().tolist()))}
+        flags = {
+            "correct": "".join(map(str, found.correct.int().tolist())),
+            "answers": " ".join(map(str, found.answers.tolist())),
+        }
         flags |= {"no_gradient": found.no_gradient} if found.no_gradient else {}
         return flags | ({"lost": found.lost} if found.lost else {})
 

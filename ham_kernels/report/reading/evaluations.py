@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...common import troubles
+from ...common.class_measures import gini, value_range, worst_mean
 from .flags import contradiction
 from .json_types import MALFORMED, read_as
 
@@ -30,19 +32,32 @@ class Interval:
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """Accuracies under one attack, as fractions of 1; std is over the classes, nstd is std over their mean."""
+    """Accuracies under one attack, as fractions of 1; std is over the classes, nstd is std over their mean.
+
+    worst3, range and gini are those of `common.class_measures`; where a file of before lacks them, without interval.
+    """
 
     accuracy: Interval
     per_class: tuple[Interval, ...]
     worst_class: Interval = Interval()
     std: Interval = Interval()
     nstd: Interval = Interval()
+    worst3: Interval = Interval()  # mean of the three worst classes
+    range: Interval = Interval()  # best minus worst class
+    gini: Interval = Interval()
     n: int | None = None  # images
     correct: str | None = None  # one flag per image, 0 or 1
     labels: str | None = None  # class numbers of the images, a space between them
+    answers: str | None = None  # class numbers that the model gives at the judged examples, in the same form
     images_sha256: str | None = None  # of these images and labels
     no_gradient: int | None = None  # images whose attack had no gradient to follow
     settings: Any = None  # of the attack
+
+    def __post_init__(self):
+        per_class = [interval.value for interval in self.per_class]
+        for name, measure in (("worst3", worst_mean), ("range", value_range), ("gini", gini)):
+            if getattr(self, name).value is None and not math.isnan(value := measure(per_class)):
+                object.__setattr__(self, name, Interval(value))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ...common.class_measures import gini, value_range, worst_mean
+
 if TYPE_CHECKING:
     from .evaluations import Attack
 
@@ -38,16 +40,22 @@ def contradiction(attack: Attack) -> str | None:
         return "its flags are not 0 and 1"
     if attack.n not in (None, len(flags)):
         return f"{len(flags)} flags for {attack.n} images"
+    allowed = {str(c) for c in range(len(attack.per_class))}
+    for name, numbers in (("labels", labels), ("answers", attack.answers)):
+        if numbers is not None and (len(numbers.split()) != len(flags) or set(numbers.split()) - allowed):
+            return f"its {name} are not one of {len(allowed)} classes for each of {len(flags)} flags"
+    if None not in (labels, attack.answers):
+        pairs = zip(labels.split(), attack.answers.split(), flags, strict=True)
+        if any((label == answer) != (flag == "1") for label, answer, flag in pairs):
+            return "its answers are not the labels where its flags are 1, and others where they are 0"
     stated = {"accuracy": attack.accuracy.value}
     found: dict[str, float | None] = {"accuracy": _share(flags)}
     if labels is not None:
-        allowed = {str(c) for c in range(len(attack.per_class))}
-        if len(labels.split()) != len(flags) or set(labels.split()) - allowed:
-            return f"its labels are not one of {len(allowed)} classes for each of {len(flags)} flags"
         per_class = [_share(of_class) for of_class in by_class(attack)]
         known = [share for share in per_class if share is not None]
         found |= {"worst_class": min(known), "std": statistics.pstdev(known)}
-        stated |= {name: getattr(attack, name).value for name in ("worst_class", "std")}
+        found |= {"worst3": worst_mean(known), "range": value_range(known), "gini": gini(known) if any(known) else None}
+        stated |= {name: getattr(attack, name).value for name in ("worst_class", "std", "worst3", "range", "gini")}
         found |= {f"class {c}": share for c, share in enumerate(per_class)}
         stated |= {f"class {c}": interval.value for c, interval in enumerate(attack.per_class)}
     wrong = [name for name in found if not _equal(found[name], stated[name])]
