@@ -10,6 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ham_kernels import report
+
+report.build.__kwdefaults__["pdf"] = False  # half of a report's time; tests of PDF files ask for them
+
 MACHINE = {"cpu": "Test CPU", "cores": "2, torch uses 2 threads", "gpu": "none", "system": "Linux 6.1"}
 CONFIG = {
     "data": {"dataset": "digits", "batch_size": 320, "root": "data", "download": True},

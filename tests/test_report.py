@@ -97,7 +97,7 @@ def test_the_page_says_what_was_done_and_what_not_to_trust(two_methods):
     assert "Settings of all: model small_cnn, " in page
     assert ", K 10, step size 0.05, " in page
     warning = "does not hold in 1 of 2 runs, so its accuracy under PGD alone proves little"
-    assert page.index("The paper's claims") < page.index(warning) < page.index("<h3>Results</h3>")
+    assert page.index("What the models are worth") < page.index("The paper's claims") < page.index(warning)
     assert page.count(warning) == 2  # of both methods
 
 
@@ -149,35 +149,39 @@ def test_markdown(two_methods):
     lines = (two_methods / "table.md").read_text().splitlines()
     assert lines[0] == (
         "digits, ε 0.2 (L∞); 2 seeds, mean ± standard deviation; weight average. "
-        "Bold: the best value, and those within its standard deviation."
+        "Bold: the best value, and those that a 95 % interval of the difference does not tell from it."
     )
     head, _, base, ham = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:])
     assert head[1:] == [
         "Clean avg", "Clean worst", "PGD-20 avg", "PGD-20 worst", "AutoAttack avg", "AutoAttack worst",
         "PGD-20 over classes std", "PGD-20 over classes nstd", "Training time", "Training / PGD-AT",
     ]  # fmt: skip
-    # clean is equal, so both are best; AutoAttack was run on one of the two only, so nothing is best
+    # two seeds tell nothing apart, so nothing is best
     assert base == [
-        "PGD-AT", "**95.0** ± 0.0", "**90.0** ± 0.0", "**45.0** ± 7.1", "25.0 ± 7.1", "–", "–", "20.0 ± 0.0",
+        "PGD-AT", "95.0 ± 0.0", "90.0 ± 0.0", "45.0 ± 7.1", "25.0 ± 7.1", "–", "–", "20.0 ± 0.0",
         "0.450 ± 0.071", "5.0 s ± 1.4 s", "1.00",
     ]  # fmt: skip
     assert ham == [
-        "HAM", "**95.0** ± 0.0", "**90.0** ± 0.0", "**47.5** ± 10.6", "**40.0** ± 14.1", "35.0 ± 0.0", "30.0 ± 0.0",
-        "**7.5** ± 3.5", "**0.170** ± 0.112", "**2.5 s** ± 0.7 s", "**0.50**",
+        "HAM", "95.0 ± 0.0", "90.0 ± 0.0", "47.5 ± 10.6", "40.0 ± 14.1", "35.0 ± 0.0", "30.0 ± 0.0",
+        "7.5 ± 3.5", "0.170 ± 0.112", "2.5 s ± 0.7 s", "0.50",
     ]  # fmt: skip
 
 
 def test_latex(two_methods):
-    text = (two_methods / "table.tex").read_text()
-    lines = text.splitlines()
-    assert r"\multicolumn{2}{c}{PGD-20, \%}" in text
-    assert r"\cmidrule(lr){4-5}" in text
+    """Two tables, of accuracy and of cost, in numbers that siunitx aligns."""
+    accuracy, cost = (two_methods / "table.tex").read_text().split(r"\end{table}")[:2]
+    assert r"\label{tab:accuracy}" in accuracy
+    assert r"\label{tab:cost}" in cost
+    assert r"\multicolumn{3}{c}{PGD-20, \%}" in accuracy
+    assert r"\cmidrule(lr){3-5}" in accuracy
+    lines = accuracy.splitlines()
     rows = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
     assert len(rows) == 2
-    assert rows[1].startswith(r"HAM & \textbf{95.0} $\pm$ 0.0 & \textbf{90.0} $\pm$ 0.0 & \textbf{47.5} $\pm$ 10.6")
-    columns = next(line for line in lines if line.startswith(r"\begin{tabular}")).removeprefix(r"\begin{tabular}")
-    assert all(row.count(" & ") + 1 == len(columns.strip("{}")) for row in rows)
-    text.encode("latin-1")  # ± × λ ε and the rest are commands
+    assert rows[1] == r"{HAM} & 95.0 +- 0.0 & 47.5 +- 10.6 & 40.0 +- 14.1 & 7.5 +- 3.5 \\"
+    columns = "S[table-format=2.1(2)]S[table-format=2.1(3)]S[table-format=2.1(3)]S[table-format=2.1(2)]@{}}"
+    assert next(line for line in lines if "{tabularx}" in line).endswith(f"X{columns}")
+    assert r"{HAM} & 2.5 +- 0.7 & 0.50 & \bfseries 14.2 \\" in cost
+    (two_methods / "table.tex").read_text().encode("latin-1")  # ± × λ ε and the rest are commands
 
 
 def test_page_says_what_it_shows(two_methods):
@@ -202,7 +206,7 @@ def test_page_needs_no_other_file(two_methods):
     assert not re.search(r"<(script|link|iframe|object)\b|@import|url\(", page)
     figures = json.loads((two_methods / "data.json").read_text())["figures"]
     assert sorted(str(p.relative_to(two_methods)) for p in two_methods.glob("figures/*")) == sorted(figures)
-    usual = {"index.html", "data.json", "table.md", "table.tex", "figures"}
+    usual = {"index.html", "data.json", "table.md", "table.tex", "classes.csv", "figures"}
     frontier = {"frontier.html", "frontier.md", "frontier.tex"}
     assert {p.name for p in two_methods.iterdir()} == usual | frontier
 

@@ -117,10 +117,13 @@ def _report(argv: list[str]) -> int:
     wanted = flags.parse_report(argv)
     from .. import report
 
-    told = {name: getattr(wanted, name) for name in ("title", "baseline", "attack", "audit", "require", "columns")}
+    told = {
+        name: getattr(wanted, name) for name in ("title", "baseline", "attack", "audit", "require", "columns", "pdf")
+    }
     page = report.build(wanted.runs, wanted.out, **told)
     print(f"written: {page}, with its figures and tables beside it")
-    held = [one for section in json.loads((page.parent / "data.json").read_text())["sections"] for one in section["audit"]]
+    data = json.loads((page.parent / "data.json").read_text(encoding="utf-8"))
+    held = [one for section in data["sections"] for one in section["audit"]]
     for one in held:
         print(f"{'pass' if one['passes'] else 'FAIL'}  {one['group']}: {one['requirement']}, {one['measured']}")
     return 0 if all(one["passes"] for one in held) else 1

@@ -110,6 +110,8 @@ class Report:
     require: tuple[str, ...] = ()
     """What each model must meet: "worst_class>=20", "autoattack.accuracy>=45", "class cat>=30" in percent, "gini<=0.2";
     measures: accuracy, worst_class, worst3, range, std, nstd, gini. One that fails makes the exit status 1."""
+    pdf: bool = True
+    """Figures as PDF too."""
     columns: Annotated[tuple[str, ...], _default("what fits an article")] = ()
     """Of the paper's tables: avg, worst, worst3, range, std, nstd, gini, each alone or as in clean.avg; time, relative,
     forwards."""

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..common.provenance import package_version
-from .comparing.audit import requirements
+from .comparing.requirements import requirements
 from .comparing.sections import sections
 from .reading.find_runs import lost_cells, read_runs
 from .reading.runs import MARKS, Run, read_run
@@ -27,6 +27,7 @@ __all__ = ["Run", "build", "read_run", "read_runs"]
 def build(
     runs: Sequence[str | Path], out: str | Path, *, title: str | None = None, baseline: str | None = None,
     attack: str | None = None, audit: bool = False, require: Sequence[str] = (), columns: Sequence[str] = (),
+    pdf: bool = True,
 ) -> Path:  # fmt: skip
     """Writes index.html (needs no other file), table.md, table.tex, classes.csv, data.json and figures/*.png, *.pdf.
 
@@ -43,6 +44,7 @@ def build(
         require: what each model must meet, such as "worst_class>=20" (percent), "autoattack.class cat>=30",
             "gini<=0.2"; measures are accuracy, worst_class, worst3 (mean of the three worst), range, std, nstd, gini.
             Verdicts are in the page and in data.json, sections' "audit".
+        pdf: whether figures are written as PDF too, which takes as long as all else.
         columns: of the paper's tables, such as "clean.avg", "worst", "time"; of none, what fits an article.
     Returns: the path of index.html.
     Raises: TypeError, ValueError, FileNotFoundError naming the argument, before anything is written.
@@ -76,11 +78,11 @@ def build(
     for section in data["sections"] if audit else ():
         section |= {"frontier": None, "claims": []}
     files = {name: text.encode() for name, text in table_files(data["sections"], columns).items()}
-    files["classes.csv"] = classes_csv(found).encode()
-    plots, absent = figure_list.plots(data)
+    files["classes.csv"] = classes_csv(found).encode("utf-8", "replace")
+    plots, absent = figure_list.plots(data, pdf=pdf)
     drawn = [plot for section in plots for plot in section]
     data["figures"] = [plot.file for plot in drawn]
-    files |= {plot.file: plot.png for plot in drawn} | {_pdf(plot.file): plot.pdf for plot in drawn}
+    files |= {plot.file: plot.png for plot in drawn} | {_pdf(plot.file): plot.pdf for plot in drawn if plot.pdf}
     written = pages(data, plots, absent)
     data["files"] = [name for name in (*files, *written) if name.startswith("frontier")]
     files["data.json"] = json.dumps(data, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -11,7 +11,7 @@ from ..reading.runs import Run
 from ..strength import of_each_family
 from .accuracies import accuracies, relate
 from .analyses import confidence, curves, easy, masking
-from .audit import Requirement, audit
+from .audit import audit
 from .claims import claims
 from .comparable import machines_of, one_class, training_of
 from .failures import confusion, examples, over_eps
@@ -22,6 +22,7 @@ from .headline import attacks_run, headline_attack
 from .over_seeds import spread
 from .paired import paired
 from .reproduce import commands
+from .requirements import Requirement
 
 
 def summarise(sections: Sequence[Section], required: Sequence[Requirement] = ()) -> dict[str, Any]:

@@ -28,14 +28,14 @@ class _Entry(NamedTuple):
     of_classes: bool = False  # beside what the models are worth
 
 
-def plots(data: dict[str, Any]) -> tuple[list[list[Plot]], list[list[str]]]:
+def plots(data: dict[str, Any], pdf: bool) -> tuple[list[list[Plot]], list[list[str]]]:
     """(figures, titles of those without data), one entry of each per section of data.json."""
     drawn, absent = [], []
     with figures.drawing(_texts(data["sections"])):
         for i, section in enumerate(data["sections"], 1):
             prefix = f"{i}_{_slug(section['title'])}_" if len(data["sections"]) > 1 else ""
             found = [(entry, entry.draw(section, data["styles"])) for entry in ENTRIES]
-            drawn.append([_plot(entry, figure, section, prefix) for entry, figure in found if figure])
+            drawn.append([_plot(entry, figure, section, prefix, pdf) for entry, figure in found if figure])
             absent.append([_titled(e.title, section) for e, figure in found if not (figure or e.frontier)])
     return drawn, absent
 
@@ -45,17 +45,28 @@ def _texts(sections: list[Section]) -> list[str]:
     return [name for s in sections for name in (*s["classes"], *(g["title"] for g in s["groups"]))]
 
 
-def _plot(entry: _Entry, figure: Figure, section: Section, prefix: str) -> Plot:
-    png, pdf = io.BytesIO(), io.BytesIO()
+def _plot(entry: _Entry, figure: Figure, section: Section, prefix: str, pdf: bool) -> Plot:
+    png = io.BytesIO()
     figure.savefig(png, format="png", dpi=figures.DPI)
-    figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})  # the same file from the same numbers
-    title = entry.of_many if entry.of_many and captions.many(section) else entry.title
-    file = f"figures/{prefix}{entry.name}.png"
-    caption = entry.caption(section) + names.key(section)
-    alt = f"{_titled(title, section)}. {entry.finding(section)}"
+    title = _titled(entry.of_many if entry.of_many and captions.many(section) else entry.title, section)
     return Plot(
-        file, _titled(title, section), caption, alt, png.getvalue(), pdf.getvalue(), entry.frontier, entry.of_classes
+        file=f"figures/{prefix}{entry.name}.png",
+        title=title,
+        caption=entry.caption(section) + names.key(section),
+        alt=f"{title}. {entry.finding(section)}",
+        png=png.getvalue(),
+        pdf=_as_pdf(figure) if pdf else None,
+        frontier=entry.frontier,
+        of_classes=entry.of_classes,
     )
+
+
+def _as_pdf(figure: Figure) -> bytes:
+    """Of a figure that was saved before, and so is laid out."""
+    pdf = io.BytesIO()
+    figure.set_layout_engine("none")
+    figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})  # the same file from the same numbers
+    return pdf.getvalue()
 
 
 def _titled(title: str, section: Section) -> str:
@@ -81,14 +92,20 @@ ENTRIES = (
     ),
     _Entry(
         "class_accuracy", f"Robust accuracy of each class{UNDER}", by_class.class_bars, captions.bars,
-        findings.lowest_class, of_classes=True),
+        findings.lowest_class, of_classes=True,
+    ),
     _Entry(
         "class_differences", "What each class gains or loses", by_class.class_differences, captions.differences,
-        findings.changes, "Classes that gain or lose most", of_classes=True),
+        findings.changes, "Classes that gain or lose most", of_classes=True,
+    ),
     _Entry(
         "confusion", f"Which class is taken for which{UNDER}", failures.confusion, captions.confusion,
-        findings.confusion, of_classes=True),
-    _Entry("over_eps", f"Accuracy over ε{UNDER}", failures.over_eps, captions.over_eps, findings.over_eps, of_classes=True),
+        findings.confusion, of_classes=True,
+    ),
+    _Entry(
+        "over_eps", f"Accuracy over ε{UNDER}", failures.over_eps, captions.over_eps, findings.over_eps,
+        of_classes=True,
+    ),
     _Entry(
         "worst_class_time", "Worst class against training time", figures.worst_against_time, captions.time,
         findings.worst_and_time,
@@ -101,7 +118,10 @@ ENTRIES = (
         "overconfident", "Over-confident adversarial examples", by_class.overconfident, captions.overconfident,
         findings.overconfidence,
     ),
-    _Entry("examples", "Images and their perturbation", failures.examples, captions.examples, findings.examples, of_classes=True),
+    _Entry(
+        "examples", "Images and their perturbation", failures.examples, captions.examples, findings.examples,
+        of_classes=True,
+    ),
     _Entry(
         "hard_fraction", "Hard fraction over epochs", curves.hard_fraction, captions.hard,
         findings.last_of("hard_fraction", "Images trained on"),

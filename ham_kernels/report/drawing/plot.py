@@ -14,6 +14,6 @@ class Plot:
     caption: str
     alt: str  # what it shows, for those who do not see it
     png: bytes
-    pdf: bytes
+    pdf: bytes | None
     frontier: bool = False  # on the page of the frontier
     of_classes: bool = False  # of what the classes are worth: beside the tables that say so

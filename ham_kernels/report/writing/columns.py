@@ -67,7 +67,7 @@ def asked(names: Sequence[str], attacks: Sequence[str], headline: str | None) ->
         attack, _, measure = name.rpartition(".")
         if not attack and measure in COSTS:
             found.append((None, measure))
-        elif measure in MEASURES and (attack in attacks or not attack and headline):
+        elif measure in MEASURES and (attack in attacks or (not attack and headline)):
             found.append((attack or headline, measure))
         else:
             raise ValueError(f"columns: got {name!r}; they are {known}; attacks are {', '.join(attacks) or 'none'}")
@@ -153,8 +153,8 @@ def latex_column(table: Table, column: int) -> str:
     whole, part = (
         max(len(half) for half in halves) for halves in zip(*(_halves(c.text) for c in numbers), strict=True)
     )
-    errors = [len(c.error.removeprefix(" ± ").replace(".", "").lstrip("0")) for c in numbers if c.error]
-    uncertain = f"({max(errors)})" if errors and max(errors) else ""
+    errors = [max(1, len(c.error.removeprefix(" ± ").replace(".", "").lstrip("0"))) for c in numbers if c.error]
+    uncertain = f"({max(errors)})" if errors else ""
     return f"S[table-format={whole}.{part}{uncertain}]" if part else f"S[table-format={whole}{uncertain}]"
 
 

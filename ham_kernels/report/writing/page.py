@@ -8,9 +8,9 @@ from typing import Any
 from ..drawing.plot import Plot
 from ..reading.evaluations import WEIGHTS
 from ..text_format import attack_title
+from .class_tables import class_tables
 from .frontier_tables import class_table, frontier_table
 from .render import render
-from .class_tables import class_tables
 from .tables import all_accuracies, article_tables, confusion_table, paper_table, worth_table
 
 _SETTINGS = {

@@ -8,16 +8,13 @@ from typing import Any
 
 from ..reading.evaluations import WEIGHTS
 from ..strength import CLEAN, of_each_family
-from ..text_format import NONE, unit_of_time
+from ..text_format import unit_of_time
 from . import columns as c
 from .columns import Column, accuracy, cost, judged, mark_best, share, title_of
 from .table import Cell, Table
 
 ARTICLE = ("clean.avg", "avg", "worst", "std", "time", "relative", "forwards")  # what fits an article
-BOLD = (
-    "Bold: the best value, and those that the 95 % interval of their difference does not tell from it; none where it "
-    "tells nothing."
-)
+BOLD = "Bold: the best value, and those that a 95 % interval of the difference does not tell from it."
 
 
 def paper_table(section: dict[str, Any]) -> Table:
@@ -40,10 +37,9 @@ def article_tables(section: dict[str, Any], names: Sequence[str] = (), number: i
     """
     groups = _shown(section)
     attacks = list(dict.fromkeys(chain(*_attacks(groups))))
-    wanted = [name for name in ARTICLE if name != "clean.avg" or CLEAN in attacks] if not names else names
-    if not names and section["attack"] is None:
-        wanted = [name for name in wanted if "." in name or name in c.COSTS]
-    found = c.asked(wanted, attacks, section["attack"])
+    judged_so = {"clean.avg": CLEAN in attacks, **dict.fromkeys(("avg", "worst", "std"), section["attack"] is not None)}
+    usual = [name for name in ARTICLE if judged_so.get(name, True)]
+    found = c.asked(names or usual, attacks, section["attack"])
     told = {
         "accuracy": [accuracy(attack, name) for attack, name in found if attack],
         "cost": _costs(section, groups, [name for attack, name in found if attack is None], in_units=True),
