@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from runs_helper import TINY
@@ -106,6 +107,33 @@ def test_images_are_noted_and_altered_results_judged_anew(run, tmp_path, capsys)
     again = json.loads(path.read_text())["attacks"]["clean"]
     assert again["accuracy"] == before
     assert again["labels"] == second["labels"]
+
+
+def test_examples_are_kept_and_made_anew_where_they_are_not_what_they_were(run, tmp_path):
+    """Also those of a file of before; and with no more than a few images left to read."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    settings = replace(CLEAN, analyses=True, analysis_images=40)
+    (path,) = evaluate_run(tmp_path / "run", CLEAN, quiet=True)
+    assert "examples" not in json.loads(path.read_text())
+    evaluate_run(tmp_path / "run", settings, quiet=True)
+    found = json.loads(path.read_text())["examples"]
+    arrays = path.with_name("ema.examples.npz")
+    assert (found["attack"], found["part"], found["file"]) == ("pgd3", "test", arrays.name)
+    assert found["key"] == {"images": 40, "part": "test", "steps": 3}
+    with np.load(arrays) as kept:
+        assert kept["x"].shape == kept["x_adv"].shape == (10, 1, 8, 8)
+        assert kept["x"].dtype == "float16"
+        assert (kept["x"] != kept["x_adv"]).any((1, 2, 3)).all()
+    assert [row["label"] for row in found["rows"]] == list(range(10))
+    before = arrays.stat().st_mtime_ns, arrays.read_bytes()
+    evaluate_run(tmp_path / "run", settings, quiet=True)
+    assert before[0] == arrays.stat().st_mtime_ns
+    arrays.write_bytes(before[1][:-1])
+    evaluate_run(tmp_path / "run", settings, quiet=True)
+    assert arrays.read_bytes() == before[1]
+    assert json.loads(path.read_text())["examples"] == found
+    (val,) = evaluate_run(tmp_path / "run", replace(settings, part="val"), quiet=True)
+    assert json.loads(val.read_text())["examples"]["file"] == f"{val.stem}.examples.npz"
 
 
 def test_evaluation_refuses_other_images(run, tmp_path):
@@ -317,7 +345,7 @@ def test_a_bar_ends_before_the_next_line(run, tmp_path, monkeypatch, capsys):
     evaluate_run(tmp_path / "run", QUICK)
     err = capsys.readouterr().err
     lines = err.splitlines(keepends=False)
-    for word in ("confidence ...", "easy ..."):
+    for word in ("examples ...", "confidence ...", "easy ..."):
         assert f"\n{word}\n" in err
     assert any(line.startswith("masking: 100%") and "5/5" in line for line in lines)
-    assert err.count("\n") == 2 + 1 + 2  # attacks, masking, analyses
+    assert err.count("\n") == 2 + 1 + 3  # attacks, masking, analyses

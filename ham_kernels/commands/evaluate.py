@@ -23,7 +23,7 @@ from ..runs.settings import EvaluateSettings, TrainSettings, check_step
 from . import run_images
 from .evaluation_text import verdict
 from .from_settings import device_of, load_model, trained_model
-from .noted_images import NotedLoader, drop_altered
+from .noted_images import NotedLoader, drop_altered, has_examples, write_examples
 from .progress import Heartbeat, on_terminal, say
 
 FORMAT = 1
@@ -127,6 +127,7 @@ class _Judge:
         self.stem = kind + ("" if usual else special)
         self.name = f"evaluation/{self.stem}.json"
         self.path = run.path / self.name
+        self.examples = self.path.with_name(f"{self.stem}.examples.npz")
         self.result: dict[str, Any] = {}
         self.identity = {
             "weights": kind, "checkpoint_sha256": state["sha256"], "epoch": state["epoch"],
@@ -155,6 +156,10 @@ class _Judge:
             if self._checks_masking():
                 self._once(result, "masking", self._masking_key(result), self._masking)
             if s.analyses:
+                if not has_examples(self.examples, result.get("examples")):
+                    result.pop("examples", None)
+                key = {"images": s.analysis_images, "part": s.part, "steps": self.steps}
+                self._once(result, "examples", key, self._examples)
                 key = {"images": s.analysis_images, "part": "train", "steps": self.steps, "threshold": s.threshold}
                 self._once(result, "confidence", key, self._confidence)
                 self._once(result, "easy", key, self._easy)
@@ -255,6 +260,15 @@ class _Judge:
         loader = self._loader("train", self.settings.analysis_images)
         found = evaluation.easy_stays_easy(self.model, loader, steps=self.steps, device=self.device, **self.how)
         return {"part": "train", **found}
+
+    def _examples(self) -> dict:
+        self.progress.begin("examples")
+        part, count = self.settings.part, self.settings.analysis_images
+        classes = set(self.images.limit(part, count).labels(part).tolist())
+        found = evaluation.examples(
+            self.model, self._loader(part, count), classes, steps=self.steps, device=self.device, **self.how
+        )
+        return {"attack": f"pgd{self.steps}", "part": part, **write_examples(self.examples, found)}
 
     def _loader(self, part: str, count: int | None):
         images = self.images.limit(part, count)

@@ -247,8 +247,10 @@ class JudgeSettings:
     transfer_from: Path | None = None
     """Another run, whose adversarial examples should not be stronger than this run's own."""
     analyses: bool = True
-    """Over-confident adversarial examples, and which easy ones stay easy (on training images)."""
+    """Over-confident adversarial examples, and which easy ones stay easy (on training images); an image of each class
+    with its perturbation."""
     analysis_images: Annotated[int, Ge(1)] = 2048
+    """At most so many images are analysed."""
     threshold: Annotated[float, Gt(0.5), Le(1)] = 0.9
     """Confidence from which an adversarial example counts as over-confident."""
 
