@@ -59,7 +59,7 @@ def test_evaluation_is_written_and_added_to(run, capsys):
     (other,) = evaluate_run(
         run, EvaluateSettings(attacks=("clean",), eps=0.1, masking=False, analyses=False), quiet=True
     )
-    assert other.name == "ema.test-eps0.1-step0.05-fp32-seed0.json"
+    assert other.name == "ema.test-eps0.1-step0.025-fp32-seed0.json"
     (restarted,) = evaluate_run(
         run, EvaluateSettings(attacks=("pgd3",), restarts=2, masking=False, analyses=False), quiet=True
     )
@@ -107,6 +107,31 @@ def test_images_are_noted_and_altered_results_judged_anew(run, tmp_path, capsys)
     again = json.loads(path.read_text())["attacks"]["clean"]
     assert again["accuracy"] == before
     assert again["labels"] == second["labels"]
+
+
+def test_several_budgets_have_files_of_their_own(run, tmp_path, capsys):
+    """The same as told one by one; the run's own budget is judged once, and what is done stays."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    how = replace(CLEAN, attacks=("clean", "pgd2"), analyses=True, analysis_images=20, images=30)
+    usual, small, large = evaluate_run(tmp_path / "run", replace(how, eps_curve=(0.1, 0.2, 0.4)))
+    out, err = capsys.readouterr()
+    lines = zip(out.splitlines()[-2:], ("weights ema, eps 0.1: PGD-2 ", "weights ema, eps 0.4: PGD-2 "), strict=True)
+    assert all(line.startswith(words) for line, words in lines)
+    assert "\npgd2 at eps 0.1 ...\n" in err
+    assert usual.name == "ema.json"
+    assert small.name == "ema.test-eps0.1-step0.025-fp32-seed0.json"
+    assert large.name == "ema.test-eps0.4-step0.1-fp32-seed0.json"
+    found = [json.loads(path.read_text()) for path in (usual, small, large)]
+    assert [set(raw["attacks"]) for raw in found] == [{"clean", "pgd2"}, {"pgd2"}, {"pgd2"}]
+    assert [{"examples", "easy", "confidence"} & raw.keys() for raw in found[1:]] == [set(), set()]
+    accuracies = [raw["attacks"]["pgd2"]["accuracy"]["value"] for raw in (found[1], found[0], found[2])]
+    assert accuracies == sorted(accuracies, reverse=True)
+    before = small.read_bytes()
+    (alone,) = evaluate_run(tmp_path / "run", replace(how, eps=0.1, attacks=("pgd2",), analyses=False), quiet=True)
+    assert alone == small
+    assert json.loads(alone.read_text())["attacks"] == json.loads(before)["attacks"]
+    (_, given) = evaluate_run(tmp_path / "run", replace(how, step_size=0.1, eps_curve=(0.1,)), quiet=True)
+    assert given.name == "ema.test-eps0.1-step0.05-fp32-seed0.json"
 
 
 def test_examples_are_kept_and_made_anew_where_they_are_not_what_they_were(run, tmp_path):
@@ -192,6 +217,14 @@ def test_evaluation_agrees_with_the_python_function(run):
         (EvaluateSettings(eps=-1.0), "eps: got -1"),
         (EvaluateSettings(eps=0.0), "eps: got 0 for it or step_size"),
         (EvaluateSettings(part="tset"), "part: got 'tset'"),
+        (EvaluateSettings(eps=8.0), r"eps: got 8, .* \(did you mean 8/255\?\)"),
+        (EvaluateSettings(step_size=2.0), r"step_size: got 2, .* \(did you mean 2/255\?\)"),
+        (EvaluateSettings(eps_curve=(0.1, 0.0)), "eps_curve: got 0.0; it must be above 0"),
+        (EvaluateSettings(eps_curve=(0.1, float("nan"))), "eps_curve: got nan; it must be finite"),
+        (EvaluateSettings(eps_curve=(0.1, 0.3, 0.1)), "eps_curve: got 0.1 0.3 0.1; give each budget once"),
+        (EvaluateSettings(eps_curve=(0.1, 4.0)), r"eps_curve: got 4, .* \(did you mean 4/255\?\)"),
+        (EvaluateSettings(eps_curve=(0.1,), attacks=("clean",)), "eps_curve: got 0.1 with attacks=clean"),
+        (EvaluateSettings(eps_curve=(0.1,), eps=0.0, masking=False), "eps_curve: got 0.1 with eps=0"),
     ],
 )
 def test_bad_evaluations_are_refused_before_any_work(settings, message, run):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..evaluation.named_attacks import plans, searcher
 from ..runs.folder import RunFolder
 from ..runs.settings import EvaluateSettings, TrainSettings, check_step
 from . import run_images
-from .evaluation_text import verdict
+from .evaluation_text import under_budget, verdict
 from .from_settings import device_of, load_model, trained_model
 from .noted_images import NotedLoader, drop_altered, has_examples, write_examples
 from .progress import Heartbeat, on_terminal, say
@@ -35,10 +36,10 @@ def evaluate_run(
     """Judges a run's weights and writes one JSON file each below evaluation/; returns their paths.
 
     The file is WEIGHTS.json for the test images under the run's own budget, in fp32, with seed 0; any other choice
-    has a file of its own. A second call adds further attacks, each on its own number of images; an attack that was
-    judged on as many images or more stays. Stopped or killed, the same call goes on after the last batch. What was
-    found of later weights, whose checkpoint is damaged now, is not overwritten. `model`: one with these weights, where
-    no name makes it.
+    has a file of its own, and so has each budget of eps_curve, under which there are attacks alone. A second call adds
+    further attacks, each on its own number of images; an attack that was judged on as many images or more stays.
+    Stopped or killed, the same call goes on after the last batch. What was found of later weights, whose checkpoint is
+    damaged now, is not overwritten. `model`: one with these weights, where no name makes it.
     Raises: FileNotFoundError, ValueError, TypeError naming what is wrong, before any attack; BlockingIOError while
         another process judges the run; CheckpointError.
     """
@@ -56,22 +57,29 @@ def evaluate_run(
     images, *_ = run_images.find(told, run, settings.path)  # not others, which would be split anew
     with run.alone("evaluation/.lock"):
         judges = [
-            _Judge(run, kind, state, told, settings, how, images, model, other, device, quiet)
+            _Judge(run, kind, state, told, what, under, images, model, other, device, quiet)
             for kind, state in states.items()
+            for what, under in ((settings, how), *_curve(settings, how))
         ]
         for judge in judges:
             judge.begin()
         for judge in judges:
             judge.work()
             if not quiet:
-                say(verdict(judge.result, run.path))
+                say(verdict(judge.result, run.path) if judge.how == how else under_budget(judge.result))
     return [judge.path for judge in judges]
 
 
 def check_how(settings: EvaluateSettings, told: TrainSettings) -> dict[str, Any]:
     """What every attack of a judgement shares. Raises: ValueError, ImportError naming the setting."""
     how = _how(settings, told)
+    if settings.eps is not None and settings.step_size is None:
+        check_step(how["eps"], how["norm"], "eps")  # of which the step is a part
     check_step(how["step_size"], how["norm"])
+    for eps in settings.eps_curve:
+        check_step(eps, how["norm"], "eps_curve")
+        if how["eps"] == 0:
+            raise ValueError(f"eps_curve: got {eps:g} with eps=0, to which no step size is in proportion; give an eps")
     plans(settings.attacks, restarts=settings.restarts, **{k: how[k] for k in ("eps", "step_size", "norm")})
     if settings.masking is not False and 0 in (how["eps"], how["step_size"]):
         raise ValueError("eps: got 0 for it or step_size; there is no gradient to examine, give --no-masking")
@@ -79,12 +87,29 @@ def check_how(settings: EvaluateSettings, told: TrainSettings) -> dict[str, Any]
 
 
 def _how(settings: EvaluateSettings, told: TrainSettings) -> dict[str, Any]:
-    """The run's own budget unless told otherwise."""
+    """The run's own budget unless told otherwise; a step that is not told is the same part of another budget."""
+    own, eps, step_size = told.attack, settings.eps, settings.step_size
+    eps = own.eps if eps is None else eps
+    if step_size is None:
+        step_size = _in_proportion(own.step_size, own.eps, eps)
     return {
-        "eps": told.attack.eps if settings.eps is None else settings.eps,
-        "step_size": told.attack.step_size if settings.step_size is None else settings.step_size,
-        "norm": told.attack.norm, "precision": settings.precision, "seed": settings.seed,
+        "eps": eps, "step_size": step_size, "norm": own.norm, "precision": settings.precision, "seed": settings.seed,
     }  # fmt: skip
+
+
+def _in_proportion(step_size: float, eps: float, other: float) -> float:
+    """The step under another budget; the same to the last bit where the budget is."""
+    return step_size * (other / eps) if eps > 0 else step_size
+
+
+def _curve(settings: EvaluateSettings, how: dict[str, Any]) -> list[tuple[EvaluateSettings, dict[str, Any]]]:
+    """What is judged, and how, under each budget of eps_curve that is not judged anyway."""
+    attacks = tuple(name for name in settings.attacks if name != "clean")
+    what = replace(settings, attacks=attacks, masking=False, analyses=False)
+    others = [eps for eps in settings.eps_curve if f"{eps:g}" != f"{how['eps']:g}"]  # as files are named
+    return [
+        (what, {**how, "eps": eps, "step_size": _in_proportion(how["step_size"], how["eps"], eps)}) for eps in others
+    ]
 
 
 def _kinds(settings: EvaluateSettings, run: RunFolder) -> tuple[str, ...]:
@@ -116,7 +141,8 @@ class _Judge:
     ):  # fmt: skip
         self.model = model
         self.run, self.state, self.told, self.settings, self.how, self.images = run, state, told, settings, how, images
-        self.other, self.device, self.progress = other, device, _Progress(quiet)
+        self.other, self.device = other, device
+        self.progress = _Progress(quiet, "" if how["eps"] == told.attack.eps else f" at eps {how['eps']:g}")
         self.steps, self.workers = told.attack.steps, told.data.workers
         self.search = searcher(settings.search, device)
         of_part = images.counts[settings.part]
@@ -278,7 +304,8 @@ class _Judge:
 class _Progress:
     """A bar per attack on a terminal, else a line per attack, and one a minute."""
 
-    def __init__(self, quiet: bool):
+    def __init__(self, quiet: bool, where: str = ""):
+        self._where = where  # the attacks are, behind their names
         self._quiet, self._bars, self._heartbeat = quiet, on_terminal(), Heartbeat()
         self._bar: tqdm | None = None
         self._name = ""
@@ -306,6 +333,7 @@ class _Progress:
     def __call__(self, name: str, done: int, total: int | None) -> None:
         if self._quiet:
             return
+        name += self._where
         if not self._bars:
             self.begin(name)
             if self._heartbeat.due():
@@ -314,7 +342,7 @@ class _Progress:
         if self._bar is None or name != self._name:
             self._name = name
             self.close()
-            unit = "check" if name == "masking" else "image"
+            unit = "check" if name.startswith("masking") else "image"
             self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True)
         self._bar.total = total or self._bar.total  # known after the first attack
         self._bar.update(done - self._bar.n)
