@@ -11,8 +11,7 @@ import pytest
 import torch
 from runs_helper import TINY
 
-from ham_kernels.commands import cli, flags
-from ham_kernels.commands import evaluate as evaluate_command
+from ham_kernels.commands import cli, flags, progress
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.evaluate import evaluate_run
 from ham_kernels.commands.evaluation_text import verdict
@@ -107,6 +106,19 @@ def test_images_are_noted_and_altered_results_judged_anew(run, tmp_path, capsys)
     again = json.loads(path.read_text())["attacks"]["clean"]
     assert again["accuracy"] == before
     assert again["labels"] == second["labels"]
+
+
+@pytest.mark.slow
+def test_a_run_of_one_step_is_judged_too(tmp_path):
+    """What stays easy is asked of longer attacks alone."""
+    one = ("--method", "fgsm_rs", "--steps", "1", "--epochs", "1", "--start-epoch", "1")
+    settings = flags.parse_train([*TINY, *one]).settings
+    train_command.train(settings, tmp_path / "run", quiet=True)
+    (path,) = evaluate_run(tmp_path / "run", replace(CLEAN, analyses=True, analysis_images=20), quiet=True)
+    result = json.loads(path.read_text())
+    assert result["examples"]["attack"] == "pgd1"
+    assert "confidence" in result
+    assert "easy" not in result
 
 
 def test_several_budgets_have_files_of_their_own(run, tmp_path, capsys):
@@ -374,7 +386,7 @@ def test_numbers_say_what_they_are_of(run):
 @pytest.mark.slow
 def test_a_bar_ends_before_the_next_line(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
-    monkeypatch.setattr(evaluate_command, "on_terminal", lambda: True)
+    monkeypatch.setattr(progress, "on_terminal", lambda: True)
     evaluate_run(tmp_path / "run", QUICK)
     err = capsys.readouterr().err
     lines = err.splitlines(keepends=False)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .. import data, evaluation
 from ..common import provenance
@@ -25,7 +24,7 @@ from . import run_images
 from .evaluation_text import under_budget, verdict
 from .from_settings import device_of, load_model, trained_model
 from .noted_images import NotedLoader, drop_altered, has_examples, write_examples
-from .progress import Heartbeat, on_terminal, say
+from .progress import JudgeProgress, say
 
 FORMAT = 1
 
@@ -142,7 +141,7 @@ class _Judge:
         self.model = model
         self.run, self.state, self.told, self.settings, self.how, self.images = run, state, told, settings, how, images
         self.other, self.device = other, device
-        self.progress = _Progress(quiet, "" if how["eps"] == told.attack.eps else f" at eps {how['eps']:g}")
+        self.progress = JudgeProgress(quiet, "" if how["eps"] == told.attack.eps else f" at eps {how['eps']:g}")
         self.steps, self.workers = told.attack.steps, told.data.workers
         self.search = searcher(settings.search, device)
         of_part = images.counts[settings.part]
@@ -188,7 +187,8 @@ class _Judge:
                 self._once(result, "examples", key, self._examples)
                 key = {"images": s.analysis_images, "part": "train", "steps": self.steps, "threshold": s.threshold}
                 self._once(result, "confidence", key, self._confidence)
-                self._once(result, "easy", key, self._easy)
+                if self.steps > 1:  # an attack of one step has no step in between
+                    self._once(result, "easy", key, self._easy)
         del self.model  # the next kind of weights may need its memory
 
     def _stays(self, old: dict[str, Any] | None) -> bool:
@@ -299,50 +299,3 @@ class _Judge:
     def _loader(self, part: str, count: int | None):
         images = self.images.limit(part, count)
         return data.part_loader(images, part, self.settings.batch_size, device=self.device, workers=self.workers)
-
-
-class _Progress:
-    """A bar per attack on a terminal, else a line per attack, and one a minute."""
-
-    def __init__(self, quiet: bool, where: str = ""):
-        self._where = where  # the attacks are, behind their names
-        self._quiet, self._bars, self._heartbeat = quiet, on_terminal(), Heartbeat()
-        self._bar: tqdm | None = None
-        self._name = ""
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def begin(self, name: str) -> None:
-        """A line for what comes next, behind the bar before it."""
-        if self._quiet or name == self._name:
-            return
-        self._name = name
-        self.close()
-        self._heartbeat.spoken()
-        say(f"{name} ...", sys.stderr)
-
-    def __call__(self, name: str, done: int, total: int | None) -> None:
-        if self._quiet:
-            return
-        name += self._where
-        if not self._bars:
-            self.begin(name)
-            if self._heartbeat.due():
-                say(f"{name}: {done} of {total or '?'} done", sys.stderr)
-            return
-        if self._bar is None or name != self._name:
-            self._name = name
-            self.close()
-            unit = "check" if name.startswith("masking") else "image"
-            self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True)
-        self._bar.total = total or self._bar.total  # known after the first attack
-        self._bar.update(done - self._bar.n)
