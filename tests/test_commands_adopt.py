@@ -102,6 +102,11 @@ def test_a_model_as_an_object(tmp_path, seed):
     assert net.training
     ham.adopt(net, out, attacks=["fgsm"], **how)
     assert attacks_of(out).keys() == {"clean", "fgsm"}
+    ham.adopt(net, out, attacks=["clean"], analyses=True, analysis_images=40, **how)
+    assert [row["label"] for row in json.loads((out / "evaluation/last.json").read_text())["examples"]["rows"]] == [
+        *range(10)
+    ]
+    assert (out / "evaluation/last.examples.npz").exists()
     found = ham.evaluate(net, loader_of_60(), ("clean",), eps=0.2, step_size=0.05)["clean"]
     assert attacks_of(out)["clean"]["accuracy"]["value"] == pytest.approx(found.accuracy)
     for make, says in [

@@ -6,12 +6,12 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from runs_helper import TINY
 
-from ham_kernels.commands import cli, flags
-from ham_kernels.commands import evaluate as evaluate_command
+from ham_kernels.commands import cli, flags, progress
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.evaluate import evaluate_run
 from ham_kernels.commands.evaluation_text import verdict
@@ -58,7 +58,7 @@ def test_evaluation_is_written_and_added_to(run, capsys):
     (other,) = evaluate_run(
         run, EvaluateSettings(attacks=("clean",), eps=0.1, masking=False, analyses=False), quiet=True
     )
-    assert other.name == "ema.test-eps0.1-step0.05-fp32-seed0.json"
+    assert other.name == "ema.test-eps0.1-step0.025-fp32-seed0.json"
     (restarted,) = evaluate_run(
         run, EvaluateSettings(attacks=("pgd3",), restarts=2, masking=False, analyses=False), quiet=True
     )
@@ -106,6 +106,71 @@ def test_images_are_noted_and_altered_results_judged_anew(run, tmp_path, capsys)
     again = json.loads(path.read_text())["attacks"]["clean"]
     assert again["accuracy"] == before
     assert again["labels"] == second["labels"]
+
+
+@pytest.mark.slow
+def test_a_run_of_one_step_is_judged_too(tmp_path):
+    """What stays easy is asked of longer attacks alone."""
+    one = ("--method", "fgsm_rs", "--steps", "1", "--epochs", "1", "--start-epoch", "1")
+    settings = flags.parse_train([*TINY, *one]).settings
+    train_command.train(settings, tmp_path / "run", quiet=True)
+    (path,) = evaluate_run(tmp_path / "run", replace(CLEAN, analyses=True, analysis_images=20), quiet=True)
+    result = json.loads(path.read_text())
+    assert result["examples"]["attack"] == "pgd1"
+    assert "confidence" in result
+    assert "easy" not in result
+
+
+def test_several_budgets_have_files_of_their_own(run, tmp_path, capsys):
+    """The same as told one by one; the run's own budget is judged once, and what is done stays."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    how = replace(CLEAN, attacks=("clean", "pgd2"), analyses=True, analysis_images=20, images=30)
+    usual, small, large = evaluate_run(tmp_path / "run", replace(how, eps_curve=(0.1, 0.2, 0.4)))
+    out, err = capsys.readouterr()
+    lines = zip(out.splitlines()[-2:], ("weights ema, eps 0.1: PGD-2 ", "weights ema, eps 0.4: PGD-2 "), strict=True)
+    assert all(line.startswith(words) for line, words in lines)
+    assert "\npgd2 at eps 0.1 ...\n" in err
+    assert usual.name == "ema.json"
+    assert small.name == "ema.test-eps0.1-step0.025-fp32-seed0.json"
+    assert large.name == "ema.test-eps0.4-step0.1-fp32-seed0.json"
+    found = [json.loads(path.read_text()) for path in (usual, small, large)]
+    assert [set(raw["attacks"]) for raw in found] == [{"clean", "pgd2"}, {"pgd2"}, {"pgd2"}]
+    assert [{"examples", "easy", "confidence"} & raw.keys() for raw in found[1:]] == [set(), set()]
+    accuracies = [raw["attacks"]["pgd2"]["accuracy"]["value"] for raw in (found[1], found[0], found[2])]
+    assert accuracies == sorted(accuracies, reverse=True)
+    before = small.read_bytes()
+    (alone,) = evaluate_run(tmp_path / "run", replace(how, eps=0.1, attacks=("pgd2",), analyses=False), quiet=True)
+    assert alone == small
+    assert json.loads(alone.read_text())["attacks"] == json.loads(before)["attacks"]
+    (_, given) = evaluate_run(tmp_path / "run", replace(how, step_size=0.1, eps_curve=(0.1,)), quiet=True)
+    assert given.name == "ema.test-eps0.1-step0.05-fp32-seed0.json"
+
+
+def test_examples_are_kept_and_made_anew_where_they_are_not_what_they_were(run, tmp_path):
+    """Also those of a file of before; and with no more than a few images left to read."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    settings = replace(CLEAN, analyses=True, analysis_images=40)
+    (path,) = evaluate_run(tmp_path / "run", CLEAN, quiet=True)
+    assert "examples" not in json.loads(path.read_text())
+    evaluate_run(tmp_path / "run", settings, quiet=True)
+    found = json.loads(path.read_text())["examples"]
+    arrays = path.with_name("ema.examples.npz")
+    assert (found["attack"], found["part"], found["file"]) == ("pgd3", "test", arrays.name)
+    assert found["key"] == {"images": 40, "part": "test", "steps": 3}
+    with np.load(arrays) as kept:
+        assert kept["x"].shape == kept["x_adv"].shape == (10, 1, 8, 8)
+        assert kept["x"].dtype == "float16"
+        assert (kept["x"] != kept["x_adv"]).any((1, 2, 3)).all()
+    assert [row["label"] for row in found["rows"]] == list(range(10))
+    before = arrays.stat().st_mtime_ns, arrays.read_bytes()
+    evaluate_run(tmp_path / "run", settings, quiet=True)
+    assert before[0] == arrays.stat().st_mtime_ns
+    arrays.write_bytes(before[1][:-1])
+    evaluate_run(tmp_path / "run", settings, quiet=True)
+    assert arrays.read_bytes() == before[1]
+    assert json.loads(path.read_text())["examples"] == found
+    (val,) = evaluate_run(tmp_path / "run", replace(settings, part="val"), quiet=True)
+    assert json.loads(val.read_text())["examples"]["file"] == f"{val.stem}.examples.npz"
 
 
 def test_evaluation_refuses_other_images(run, tmp_path):
@@ -164,6 +229,14 @@ def test_evaluation_agrees_with_the_python_function(run):
         (EvaluateSettings(eps=-1.0), "eps: got -1"),
         (EvaluateSettings(eps=0.0), "eps: got 0 for it or step_size"),
         (EvaluateSettings(part="tset"), "part: got 'tset'"),
+        (EvaluateSettings(eps=8.0), r"eps: got 8, .* \(did you mean 8/255\?\)"),
+        (EvaluateSettings(step_size=2.0), r"step_size: got 2, .* \(did you mean 2/255\?\)"),
+        (EvaluateSettings(eps_curve=(0.1, 0.0)), "eps_curve: got 0.0; it must be above 0"),
+        (EvaluateSettings(eps_curve=(0.1, float("nan"))), "eps_curve: got nan; it must be finite"),
+        (EvaluateSettings(eps_curve=(0.1, 0.3, 0.1)), "eps_curve: got 0.1 0.3 0.1; give each budget once"),
+        (EvaluateSettings(eps_curve=(0.1, 4.0)), r"eps_curve: got 4, .* \(did you mean 4/255\?\)"),
+        (EvaluateSettings(eps_curve=(0.1,), attacks=("clean",)), "eps_curve: got 0.1 with attacks=clean"),
+        (EvaluateSettings(eps_curve=(0.1,), eps=0.0, masking=False), "eps_curve: got 0.1 with eps=0"),
     ],
 )
 def test_bad_evaluations_are_refused_before_any_work(settings, message, run):
@@ -313,11 +386,11 @@ def test_numbers_say_what_they_are_of(run):
 @pytest.mark.slow
 def test_a_bar_ends_before_the_next_line(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
-    monkeypatch.setattr(evaluate_command, "on_terminal", lambda: True)
+    monkeypatch.setattr(progress, "on_terminal", lambda: True)
     evaluate_run(tmp_path / "run", QUICK)
     err = capsys.readouterr().err
     lines = err.splitlines(keepends=False)
-    for word in ("confidence ...", "easy ..."):
+    for word in ("examples ...", "confidence ...", "easy ..."):
         assert f"\n{word}\n" in err
     assert any(line.startswith("masking: 100%") and "5/5" in line for line in lines)
-    assert err.count("\n") == 2 + 1 + 2  # attacks, masking, analyses
+    assert err.count("\n") == 2 + 1 + 3  # attacks, masking, analyses

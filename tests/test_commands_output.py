@@ -13,7 +13,6 @@ import pytest
 from helpers import environment
 from runs_helper import ROOT, TINY
 
-from ham_kernels.commands import evaluate as evaluate_command
 from ham_kernels.commands import progress
 from ham_kernels.training.reports import StepReport
 
@@ -81,7 +80,7 @@ def test_a_minute_without_a_line_is_told(capsys, monkeypatch):
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     shown = progress.TrainProgress(2, 4, done=4)
-    judged = evaluate_command._Progress(quiet=False)
+    judged = progress.JudgeProgress(quiet=False)
     for minute in range(3):
         now = 61.0 * minute
         shown.batch(StepReport(1.5, 8, 8, None), epoch=2)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .. import data, evaluation
 from ..common import provenance
@@ -21,10 +21,10 @@ from ..evaluation.named_attacks import plans, searcher
 from ..runs.folder import RunFolder
 from ..runs.settings import EvaluateSettings, TrainSettings, check_step
 from . import run_images
-from .evaluation_text import verdict
+from .evaluation_text import under_budget, verdict
 from .from_settings import device_of, load_model, trained_model
-from .noted_images import NotedLoader, drop_altered
-from .progress import Heartbeat, on_terminal, say
+from .noted_images import NotedLoader, drop_altered, has_examples, write_examples
+from .progress import JudgeProgress, say
 
 FORMAT = 1
 
@@ -35,10 +35,10 @@ def evaluate_run(
     """Judges a run's weights and writes one JSON file each below evaluation/; returns their paths.
 
     The file is WEIGHTS.json for the test images under the run's own budget, in fp32, with seed 0; any other choice
-    has a file of its own. A second call adds further attacks, each on its own number of images; an attack that was
-    judged on as many images or more stays. Stopped or killed, the same call goes on after the last batch. What was
-    found of later weights, whose checkpoint is damaged now, is not overwritten. `model`: one with these weights, where
-    no name makes it.
+    has a file of its own, and so has each budget of eps_curve, under which there are attacks alone. A second call adds
+    further attacks, each on its own number of images; an attack that was judged on as many images or more stays.
+    Stopped or killed, the same call goes on after the last batch. What was found of later weights, whose checkpoint is
+    damaged now, is not overwritten. `model`: one with these weights, where no name makes it.
     Raises: FileNotFoundError, ValueError, TypeError naming what is wrong, before any attack; BlockingIOError while
         another process judges the run; CheckpointError.
     """
@@ -56,22 +56,29 @@ def evaluate_run(
     images, *_ = run_images.find(told, run, settings.path)  # not others, which would be split anew
     with run.alone("evaluation/.lock"):
         judges = [
-            _Judge(run, kind, state, told, settings, how, images, model, other, device, quiet)
+            _Judge(run, kind, state, told, what, under, images, model, other, device, quiet)
             for kind, state in states.items()
+            for what, under in ((settings, how), *_curve(settings, how))
         ]
         for judge in judges:
             judge.begin()
         for judge in judges:
             judge.work()
             if not quiet:
-                say(verdict(judge.result, run.path))
+                say(verdict(judge.result, run.path) if judge.how == how else under_budget(judge.result))
     return [judge.path for judge in judges]
 
 
 def check_how(settings: EvaluateSettings, told: TrainSettings) -> dict[str, Any]:
     """What every attack of a judgement shares. Raises: ValueError, ImportError naming the setting."""
     how = _how(settings, told)
+    if settings.eps is not None and settings.step_size is None:
+        check_step(how["eps"], how["norm"], "eps")  # of which the step is a part
     check_step(how["step_size"], how["norm"])
+    for eps in settings.eps_curve:
+        check_step(eps, how["norm"], "eps_curve")
+        if how["eps"] == 0:
+            raise ValueError(f"eps_curve: got {eps:g} with eps=0, to which no step size is in proportion; give an eps")
     plans(settings.attacks, restarts=settings.restarts, **{k: how[k] for k in ("eps", "step_size", "norm")})
     if settings.masking is not False and 0 in (how["eps"], how["step_size"]):
         raise ValueError("eps: got 0 for it or step_size; there is no gradient to examine, give --no-masking")
@@ -79,12 +86,29 @@ def check_how(settings: EvaluateSettings, told: TrainSettings) -> dict[str, Any]
 
 
 def _how(settings: EvaluateSettings, told: TrainSettings) -> dict[str, Any]:
-    """The run's own budget unless told otherwise."""
+    """The run's own budget unless told otherwise; a step that is not told is the same part of another budget."""
+    own, eps, step_size = told.attack, settings.eps, settings.step_size
+    eps = own.eps if eps is None else eps
+    if step_size is None:
+        step_size = _in_proportion(own.step_size, own.eps, eps)
     return {
-        "eps": told.attack.eps if settings.eps is None else settings.eps,
-        "step_size": told.attack.step_size if settings.step_size is None else settings.step_size,
-        "norm": told.attack.norm, "precision": settings.precision, "seed": settings.seed,
+        "eps": eps, "step_size": step_size, "norm": own.norm, "precision": settings.precision, "seed": settings.seed,
     }  # fmt: skip
+
+
+def _in_proportion(step_size: float, eps: float, other: float) -> float:
+    """The step under another budget; the same to the last bit where the budget is."""
+    return step_size * (other / eps) if eps > 0 else step_size
+
+
+def _curve(settings: EvaluateSettings, how: dict[str, Any]) -> list[tuple[EvaluateSettings, dict[str, Any]]]:
+    """What is judged, and how, under each budget of eps_curve that is not judged anyway."""
+    attacks = tuple(name for name in settings.attacks if name != "clean")
+    what = replace(settings, attacks=attacks, masking=False, analyses=False)
+    others = [eps for eps in settings.eps_curve if f"{eps:g}" != f"{how['eps']:g}"]  # as files are named
+    return [
+        (what, {**how, "eps": eps, "step_size": _in_proportion(how["step_size"], how["eps"], eps)}) for eps in others
+    ]
 
 
 def _kinds(settings: EvaluateSettings, run: RunFolder) -> tuple[str, ...]:
@@ -116,7 +140,8 @@ class _Judge:
     ):  # fmt: skip
         self.model = model
         self.run, self.state, self.told, self.settings, self.how, self.images = run, state, told, settings, how, images
-        self.other, self.device, self.progress = other, device, _Progress(quiet)
+        self.other, self.device = other, device
+        self.progress = JudgeProgress(quiet, "" if how["eps"] == told.attack.eps else f" at eps {how['eps']:g}")
         self.steps, self.workers = told.attack.steps, told.data.workers
         self.search = searcher(settings.search, device)
         of_part = images.counts[settings.part]
@@ -127,6 +152,7 @@ class _Judge:
         self.stem = kind + ("" if usual else special)
         self.name = f"evaluation/{self.stem}.json"
         self.path = run.path / self.name
+        self.examples = self.path.with_name(f"{self.stem}.examples.npz")
         self.result: dict[str, Any] = {}
         self.identity = {
             "weights": kind, "checkpoint_sha256": state["sha256"], "epoch": state["epoch"],
@@ -155,9 +181,14 @@ class _Judge:
             if self._checks_masking():
                 self._once(result, "masking", self._masking_key(result), self._masking)
             if s.analyses:
+                if not has_examples(self.examples, result.get("examples")):
+                    result.pop("examples", None)
+                key = {"images": s.analysis_images, "part": s.part, "steps": self.steps}
+                self._once(result, "examples", key, self._examples)
                 key = {"images": s.analysis_images, "part": "train", "steps": self.steps, "threshold": s.threshold}
                 self._once(result, "confidence", key, self._confidence)
-                self._once(result, "easy", key, self._easy)
+                if self.steps > 1:  # an attack of one step has no step in between
+                    self._once(result, "easy", key, self._easy)
         del self.model  # the next kind of weights may need its memory
 
     def _stays(self, old: dict[str, Any] | None) -> bool:
@@ -256,51 +287,15 @@ class _Judge:
         found = evaluation.easy_stays_easy(self.model, loader, steps=self.steps, device=self.device, **self.how)
         return {"part": "train", **found}
 
+    def _examples(self) -> dict:
+        self.progress.begin("examples")
+        part, count = self.settings.part, self.settings.analysis_images
+        classes = set(self.images.limit(part, count).labels(part).tolist())
+        found = evaluation.examples(
+            self.model, self._loader(part, count), classes, steps=self.steps, device=self.device, **self.how
+        )
+        return {"attack": f"pgd{self.steps}", "part": part, **write_examples(self.examples, found)}
+
     def _loader(self, part: str, count: int | None):
         images = self.images.limit(part, count)
         return data.part_loader(images, part, self.settings.batch_size, device=self.device, workers=self.workers)
-
-
-class _Progress:
-    """A bar per attack on a terminal, else a line per attack, and one a minute."""
-
-    def __init__(self, quiet: bool):
-        self._quiet, self._bars, self._heartbeat = quiet, on_terminal(), Heartbeat()
-        self._bar: tqdm | None = None
-        self._name = ""
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def begin(self, name: str) -> None:
-        """A line for what comes next, behind the bar before it."""
-        if self._quiet or name == self._name:
-            return
-        self._name = name
-        self.close()
-        self._heartbeat.spoken()
-        say(f"{name} ...", sys.stderr)
-
-    def __call__(self, name: str, done: int, total: int | None) -> None:
-        if self._quiet:
-            return
-        if not self._bars:
-            self.begin(name)
-            if self._heartbeat.due():
-                say(f"{name}: {done} of {total or '?'} done", sys.stderr)
-            return
-        if self._bar is None or name != self._name:
-            self._name = name
-            self.close()
-            unit = "check" if name == "masking" else "image"
-            self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True)
-        self._bar.total = total or self._bar.total  # known after the first attack
-        self._bar.update(done - self._bar.n)

@@ -42,6 +42,15 @@ def verdict(result: dict[str, Any], run: Path) -> str:
     return "\n".join(lines)
 
 
+def under_budget(result: dict[str, Any]) -> str:
+    """One line of a judgement under another budget than the run's."""
+    found = [
+        f"{attack_title(name)} {interval(a['accuracy'])}, worst class {interval(a['worst_class'])}"
+        for name, a in result["attacks"].items()
+    ]
+    return f"weights {result['weights']}, eps {result['eps']:g}: {'; '.join(found)}"
+
+
 def _attacks(result: dict[str, Any]) -> list[str]:
     worst = [f"class {_worst(a, result['classes'])}: {interval(a['worst_class'])}" for a in result["attacks"].values()]
     width = max(26, *(len(w) + 2 for w in worst))

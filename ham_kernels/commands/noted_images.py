@@ -1,18 +1,22 @@
-"""What `ham evaluate` keeps of the images it judges, so that a report can verify and pair its results."""
+"""What `ham evaluate` keeps of the images it judges: to verify and pair its results, and a few to look at."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import data
+from ..common.files import write_atomically
 from ..common.troubles import text
+from ..evaluation.example_images import Examples
 from ..report.reading.evaluations import Attack
 from ..report.reading.flags import contradiction
 from ..report.reading.json_types import MALFORMED, read_as
@@ -49,3 +53,17 @@ def drop_altered(attacks: dict[str, Any], path: Path) -> None:
         if why:
             say(text("flags_contradict", file=path, attack=name, why=why), sys.stderr)
             del attacks[name]
+
+
+def write_examples(path: Path, found: Examples) -> dict[str, Any]:
+    """Writes the arrays x and x_adv, (n, C, H, W) float16 in [0, 1]. Returns {"file", "sha256", "rows"}, for JSON."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, x=found.x, x_adv=found.x_adv)
+    write_atomically(path, buffer.getbuffer())
+    return {"file": path.name, "sha256": hashlib.sha256(buffer.getbuffer()).hexdigest(), "rows": found.rows}
+
+
+def has_examples(path: Path, noted: Any) -> bool:
+    """Whether the file is there as it was written with these rows."""
+    known = noted.get("sha256") if isinstance(noted, dict) else None
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == known

@@ -1,4 +1,4 @@
-"""What a training run says while it runs: a bar on a terminal, one line per epoch elsewhere."""
+"""What a training run or a judgement says while it runs: a bar on a terminal, elsewhere a line per epoch or attack."""
 
 from __future__ import annotations
 
@@ -106,6 +106,53 @@ class TrainProgress:
     def _left(self) -> float:
         left = self._epochs * self._batches - self._done - self._new
         return left * (time.perf_counter() - self._started) / max(self._new, 1)
+
+
+class JudgeProgress:
+    """A bar per attack on a terminal, else a line per attack, and one a minute."""
+
+    def __init__(self, quiet: bool, where: str = ""):
+        self._where = where  # the attacks are, behind their names
+        self._quiet, self._bars, self._heartbeat = quiet, on_terminal(), Heartbeat()
+        self._bar: tqdm | None = None
+        self._name = ""
+
+    def __enter__(self) -> JudgeProgress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def begin(self, name: str) -> None:
+        """A line for what comes next, behind the bar before it."""
+        if self._quiet or name == self._name:
+            return
+        self._name = name
+        self.close()
+        self._heartbeat.spoken()
+        say(f"{name} ...", sys.stderr)
+
+    def __call__(self, name: str, done: int, total: int | None) -> None:
+        if self._quiet:
+            return
+        name += self._where
+        if not self._bars:
+            self.begin(name)
+            if self._heartbeat.due():
+                say(f"{name}: {done} of {total or '?'} done", sys.stderr)
+            return
+        if self._bar is None or name != self._name:
+            self._name = name
+            self.close()
+            unit = "check" if name.startswith("masking") else "image"
+            self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True)
+        self._bar.total = total or self._bar.total  # known after the first attack
+        self._bar.update(done - self._bar.n)
 
 
 def epoch_line(report: EpochReport) -> str:

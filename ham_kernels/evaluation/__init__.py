@@ -2,6 +2,7 @@
 
 from .class_accuracy import Interval, intervals
 from .evaluate import ClassAccuracy, evaluate
+from .example_images import examples
 from .gradient_masking import masking
 from .paper_analyses import confidence, easy_stays_easy
 from .partial_results import StoreWarning
@@ -15,6 +16,7 @@ __all__ = [
     "masking",
     "confidence",
     "easy_stays_easy",
+    "examples",
     "Interval",
     "StoreWarning",
 ]

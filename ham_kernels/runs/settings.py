@@ -26,6 +26,7 @@ _MASKING = tyro.conf.arg(
     help_behavior_hint="(default: where that costs no more than the attacks, or its other flags are given)",
 )
 _RUNS = tyro.conf.arg(help_behavior_hint="(default: the run's)")
+_IN_PROPORTION = tyro.conf.arg(help_behavior_hint="(default: the run's, in proportion to eps)")
 
 
 @dataclass(frozen=True)
@@ -247,8 +248,10 @@ class JudgeSettings:
     transfer_from: Path | None = None
     """Another run, whose adversarial examples should not be stronger than this run's own."""
     analyses: bool = True
-    """Over-confident adversarial examples, and which easy ones stay easy (on training images)."""
+    """Over-confident adversarial examples, and which easy ones stay easy (on training images); an image of each class
+    with its perturbation."""
     analysis_images: Annotated[int, Ge(1)] = 2048
+    """At most so many images are analysed."""
     threshold: Annotated[float, Gt(0.5), Le(1)] = 0.9
     """Confidence from which an adversarial example counts as over-confident."""
 
@@ -278,18 +281,28 @@ class EvaluateSettings(JudgeSettings, _WhichWeights):
 
     eps: Annotated[float | None, Ge(0), _RUNS] = None
     """Budget, in units of images in [0, 1]."""
-    step_size: Annotated[float | None, Ge(0), _RUNS] = None
+    step_size: Annotated[float | None, Ge(0), _IN_PROPORTION] = None
     """Of one attack step."""
+    eps_curve: Annotated[tuple[float, ...], Gt(0), tyro.conf.arg(help_behavior_hint="(default: none)")] = ()
+    """Judge the attacks (but clean) under each of these budgets too, step_size in proportion, in files of their own."""
     path: str | None = None
     """Where the run's images lie now, if they have moved; they must be the same."""
 
+    def check(self) -> None:
+        super().check()
+        given = " ".join(f"{eps:g}" for eps in self.eps_curve)
+        if len(set(given.split())) < len(self.eps_curve):
+            raise ValueError(f"eps_curve: got {given}; give each budget once")
+        if self.eps_curve and set(self.attacks) == {"clean"}:
+            raise ValueError(f"eps_curve: got {given} with attacks=clean, which no budget changes; add such as pgd20")
 
-def check_step(step_size: float, norm: str) -> None:
-    """A step of more than white from black is a mistake in the unit. Raises: ValueError."""
-    if norm == "linf" and step_size > 1:
+
+def check_step(size: float, norm: str, name: str = "step_size") -> None:
+    """A step or a budget of more than white from black is a mistake in the unit. Raises: ValueError."""
+    if norm == "linf" and size > 1:
         raise ValueError(
-            f"step_size: got {step_size:g}, but images are in [0, 1]; it must be at most 1 under linf (did you mean "
-            f"{step_size:g}/255?)"
+            f"{name}: got {size:g}, but images are in [0, 1]; it must be at most 1 under linf (did you mean "
+            f"{size:g}/255?)"
         )
 
 
