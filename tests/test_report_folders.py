@@ -218,7 +218,7 @@ def test_names_are_escaped(tmp_path):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert data["sections"][0]["classes"][0] == "<b>cat</b>"
     latex = (tmp_path / "out" / "table.tex").read_text()
-    assert r"a\_b \& 50\% $<$i$>$\$x\$$<$/i$>$ $|$ \{c\} \textbackslash{} *d* & " in latex
+    assert r"a\_b \& 50\% $<$i$>$\$x\$$<$/i$>$ $|$ \{c\} \textbackslash{} *d*} & " in latex
     markdown = (tmp_path / "out" / "table.md").read_text()
     assert r"| a\_b &amp; 50% &lt;i>$x$&lt;/i> \| {c} \\ \*d\* | " in markdown
 

@@ -91,12 +91,13 @@ def test_runs_without_a_digest_fall_back_on_the_name(tmp_path):
 
 
 def test_other_precision_is_not_ranked(tmp_path):
-    runs = pair(tmp_path)
-    assert "**50.0**" not in built(runs, tmp_path / "a")[2]
-    assert "**40.0**" in built(runs, tmp_path / "a")[2]
+    runs = [
+        fake_run(tmp_path / m, m, accuracy={"pgd20": of}) for m, of in (("pgd_at", [0.5, 0.4]), ("ham", [0.8, 0.7]))
+    ]
+    assert "**70.0**" in built(runs, tmp_path / "a")[2]
     change_evaluation(runs[1], lambda raw: raw.update(precision="bf16"))
     _, (section,), text = built(runs, tmp_path / "b")
-    assert "**40.0**" not in text
+    assert "**70.0**" not in text
     measured = [c["measured"] for c in section["claims"] if c["claim"].startswith("worst")]
     assert measured
     assert all(words.startswith("not judged: judged unlike in precision (bf16 and fp32)") for words in measured)

@@ -117,10 +117,8 @@ def _report(argv: list[str]) -> int:
     wanted = flags.parse_report(argv)
     from .. import report
 
-    told = {
-        name: getattr(wanted, name) for name in ("title", "baseline", "attack", "audit", "require", "columns", "pdf")
-    }
-    page = report.build(wanted.runs, wanted.out, **told)
+    told = dict(vars(wanted))
+    page = report.build(told.pop("runs"), told.pop("out"), **told)
     print(f"written: {page}, with its figures and tables beside it")
     data = json.loads((page.parent / "data.json").read_text(encoding="utf-8"))
     held = [one for section in data["sections"] for one in section["audit"]]

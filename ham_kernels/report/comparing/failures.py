@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from ..reading.evaluations import Attack, Evaluation
-from ..strength import CLEAN
+from ..strength import CLEAN, strongest
 from .groups import Group
 from .over_seeds import spread
 
 MOST = 10  # of the confusions that are told
 MANY_CLASSES = 20  # above: the most frequent confusions alone
+
+
+def attack_with_answers(groups: Sequence[Group]) -> str | None:
+    """The strongest attack of which all runs, else most, keep the answers."""
+    runs = [e for g in groups for e in g.evaluated(g.weights)]
+    return strongest([[name for name, a in e.attacks.items() if a.answers is not None] for e in runs])
+
+
+def attack_over_eps(groups: Sequence[Group]) -> str | None:
+    """The strongest attack that runs judged under several budgets share."""
+    runs = [run for g in groups for run in g.counted if run.other_eps]
+    return strongest([set.intersection(*(set(e.attacks) for e in run.other_eps)) for run in runs])
 
 
 def confusion(group: Group, attack: str | None) -> dict[str, Any] | None:
@@ -77,11 +90,12 @@ def _same_weights(a: Evaluation, b: Evaluation) -> bool:
 
 
 def examples(group: Group) -> dict[str, Any] | None:
-    """{"run", "file", "attack", "rows"} of the first run that keeps example images."""
+    """{"run", "file", "sha256", "attack", "rows"} of the first run that keeps example images."""
     for run in group.counted:
         judged = run.evaluations.get(group.weights)
         if judged and judged.examples:
-            path = run.folder / "evaluation" / judged.examples.file
-            rows = [dict(vars(row)) for row in judged.examples.rows]
-            return {"run": run.name, "file": str(path), "attack": judged.examples.attack, "rows": rows}
+            told = judged.examples
+            path = run.folder / "evaluation" / Path(told.file).name
+            rows = [dict(vars(row)) for row in told.rows]
+            return {"run": run.name, "file": str(path), "sha256": told.sha256, "attack": told.attack, "rows": rows}
     return None

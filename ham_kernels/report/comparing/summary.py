@@ -14,7 +14,7 @@ from .analyses import confidence, curves, easy, masking
 from .audit import audit
 from .claims import claims
 from .comparable import machines_of, one_class, training_of
-from .failures import confusion, examples, over_eps
+from .failures import attack_over_eps, attack_with_answers, confusion, examples, over_eps
 from .forwards import forwards
 from .frontier import frontier
 from .groups import Group, Section
@@ -42,7 +42,7 @@ def summarise(sections: Sequence[Section], required: Sequence[Requirement] = ())
 # ---------------------------------------------------------------- sections
 def _section(section: Section, required: Sequence[Requirement]) -> dict[str, Any]:
     attack = headline_attack(section.groups, section.attack)
-    groups = [_group(group, group is section.baseline, attack) for group in section.groups]
+    groups = _groups(section)
     base = groups[0] if section.baseline else None
     judging = of_each_family(attacks_run(section.groups), attack)
     pairs = _pairs(section, set(judging)) if base else {}
@@ -102,7 +102,16 @@ def _val_attack(groups: Sequence[Group]) -> str | None:
 
 
 # ---------------------------------------------------------------- groups
-def _group(group: Group, is_baseline: bool, attack: str | None) -> dict[str, Any]:
+def _groups(section: Section) -> list[dict[str, Any]]:
+    answers, curve = attack_with_answers(section.groups), attack_over_eps(section.groups)
+    return [
+        _group(group, group is section.baseline)
+        | {"confusion": confusion(group, answers), "over_eps": over_eps(group, curve), "examples": examples(group)}
+        for group in section.groups
+    ]
+
+
+def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
     shown = group.evaluated(group.weights)
     return {
         "title": group.title,
@@ -128,9 +137,6 @@ def _group(group: Group, is_baseline: bool, attack: str | None) -> dict[str, Any
         "confidence": confidence([e.confidence for e in shown if e.confidence]),
         "easy": easy([e.easy for e in shown if e.easy]),
         "masking": masking(group),
-        "confusion": confusion(group, attack),
-        "over_eps": over_eps(group, attack),
-        "examples": examples(group),
     }
 
 

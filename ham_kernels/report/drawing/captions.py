@@ -135,15 +135,16 @@ def frontier_classes(section: Section) -> str:
 
 
 def confusion(section: Section) -> str:
+    attack = attack_title(_of_groups(section, "confusion"))
     return (
-        "Of the images of each class, the share that the model takes for another under "
-        f"{attack_title(section['attack'])}; on the diagonal those it still gets right. All seeds together."
-        f"{_left_out(section, 'confusion', failures.CONFUSED)}"
+        f"Of the images of each class, the share that is taken for another under {attack}; on the diagonal those that "
+        f"the model still gets right. All seeds together.{_left_out(section, 'confusion', failures.CONFUSED)}"
     )
 
 
 def over_eps(section: Section) -> str:
-    return f"Step sizes in proportion to ε. Dotted: the ε that everything else is by. {_errors(section)}"
+    attack = attack_title(_of_groups(section, "over_eps"))
+    return f"{attack}, step sizes in proportion to ε. Dotted: the ε that everything else is by. {_errors(section)}"
 
 
 def examples(section: Section) -> str:
@@ -155,6 +156,11 @@ def examples(section: Section) -> str:
     )
 
 
+def _of_groups(section: Section, key: str) -> str:
+    """The attack that this part of every group is by."""
+    return next(group[key]["attack"] for group in section["groups"] if group[key])
+
+
 def _left_out(section: Section, key: str, count: int) -> str:
     more = sum(bool(g[key]) for g in section["groups"]) - count
-    return f" Shown are the baseline and the best worst classes; {more} more are in data.json." if more > 0 else ""
+    return f" Shown are the baseline and the best worst classes; data.json has {more} more." if more > 0 else ""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ def confusion(section: Section, styles: Styles) -> Figure | None:
         return None
     columns = min(2, len(groups))
     rows = math.ceil(len(groups) / columns)
-    figure = Figure(figsize=(6.5, 0.4 + (3.4 if columns == 2 else 5.2) * rows), layout="constrained")
+    figure = Figure(figsize=(6.5, 0.2 + (2.8 if columns == 2 else 5.2) * rows), layout="constrained")
     called, titles = names.classes(section, 10), names.titles(section, 34)
     for axes, group in zip(figure.subplots(rows, columns, squeeze=False).flat, groups, strict=False):
         values = np.array([[np.nan] * len(called) if row is None else row for row in group["confusion"]["shares"]])
@@ -79,7 +82,7 @@ def over_eps(section: Section, styles: Styles) -> Figure | None:
             error = 100 * np.array([reach(s) for s in found[measure]]).T
             axes.errorbar(found["eps"], mean, error, capsize=2, elinewidth=0.8, markersize=5, **look)
         axes.axvline(section["eps"], color="#444444", linewidth=0.8, linestyle="dotted")
-        axes.set(xlabel="ε", title=words, xlim=(0, None), ylim=(0, 100))
+        axes.set(xlabel="ε", title=words, xlim=(0, None), ylim=(-3, 103))
     figure.axes[0].set_ylabel(f"accuracy under {attack_title(groups[0]['over_eps']['attack'])}, %")
     legend_below(figure, handles_of(groups, section, styles))
     return figure
@@ -114,12 +117,15 @@ def examples(section: Section, styles: Styles) -> Figure | None:
 
 
 def _read(group: dict) -> tuple[np.ndarray, np.ndarray] | None:
-    """x and x_adv, (n, C, H, W); None where the file is gone or holds something else."""
+    """x and x_adv, (n, C, H, W); None where the file is gone, or is not the one that was written."""
     told = group["examples"]
     try:
-        with np.load(Path(told["file"]), allow_pickle=False) as held:
+        content = Path(told["file"]).read_bytes()
+        if told["sha256"] not in (None, hashlib.sha256(content).hexdigest()):
+            return None
+        with np.load(io.BytesIO(content), allow_pickle=False) as held:
             x, x_adv = (np.asarray(held[key], np.float32) for key in ("x", "x_adv"))
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     return (x, x_adv) if x.ndim == 4 and x.shape == x_adv.shape and len(x) == len(told["rows"]) else None
 

@@ -99,11 +99,11 @@ ENTRIES = (
         findings.changes, "Classes that gain or lose most", of_classes=True,
     ),
     _Entry(
-        "confusion", f"Which class is taken for which{UNDER}", failures.confusion, captions.confusion,
+        "confusion", "Which class is taken for which", failures.confusion, captions.confusion,
         findings.confusion, of_classes=True,
     ),
     _Entry(
-        "over_eps", f"Accuracy over ε{UNDER}", failures.over_eps, captions.over_eps, findings.over_eps,
+        "over_eps", "Accuracy over ε", failures.over_eps, captions.over_eps, findings.over_eps,
         of_classes=True,
     ),
     _Entry(

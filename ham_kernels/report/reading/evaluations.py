@@ -137,6 +137,7 @@ class Examples:
 
     attack: str
     file: str
+    sha256: str | None = None
     rows: tuple[Example, ...]
 
 

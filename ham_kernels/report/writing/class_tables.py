@@ -10,7 +10,8 @@ from typing import Any
 from ..comparing.groups import Section
 from ..reading.evaluations import WEIGHTS
 from ..reading.flags import class_images
-from ..text_format import NONE, attack_title
+from ..text_format import NONE
+from .columns import title_of
 from .table import Cell, Table
 
 HEAD = (
@@ -26,7 +27,7 @@ def class_tables(section: dict[str, Any]) -> list[Table]:
         if not accuracy:
             continue
         counts = next((a["class_images"] for a in accuracy.values() if a["class_images"]), None)
-        head = [("", "Class"), ("", "Images"), *((f"{attack_title(name)}, %", "") for name in accuracy)]
+        head = [("", "Class"), ("", "Images"), *(("", f"{title_of(name)}, %") for name in accuracy)]
         table = Table(head, caption=f"{group['title']}; {WEIGHTS[group['weights']]}; {_errors(group)}.")
         for c, name in enumerate(section["classes"]):
             row = [Cell(name, words=True), Cell(NONE if counts is None else str(counts[c]))]

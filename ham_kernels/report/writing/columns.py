@@ -11,7 +11,7 @@ from ..comparing.claims import same_seeds
 from ..comparing.comparable import judged_unlike, same_work
 from ..comparing.over_seeds import interval_of_difference
 from ..strength import CLEAN
-from ..text_format import NONE, attack_title, mean_std, mean_std_time
+from ..text_format import NONE, attack_title, mean_std, mean_std_time, shortened
 from .table import Cell, Table
 
 Group = dict[str, Any]
@@ -20,6 +20,7 @@ MEASURES: dict[str, tuple[str, Callable]] = {
     "std": ("std", min), "nstd": ("nstd", min), "gini": ("gini", min),
 }  # fmt: skip
 RATIOS = ("nstd", "gini")  # the others are in percent
+SHORT = 14  # letters of a baseline's title that an article has room for
 COSTS = ("time", "relative", "forwards")
 
 
@@ -39,10 +40,13 @@ def accuracy(attack: str, name: str, span: str | None = None) -> Column:
     def alike(ranked: Sequence[Group]) -> bool:
         return not judged_unlike(judged(g, attack) for g in ranked)
 
+    def cell(group: Group) -> Cell:
+        found = share(judged(group, attack), measure)
+        lost = best is min and not judged(group, attack).get("average", {}).get("mean")
+        return replace(found, value=None) if lost else found  # where every image is lost, all classes are equal
+
     words = {"worst3": "worst 3", "gini": "Gini"}.get(name, name)
-    return Column(
-        span or f"{title_of(attack)}, %", words, lambda g: share(judged(g, attack), measure), best, alike, attack
-    )
+    return Column(span or f"{title_of(attack)}, %", words, cell, best, alike, attack)
 
 
 def cost(name: str, baseline: str | None, unit: tuple[float, str] | None = None) -> Column:
@@ -50,7 +54,9 @@ def cost(name: str, baseline: str | None, unit: tuple[float, str] | None = None)
     if name == "forwards":
         return Column("Forwards", "a step", _forwards, min, lambda _: True)
     if name == "relative":
-        return Column("Training", f"/ {baseline}", _relative, min, _same_work)
+        return Column(
+            "Training", f"/ {baseline if unit is None else shortened(baseline, SHORT)}", _relative, min, _same_work
+        )
     if unit is None:
         return Column("Training", "time", _time, min, _same_work)
     return Column("Training", f"time, {unit[1]}", lambda g: _in_units(g["time"], unit[0]), min, _same_work)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..comparing.frontier import COSTS
-from ..text_format import NONE, attack_title, duration
+from ..text_format import NONE, attack_title, duration, shortened
+from .columns import SHORT
 from .table import Cell, Table
 
 FEW = 2  # of the methods that dominate one
@@ -40,9 +41,10 @@ def frontier_article(section: dict[str, Any], number: int = 1) -> Table:
     """The columns of `frontier_table` that fit an article's page."""
     whole = frontier_table(section)
     kept = [
-        i for i, (span, name) in enumerate(whole.head) if name in ("Method", "avg", "worst", "std") or name[:2] == "/ "
+        i for i, (_, name) in enumerate(whole.head) if name in ("Method", "avg", "worst", "std") or name[:2] == "/ "
     ]
-    table = Table([whole.head[i] for i in kept], [[row[i] for i in kept] for row in whole.rows], whole.caption)
+    head = [(span, shortened(name, SHORT + 2)) for span, name in whole.head]
+    table = Table([head[i] for i in kept], [[row[i] for i in kept] for row in whole.rows], whole.caption)
     table.label = "tab:frontier" + (f"-{number}" if number > 1 else "")
     return table
 

@@ -28,6 +28,11 @@ class Table:
     label: str = ""
 
     @property
+    def of_words(self) -> set[int]:
+        """The columns that hold text."""
+        return {i for row in self.rows for i, cell in enumerate(row) if cell.words}
+
+    @property
     def spans(self) -> list[tuple[str, list[int]]]:
         """(words, the columns that they are over, counted from 1)."""
         columns = groupby(enumerate(self.head, 1), key=lambda column: column[1][0])

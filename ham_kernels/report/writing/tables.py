@@ -91,6 +91,8 @@ def all_accuracies(section: dict[str, Any]) -> Table:
 def confusion_table(section: dict[str, Any]) -> Table:
     """The most frequent confusions of each method."""
     table = Table([("", "Method"), ("", "Class"), ("", "taken for"), ("", "of its images, %")])
+    by = [g["confusion"]["attack"] for g in section["groups"] if g["confusion"]]
+    table.caption = f"Under {title_of(by[0])}, all seeds together." if by else ""
     for group in section["groups"]:
         for pair in (group["confusion"] or {"pairs": ()})["pairs"][: 10 if len(section["groups"]) == 1 else 3]:
             names = (section["classes"][pair[of]] for of in ("label", "answer"))
@@ -121,10 +123,11 @@ def _costs(section: dict, groups: Sequence[dict], names: Sequence[str], in_units
 
 def _table(section: dict, groups: Sequence[dict], columns: Sequence[Column]) -> Table:
     table = Table([("", "Method"), *((column.span, column.name) for column in columns)])
-    table.caption = _caption(section, groups, columns)
     mixed = len({g["weights"] for g in groups if not g["adopted"]} - {None}) > 1
     table.rows = [[Cell(_method(g, mixed)), *(column.cell(g) for column in columns)] for g in groups]
     mark_best(table, columns, groups)
+    bold = any(cell.best for row in table.rows for cell in row)
+    table.caption = f"{_caption(section, groups, columns)}.{f' {BOLD}' if bold else ''}"
     return table
 
 
@@ -142,7 +145,7 @@ def _caption(section: dict, groups: Sequence[dict], columns: Sequence[Column]) -
     seeds = "one seed" if counts == {1} else f"{_range(counts)} seeds, mean ± standard deviation"
     weights = {g["weights"] for g in groups if not g["adopted"]} - {None}
     of = f"; {WEIGHTS[weights.pop()]}" if len(weights) == 1 else ""
-    return f"{section['title']}; {seeds}{of}{_images(groups, columns)}{_no_gradient(groups, columns)}. {BOLD}"
+    return f"{section['title']}; {seeds}{of}{_images(groups, columns)}{_no_gradient(groups, columns)}"
 
 
 def _images(groups: Sequence[dict], columns: Sequence[Column]) -> str:
