@@ -147,10 +147,7 @@ def test_curves(section):
 
 def test_markdown(two_methods):
     lines = (two_methods / "table.md").read_text().splitlines()
-    assert lines[0] == (
-        "digits, ε 0.2 (L∞); 2 seeds, mean ± standard deviation; weight average. "
-        "Bold: the best value, and those that a 95 % interval of the difference does not tell from it."
-    )
+    assert lines[0] == "digits, ε 0.2 (L∞); 2 seeds, mean ± standard deviation; weight average."
     head, _, base, ham = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:])
     assert head[1:] == [
         "Clean avg", "Clean worst", "PGD-20 avg", "PGD-20 worst", "AutoAttack avg", "AutoAttack worst",
