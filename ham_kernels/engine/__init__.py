@@ -9,7 +9,7 @@ replay), `engine` (Engine, which ties them together). Nothing here knows an atta
 from .buffers import Buffers
 from .engine import PLAIN, Engine, fast, plain
 from .first_look import ROWS, findings, first_look, look_once, runnable
-from .host_reads import BatchGuard, NonFiniteError, Stopwatch, largest_entries, start_read
+from .host_reads import BatchGuard, NonFiniteError, Stopwatch, largest_entries, no_gradient, start_read
 from .memory import keep_freed_memory, return_freed_memory
 from .modes import JUDGING_PRECISIONS, PRECISIONS, attack_mode, autocast, model_device, note_resting, update_mode
 from .options import EngineError, EngineOptions, EngineWarning
@@ -34,6 +34,7 @@ __all__ = [
     "first_look",
     "keep_freed_memory",
     "largest_entries",
+    "no_gradient",
     "look_once",
     "model_device",
     "note_resting",

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from scipy.special import betaincinv
-from torch import Tensor
+from torch import Tensor, nn
 
+from .. import engine
 from ..common import checks
 from ..common.class_measures import gini, value_range, worst_mean
 
@@ -73,6 +74,15 @@ def correct_rows(z: Tensor, y: Tensor) -> Tensor:
     argmax would give ties, which are common in bf16, to the class with the lower number.
     """
     return ~_ops.margin_stats(z, y, None, None, probs=False)[1]
+
+
+@torch.no_grad()
+def logits_at(model: nn.Module, x: Tensor, precision: str) -> Tensor:
+    """One forward of the plain model without a graph."""
+    with engine.autocast(precision, x.device):
+        z = model(x)
+    checks.model_output(z, x.shape[0])
+    return z
 
 
 def answers(z: Tensor, y: Tensor, correct: Tensor) -> Tensor:

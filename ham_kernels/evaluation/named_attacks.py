@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from .. import engine
 from ..attack.pgd import PGD, Attack
 from ..common import checks
-from . import autoattack
-from .class_accuracy import answers, correct_rows
+from . import autoattack, odi
+from .class_accuracy import answers, correct_rows, logits_at
 
-NAMES = "'clean' and 'pgdK' such as 'pgd20', also 'fgsm', 'cwK', 'apgd' and 'autoattack'"
+NAMES = "'clean' and 'pgdK' such as 'pgd20', also 'fgsm', 'cwK', 'odiR', 'apgd' and 'autoattack'"
 SEARCHES = ("plain", "fast")
 _PASSES = {"apgd": 1_000, "autoattack": 10_000}
 RESTART_STRIDE = 1 << 20  # noise is keyed on (seed, step): step = batch + restart * stride
@@ -36,8 +36,12 @@ class Plan:
         return self.name in autoattack.NAMES
 
     @property
+    def of_odi(self) -> bool:
+        return self.name.startswith("odi")
+
+    @property
     def passes(self) -> int:
-        """Forwards of each image, about; of AutoAttack's parts for one that resists."""
+        """Forwards of each image, about; of AutoAttack's parts and of ODI for one that resists."""
         return _PASSES.get(self.name, 1 + self.pgd.steps * self.restarts)
 
     def settings(self, classes: int) -> dict:
@@ -47,6 +51,8 @@ class Plan:
         ball = {"attack": self.name, "norm": self.pgd.norm, "eps": self.pgd.eps}
         if self.of_autoattack:
             return {**ball, **autoattack.settings(), "parts": list(autoattack.parts(self.name, classes))}
+        if self.of_odi:
+            return {**ball, **odi.settings(), "restarts": self.restarts}
         pgd = self.pgd
         return {
             **ball, "step_size": pgd.step_size, "steps": pgd.steps, "loss": pgd.loss,
@@ -76,6 +82,8 @@ def _plan(name: str, eps: float, step_size: float, norm: str, restarts: int) -> 
         return Plan(name, PGD(eps, eps, 1, norm, random_start=False))
     if name in autoattack.NAMES:
         return Plan(name, PGD(eps, 0.0, 0, norm))
+    if isinstance(name, str) and (match := re.fullmatch(r"odi([1-9]\d{0,2})", name)):
+        return Plan(name, PGD(eps, eps, odi.DIRECTED + odi.STEPS, norm), int(match[1]))
     match = re.fullmatch(r"(pgd|cw)([1-9]\d*)", name) if isinstance(name, str) else None
     if match is None:
         raise ValueError(f"attacks: got {name!r}; allowed are {NAMES}")
@@ -143,6 +151,11 @@ def survivors(
     if plan.of_autoattack:
         found = autoattack.survivors(model, x, y, plan.pgd, name=plan.name, seed=seed + batch, **how)
         return Survivors(found.correct, found.answers, found.classes, lost=found.lost)
+    if plan.of_odi:
+        found = odi.survivors(
+            model, x, y, plan.pgd, plan.restarts, seed=seed, batch=batch, stride=RESTART_STRIDE, **how
+        )
+        return Survivors(found.correct, found.answers, found.classes, found.no_gradient)
     attack, at = walk(model, x, y, plan.pgd, seed=seed, batch=batch, **how)
     z = at[plan.pgd.steps]
     correct = correct_rows(z, y)
@@ -183,12 +196,3 @@ def walk(
     attack.guard.logits(final)
     attack.guard.read()
     return attack, seen
-
-
-@torch.no_grad()
-def logits_at(model: nn.Module, x: Tensor, precision: str) -> Tensor:
-    """One forward without a graph."""
-    with engine.autocast(precision, x.device):
-        z = model(x)
-    checks.model_output(z, x.shape[0])
-    return z

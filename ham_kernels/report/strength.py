@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-FAMILIES = ("fgsm", "pgd", "cw", "apgd", "autoattack")  # weakest first; names not known are weaker than these
+FAMILIES = ("fgsm", "pgd", "cw", "apgd", "odi", "autoattack")  # weakest first; names not known are weaker than these
 CLEAN = "clean"
 
 

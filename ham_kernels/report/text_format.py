@@ -21,7 +21,7 @@ def attack_title(name: str | None) -> str:
     if base != name:
         return f"{attack_title(base)}, {restarts} restarts"
     known = {"fgsm": "FGSM", "autoattack": "AutoAttack", "apgd": "APGD"}
-    for prefix in ("pgd", "cw", "apgd"):
+    for prefix in ("pgd", "cw", "apgd", "odi"):
         if name.startswith(prefix) and name[len(prefix) :].isdecimal():
             return f"{prefix.upper()}-{name[len(prefix) :]}"
     return known.get(name, name)
