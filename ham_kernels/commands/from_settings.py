@@ -107,15 +107,19 @@ def loaders_of(settings: TrainSettings, images: data.ImageSet | data.FileSet, de
     )
 
 
-def trainer_of(settings: TrainSettings, model: nn.Module, device: torch.device) -> Trainer:
+def optimizer_of(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
     o = settings.optim
-    model = model.to(device)
-    optimizer = torch.optim.SGD(model.parameters(), o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
-    run = settings.run
+    if o.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+    return torch.optim.AdamW(model.parameters(), o.lr, betas=o.adam_betas, eps=o.adam_eps, weight_decay=o.weight_decay)
+
+
+def trainer_of(settings: TrainSettings, model: nn.Module, device: torch.device) -> Trainer:
+    model, run = model.to(device), settings.run
     return Trainer(
-        model, optimizer, settings.method, **asdict(settings.attack), **asdict(settings.engine), device=device,
-        ema_decay=run.ema_decay, precision=run.precision, seed=run.seed, warm_up=settings.warm_up.name,
-        natural_epochs=settings.warm_up.natural_epochs,
+        model, optimizer_of(settings, model), settings.method, **asdict(settings.attack), **asdict(settings.engine),
+        device=device, ema_decay=run.ema_decay, precision=run.precision, seed=run.seed, warm_up=settings.warm_up.name,
+        natural_epochs=settings.warm_up.natural_epochs, grad_clip=settings.optim.grad_clip,
     )  # fmt: skip
 
 

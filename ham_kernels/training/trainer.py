@@ -49,6 +49,8 @@ class Trainer:
             "fgsm_rs" take one step, and are watched for catastrophic overfitting: where it is found, PGD-AT takes over
             after a warning.
         natural_epochs: so many epochs of the warm-up, the first, train on clean images.
+        grad_clip: >= 0. Gradients of an update whose norm over all of the optimiser's weights is larger are scaled down
+            to it, as torch.nn.utils.clip_grad_norm_ does; 0: off.
         channels_last: weights and images in NHWC order.
         compile: torch.compile of the model as the attack sees it (eval mode, no weight gradients).
         cuda_graphs: attack steps replayed per number of rows, updates where their number of rows repeats.
@@ -68,7 +70,7 @@ class Trainer:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, method: Method, *, eps: float = 8 / 255,
         step_size: float = 2 / 255, steps: int = 10, norm: str = "linf", ema_decay: float | None = None,
         device: torch.device | str | None = None, precision: str = "fp32", seed: int = 0, warm_up: str = "pgd_at",
-        natural_epochs: int = 0, channels_last: bool | str = False, compile: bool | str = False,
+        natural_epochs: int = 0, grad_clip: float = 0.0, channels_last: bool | str = False, compile: bool | str = False,
         cuda_graphs: bool | str = False, winograd: bool | str = False, keep_memory: bool = True,
     ):  # fmt: skip
         if not isinstance(model, nn.Module):
@@ -90,7 +92,7 @@ class Trainer:
         note_resting(model)  # before a first evaluation of the user's puts all of it into eval mode
         self.device = torch.device(device) if device is not None else model_device(model) or torch.device("cpu")
         self.engine = Engine(options, self.device)
-        self._update = Updater(optimizer, self.engine, self.device)
+        self._update = Updater(optimizer, self.engine, self.device, checks.real("grad_clip", grad_clip))
         self.average = None if ema_decay is None else WeightAverage(model, ema_decay)
         self._averages = True  # whether updates enter the weight average; the method's gate may close it
         self.epoch = 0  # epochs completed by fit
