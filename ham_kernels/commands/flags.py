@@ -52,6 +52,8 @@ class Train:
     """TOML file of settings, such as the config.toml of another run; flags override it."""
     resume: Path | None = None
     """Go on with this run, as its config.toml says; the other flags then are --until-epoch N, --path and --quiet."""
+    dry_run: bool = False
+    """Time a few steps of each kind of epoch, and say what the run would take; no run folder is made."""
     quiet: bool = False
     method: Annotated[str, _METHOD] = "ham"
     settings: TrainSettings = field(default_factory=TrainSettings)

@@ -33,6 +33,12 @@ def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool
     kill. Raises: FileExistsError if there is a run in `out`; ValueError, TypeError, FileNotFoundError naming the
     setting, before anything is written; Stopped after a signal.
     """
+    job = prepared(settings, out)
+    return job.work_in(_new_folder(job.settings) if out is None else RunFolder.create(out, job.settings), quiet)
+
+
+def prepared(settings: TrainSettings, out: str | Path | None = None) -> _Job:
+    """All of a new run but its folder. Raises: as `train` does."""
     if not isinstance(settings, TrainSettings):
         raise TypeError(f"settings: got {settings!r}; it must be TrainSettings, such as ham_kernels.preset('digits')")
     settings.check()
@@ -40,8 +46,7 @@ def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool
     RunFolder("runs" if out is None else out).check_writable()
     if out is not None:
         RunFolder(out).check_free()
-    job = _Job(settings)
-    return job.work_in(_new_folder(settings) if out is None else RunFolder.create(out, settings), quiet)
+    return _Job(settings)
 
 
 def resume(
@@ -122,7 +127,10 @@ class _Job:
                 say(f"{run.path}: {trainer.epoch} of {epochs} epochs are done already")
             return trainer
         if not quiet:
-            self._say_what(found is not None)
+            self.say_what(str(run.path))
+            if found is not None:
+                epoch, done = trainer.position
+                say(f"goes on in epoch {epoch} after {done} batches")
         run.begin_session(*trainer.position)
         run.set_status("running", trainer.epoch, epochs)
         batches = len(self.loaders.train)
@@ -241,14 +249,12 @@ class _Job:
         self.best = dict(state["best"])
         self.run.drop_best_after(self.trainer.epoch)
 
-    def _say_what(self, resumed: bool) -> None:
+    def say_what(self, name: str) -> None:
+        """The run in some lines."""
         s, trainer = self.settings, self.trainer
         images = f"{s.data.path} (preset: {s.data.dataset})" if s.data.path else s.data.dataset
         millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-        say(
-            f"{self.run.path}: {images}, {s.model.name} ({millions:.2f} M parameters), "
-            f"{s.method.describe(s.warm_up.name)}"
-        )
+        say(f"{name}: {images}, {s.model.name} ({millions:.2f} M parameters), {s.method.describe(s.warm_up.name)}")
         say(run_images.task_in_words(self.facts))
         say(
             f"eps {s.attack.eps:g}, step {s.attack.step_size:g}, K {s.attack.steps}, {s.attack.norm}; {s.optim.epochs} "
@@ -256,9 +262,6 @@ class _Job:
         )
         if self.begun is not None:
             say(self.begun)
-        if resumed:
-            epoch, batches = trainer.position
-            say(f"goes on in epoch {epoch} after {batches} batches")
 
 
 def _tensorboard(folder: Path, first_epoch: int):

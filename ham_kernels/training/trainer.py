@@ -207,9 +207,9 @@ class Trainer:
         while self.epoch < epochs:
             report = self._train_epoch(train_loader, self.epoch + 1, on_batch_end)
             if val_loader is not None:
-                report.val = self._judged(self.model, val_loader, val_attacks)
+                report.val = self.judged(self.model, val_loader, val_attacks)
                 if self.average is not None:
-                    report.val_ema = self._judged(self.ema_model, val_loader, val_attacks)
+                    report.val_ema = self.judged(self.ema_model, val_loader, val_attacks)
             self._end_epoch(report, train_loader)
             if scheduler is not None:
                 _step(scheduler)
@@ -276,7 +276,8 @@ class Trainer:
         return x.to(self.device), y.to(self.device)
 
     # ------------------------------------------------------------ validation
-    def _judged(self, model: nn.Module, loader: Iterable, attacks: Sequence[str]) -> dict[str, ClassAccuracy]:
+    def judged(self, model: nn.Module, loader: Iterable, attacks: Sequence[str]) -> dict[str, ClassAccuracy]:
+        """Accuracies of a model by attack, as `fit` takes them after an epoch."""
         wanted = plans(attacks, **self.budget)
         return accuracies(model, loader, wanted, device=self.device, precision=self.precision, seed=self.seed)
 
