@@ -84,7 +84,7 @@ class Estimate:
         if any(k.method.early_drop for k in self.kinds):
             none, every = (duration(self.seconds(hard=share)) for share in (0.0, 1.0))
             said.append(
-                f"the share of hard rows changes in training; by the cost model {none} with none of them, {every} with all"
+                f"the share of hard rows changes in training: {none} with none, {every} with all, by the cost model"
             )
         return [*said, f"peak memory: {self.peak}"]
 
