@@ -62,9 +62,15 @@ def test_stop_after_any_batch(stop_at, reference, tmp_path, monkeypatch, one_thr
     assert_same_weights(tmp_path / "run", reference)
 
 
-def test_adamw_goes_on_within_an_epoch(tmp_path, monkeypatch, one_thread):
-    told = settings("--optimizer", "adamw", "--grad-clip", "0.5")
-    assert told.optim.lr == 1e-3
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--optimizer", "adamw", "--grad-clip", "0.5", "--balance", "weights"),
+        ("--balance", "sampler", "--augment", "crop"),
+    ],
+)
+def test_optimizers_and_balance_go_on_within_an_epoch(more, tmp_path, monkeypatch, one_thread):
+    told = settings(*more)
     train_command.train(told, tmp_path / "whole", quiet=True)
     original = train_command._Job._batch_end
 
@@ -346,9 +352,9 @@ def test_a_checkpoint_may_be_older_than_a_setting(stopped, tmp_path, one_thread)
     shutil.copytree(stopped, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     path, state, _ = run.checkpoints.load_newest()
-    young = ("optimizer", "adam_betas", "adam_eps", "grad_clip")
+    young = ("optimizer", "adam_betas", "adam_eps", "grad_clip", "balance")
     for name in young:
-        del state["settings"]["optim"][name]
+        del state["settings"]["data" if name == "balance" else "optim"][name]
     files.save(path, state)
     config = run.path / "config.toml"
     text = config.read_text()

@@ -94,7 +94,7 @@ def test_settings_are_what_the_trainer_takes():
     """Attack, engine and what a run tells: each is an argument of the trainer, by the same name."""
     taken = inspect.signature(ham.Trainer.__init__).parameters
     told = {f.name for section in (TrainSettings().attack, TrainSettings().engine) for f in dataclasses.fields(section)}
-    told |= {"ema_decay", "precision", "seed", "warm_up", "natural_epochs", "grad_clip"}
+    told |= {"ema_decay", "precision", "seed", "warm_up", "natural_epochs", "grad_clip", "loss_weights"}
     assert told == set(taken) - {"self", "model", "optimizer", "method", "device"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import data, models
+from ..methods.class_weights import count_weights
 from ..runs.folder import RunFolder
 from ..runs.settings import TrainSettings, lr_factor
 from ..training.trainer import Trainer
@@ -103,8 +105,9 @@ def trained_model(settings: TrainSettings, facts: dict, state: dict, device: tor
 def loaders_of(settings: TrainSettings, images: data.ImageSet | data.FileSet, device: torch.device) -> data.Loaders:
     d = settings.data
     return data.loaders(
-        images, d.batch_size, seed=settings.run.seed, augment=d.augment, device=device, workers=d.workers
-    )
+        images, d.batch_size, seed=settings.run.seed, augment=d.augment, balanced=d.balance == "sampler", device=device,
+        workers=d.workers,
+    )  # fmt: skip
 
 
 def optimizer_of(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
@@ -114,12 +117,16 @@ def optimizer_of(settings: TrainSettings, model: nn.Module) -> torch.optim.Optim
     return torch.optim.AdamW(model.parameters(), o.lr, betas=o.adam_betas, eps=o.adam_eps, weight_decay=o.weight_decay)
 
 
-def trainer_of(settings: TrainSettings, model: nn.Module, device: torch.device) -> Trainer:
+def trainer_of(
+    settings: TrainSettings, model: nn.Module, device: torch.device, counts: Sequence[int] | None = None
+) -> Trainer:
+    """counts: training images of each class, for balance="weights"."""
     model, run = model.to(device), settings.run
+    weights = count_weights(counts) if counts is not None and settings.data.balance == "weights" else None
     return Trainer(
         model, optimizer_of(settings, model), settings.method, **asdict(settings.attack), **asdict(settings.engine),
         device=device, ema_decay=run.ema_decay, precision=run.precision, seed=run.seed, warm_up=settings.warm_up.name,
-        natural_epochs=settings.warm_up.natural_epochs, grad_clip=settings.optim.grad_clip,
+        natural_epochs=settings.warm_up.natural_epochs, grad_clip=settings.optim.grad_clip, loss_weights=weights,
     )  # fmt: skip
 
 

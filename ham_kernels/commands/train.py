@@ -94,7 +94,8 @@ class _Job:
         model = model_of(settings, len(images.classes), images.channels)
         fresh = run is None or not run.checkpoints.newest_first()
         self.begun = begin_with(settings, model) if settings.run.weights is not None and fresh else None
-        self.trainer = trainer_of(settings, model, device)
+        counts = list(images.class_counts["train"].values())
+        self.trainer = trainer_of(settings, model, device, counts)
         self.scheduler = scheduler_of(settings, self.trainer)
         self.loaders = loaders_of(settings, images, device)
         batches, size = len(self.loaders.train), settings.data.batch_size

@@ -65,6 +65,12 @@ class DataSettings(ImageSettings):
     """Training images set aside to choose the best checkpoint; 0 for none. The test set never chooses."""
     batch_size: Annotated[int, Ge(1), Words("batch={}")] = 128
     augment: Annotated[Literal["none", "crop", "crop+flip"], Words("augment={}")] = "none"
+    balance: Annotated[
+        Literal["none", "weights", "sampler"],
+        Words(by_value=(("weights", "classes weighed by count"), ("sampler", "balanced sampler"))),
+    ] = "none"
+    """Of classes with unlike many images: weights divides the loss of a row by how many its class has, on top of the
+    method's weights; sampler draws rows with replacement, all classes equally often."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ NOT_SETTINGS = {
     "run.seed", "run.label", "run.checkpoint_minutes", "data.path", "data.dataset", "data.root", "data.download",
 }  # fmt: skip
 # What a run did whose config.toml is older than these settings: their defaults.
-_YOUNGER = {"optim": ("optimizer", "adam_betas", "adam_eps", "grad_clip")}
+_YOUNGER = {"data": ("balance",), "optim": ("optimizer", "adam_betas", "adam_eps", "grad_clip")}
 
 
 @dataclass
