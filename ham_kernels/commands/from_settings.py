@@ -15,6 +15,7 @@ from ..methods.class_weights import count_weights
 from ..runs.folder import RunFolder
 from ..runs.settings import TrainSettings, lr_factor
 from ..training.trainer import Trainer
+from .logs import check_installed
 
 
 def device_of(name: str) -> torch.device:
@@ -35,8 +36,9 @@ def device_of(name: str) -> torch.device:
 def check_before_data(settings: TrainSettings, device: torch.device) -> None:
     """What can be refused before a data set is read or fetched: the model's name, and settings that exclude each other.
 
-    Raises: TypeError, ValueError naming the setting; EngineError.
+    Raises: TypeError, ValueError naming the setting; EngineError; ImportError for a log whose package is missing.
     """
+    check_installed(settings.run.log)
     if settings.model.name not in models.names():
         bare = replace(settings.model, normalize=False, mean=None, std=None)
         model_of(replace(settings, model=bare), 2, 3)  # tells which names are close

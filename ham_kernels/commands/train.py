@@ -14,7 +14,7 @@ import torch
 from ..common import checks, files, troubles
 from ..common.one_class import answers_one_class
 from ..runs.checkpoints import random_states, set_random_states
-from ..runs.folder import RunFolder, metrics_of
+from ..runs.folder import RunFolder
 from ..runs.resume_rules import check_unchanged, noted
 from ..runs.settings import TrainSettings
 from ..training.reports import EpochReport, StepReport
@@ -22,6 +22,7 @@ from ..training.trainer import Trainer
 from . import run_images
 from .first_weights import begin_with, with_their_normalisation
 from .from_settings import check_before_data, check_takes, device_of, loaders_of, model_of, scheduler_of, trainer_of
+from .logs import Logs
 from .progress import TrainProgress, duration, say
 from .signals import Stopped, StopRequest
 
@@ -136,7 +137,8 @@ class _Job:
         run.set_status("running", trainer.epoch, epochs)
         batches = len(self.loaders.train)
         self.progress = TrainProgress(epochs, batches, trainer.epoch * batches + trainer.position[1], quiet=quiet)
-        self.board = _tensorboard(run.path / "tensorboard", trainer.position[0])
+        self.logs = Logs(run, self.settings, self.facts["classes"])
+        self.logs.write(trainer.history)  # what a killed process did not come to
         self._saved_at = time.monotonic()
         try:
             self._fit(epochs)
@@ -149,9 +151,8 @@ class _Job:
             raise
         finally:
             self.progress.close()
-            if self.board is not None:
-                self.board.close()
             with contextlib.suppress(OSError):
+                self.logs.close(trainer.epoch >= epochs)
                 run.end_session()
         run.set_status("finished", epochs, epochs)
         if not quiet:
@@ -196,9 +197,8 @@ class _Job:
     def _epoch_end(self, report: EpochReport) -> None:
         best = self._keep_best(report)
         self.run.write_metrics(self.trainer.history, self.settings)
-        if self.board is not None:
-            _log(self.board, metrics_of(report, self.settings))
         self._save()
+        self.logs.write(self.trainer.history)  # behind the checkpoint, so that no epoch in it is trained again
         self.run.set_status("running", self.trainer.epoch, self.settings.optim.epochs)
         self.progress.epoch(report, best)
         if self.trainer.epoch < self.settings.optim.epochs:
@@ -263,22 +263,3 @@ class _Job:
         )
         if self.begun is not None:
             say(self.begun)
-
-
-def _tensorboard(folder: Path, first_epoch: int):
-    """A writer of events, or None where tensorboard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=first_epoch)
-
-
-def _log(board, line: dict) -> None:
-    for key in ("loss", "hard_fraction", "images_per_s", "lr", "seconds"):
-        if line[key] is not None:
-            board.add_scalar(key, line[key], line["epoch"])
-    for name in ("val", "val_ema"):
-        for attack, judged in (line[name] or {}).items():
-            for key in ("accuracy", "worst_class", "std"):
-                board.add_scalar(f"{name}/{attack}/{key}", judged[key], line["epoch"])

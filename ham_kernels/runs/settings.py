@@ -186,6 +186,8 @@ class RunSettings:
     """Which validation accuracy under val_attack chooses best.pt."""
     checkpoint_minutes: Annotated[float, Ge(0)] = 10.0
     """Within an epoch, a checkpoint at least so often; there is one after each epoch too."""
+    log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Numbers of each epoch, those of each class included, go to one or several of these too, in the run's folder."""
     label: str | None = None
     """What reports call this run; else what distinguishes its settings."""
 

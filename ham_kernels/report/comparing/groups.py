@@ -15,7 +15,8 @@ from ..reading.runs import Run
 
 # What changes neither the trained weights nor how long training takes, or is in the section's title.
 NOT_SETTINGS = {
-    "run.seed", "run.label", "run.checkpoint_minutes", "data.path", "data.dataset", "data.root", "data.download",
+    "run.seed", "run.label", "run.checkpoint_minutes", "run.log", "data.path", "data.dataset", "data.root",
+    "data.download",
 }  # fmt: skip
 # What a run did whose config.toml is older than these settings: their defaults.
 _YOUNGER = {"data": ("balance",), "optim": ("optimizer", "adam_betas", "adam_eps", "grad_clip")}
