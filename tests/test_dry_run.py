@@ -12,11 +12,13 @@ from ham_kernels.commands.flags import parse_train
 pytestmark = pytest.mark.usefixtures("no_gpu")
 
 
+@pytest.mark.slow
 def test_each_kind_of_epoch_is_timed_and_nothing_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dry_run, "UNTIMED", 1)
     monkeypatch.setattr(dry_run, "TIMED", 2)
-    assert cli.main(["train", *TINY, "--natural-epochs", "1", "--batch-size", "16", "--dry-run"]) == 0
+    few = ["--train-images", "96", "--val-images", "20", "--batch-size", "16"]
+    assert cli.main(["train", *TINY, *few, "--natural-epochs", "1", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "epoch 1, natural: 3.0 forwards a step; " in said
     assert "epoch 2, PGD-AT: 9.0 forwards a step; " in said

@@ -125,7 +125,7 @@ def every_log(epochs: list[int]) -> dict[str, list[int]]:
 
 
 def settings(*names: str):
-    told = flags.parse_train(list(TINY)).settings
+    told = flags.parse_train([*TINY, "--train-images", "96", "--val-images", "20", "--test-images", "20"]).settings
     return replace(told, run=replace(told.run, log=names))
 
 
@@ -236,6 +236,7 @@ def test_flags_and_settings():
     assert all(name not in sys.modules for name in ("wandb", "mlflow"))  # imported where asked for
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_logs(fakes, tmp_path, one_thread):
     """In two sessions, the first of which is lost behind its checkpoint; another log may be asked for on the way."""
     run = RunFolder.create(tmp_path / "run", settings("tensorboard"))
@@ -248,7 +249,7 @@ def test_a_run_writes_its_logs(fakes, tmp_path, one_thread):
     assert text.count('"tensorboard",') == 1
     (run.path / "config.toml").write_text(text.replace('"tensorboard",', '"tensorboard", "mlflow",'))
     with warnings.catch_warnings():
-        warnings.simplefilter("error", HamWarning)
+        warnings.filterwarnings("error", "log: ", HamWarning)
         trainer = train_command.resume(run.path, quiet=True)
     for name in ("tensorboard", "mlflow"):
         assert [(e, s["loss"]) for e, s in fakes.epochs[name]] == [(r.epoch, r.loss) for r in trainer.history]
