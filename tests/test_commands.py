@@ -177,32 +177,6 @@ def test_help_is_there_at_once(tmp_path):
     assert time.monotonic() - start < 30  # catches only a hang
 
 
-def test_tensorboard_gets_every_epoch_where_it_is_installed(tmp_path, monkeypatch):
-    import sys
-    import types
-
-    events, made = [], []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            made.append((folder, purge_step))
-
-        def add_scalar(self, tag, value, step):
-            events.append((tag, value, step))
-
-        def close(self):
-            made.append("closed")
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    RunFolder.create(tmp_path / "run", flags.parse_train(list(TINY)).settings)
-    train_command.resume(tmp_path / "run", until_epoch=1, quiet=True)
-    trainer = train_command.resume(tmp_path / "run", quiet=True)
-    folder = str(tmp_path / "run/tensorboard")
-    assert made == [(folder, 1), "closed", (folder, 2), "closed"]  # what a lost session logged further is hidden
-    assert [(v, step) for tag, v, step in events if tag == "loss"] == [(r.loss, r.epoch) for r in trainer.history]
-    assert {"hard_fraction", "lr", "val/clean/accuracy", "val_ema/pgd2/worst_class"} <= {tag for tag, _, _ in events}
-
-
 def test_pause_and_go_on(run, tmp_path, one_thread):
     RunFolder.create(tmp_path / "run", flags.parse_train(list(TINY)).settings)
     trainer = train_command.resume(tmp_path / "run", until_epoch=1, quiet=True)

@@ -67,9 +67,31 @@ def test_every_row_comes_once(n, batch_size, sizes):
     assert 0 <= x.min() <= x.max() <= 1
 
 
+def test_balanced_rows_are_of_every_class_equally_often():
+    """600 rows of class 0, 60 of 1, none of 2, 6 of 3: each of three is drawn 222 times, give or take 5 deviations."""
+    y = torch.cat([torch.full((n,), c) for c, n in ((0, 600), (1, 60), (3, 6))])
+    row = torch.arange(len(y))
+    x = torch.stack([row % 256, row // 256], 1).byte()[:, :, None, None]
+    loader = data.Batches(x, y, 100, shuffle=False, balanced=True, seed=5)
+    drawn = []
+    for epoch in (1, 2):
+        loader.set_epoch(epoch)
+        pixels, labels = (torch.cat(t) for t in zip(*loader, strict=True))
+        assert len(labels) == len(y)
+        counts = torch.bincount(labels, minlength=4).tolist()
+        assert counts[2] == 0
+        assert all(abs(counts[c] - 222) < 5 * (222 * 2 / 3) ** 0.5 for c in (0, 1, 3))
+        rows = (pixels * 255).round().view(-1, 2) @ torch.tensor([1.0, 256.0])
+        assert torch.equal(y[rows.long()], labels)  # an image keeps its label
+        assert len(set(rows[labels == 3].tolist())) == 6
+        drawn.append(rows.tolist())
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("augment", ["none", "crop", "crop+flip"])
-def test_a_position_gives_the_rest_of_an_uninterrupted_epoch(augment):
-    loader = train(images(), augment=augment)
+def test_a_position_gives_the_rest_of_an_uninterrupted_epoch(augment, balanced):
+    loader = train(images(), augment=augment, balanced=balanced)
     loader.set_epoch(4)
     whole = list(loader)
     for position in range(len(loader) + 1):

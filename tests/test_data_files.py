@@ -179,6 +179,21 @@ def test_every_row_has_its_own_window(photos):
     assert len(x.unique(dim=0)) == 6
 
 
+def test_a_row_drawn_twice_has_two_windows(photos):
+    """One image as two classes of one row each: an epoch may draw a row twice, and shows two windows of it."""
+    loader = data.FileBatches(
+        photos.files_train[:1] * 2, torch.tensor([0, 1]), 2, shuffle=False, balanced=True, augment="crop", size=16
+    )
+    twice = 0
+    for epoch in range(12):
+        loader.set_epoch(epoch)
+        ((x, y),) = loader
+        assert not torch.equal(*x)
+        twice += int(y[0] == y[1])
+    assert 0 < twice < 12
+    assert torch.equal(x, next(iter(loader))[0])
+
+
 def test_evaluation_shows_the_centre(photos):
     loader = data.loaders(photos.hold_out(4), 3, augment="crop+flip", size=56).val
     (x, y) = next(iter(loader))

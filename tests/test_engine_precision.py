@@ -152,6 +152,20 @@ def test_loss_scale_survives_a_checkpoint(batches, any_half):
     trainer_of(small_cnn(), ema_decay=0.9).load_state_dict(state)  # another precision has no use for it
 
 
+def test_fp16_gradients_are_clipped_behind_their_scale(batches, any_half):
+    """By the scale alone they would be thousands of times too long, and no update would be more than rounding."""
+
+    def first_step(**more) -> torch.Tensor:
+        trainer = trainer_of(small_cnn(), **more)
+        before = trainer.model[1].weight.detach().clone()
+        trainer.train_step(*batches[0], epoch=1)
+        return trainer.model[1].weight.detach() - before
+
+    half, full = first_step(precision="fp16", grad_clip=0.1), first_step(grad_clip=0.1)
+    assert half.norm().item() == pytest.approx(full.norm().item(), rel=0.02)
+    assert torch.equal(first_step(precision="fp16", grad_clip=1e6), first_step(precision="fp16"))
+
+
 # ---------------------------------------------------------------- half weights
 def parameters_by_layer(model: nn.Module) -> list[tuple[str, int]]:
     return [(name, id(p)) for m in model.modules() for name, p in m._parameters.items()]

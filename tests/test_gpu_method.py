@@ -33,11 +33,17 @@ def exact_convolutions():
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = before
 
 
-@pytest.mark.parametrize("choices", [{}, {"freeze_bn": True, "ema_decay": 0.9}, {"rows": "random"}], ids=str)
+CLIPPED = {"grad_clip": 0.01, "loss_weights": [0.5] * 10}
+
+
+@pytest.mark.parametrize("optimizer", [None, torch.optim.AdamW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("choices", [{}, {"freeze_bn": True, "ema_decay": 0.9}, {"rows": "random"}, CLIPPED], ids=str)
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_no_hidden_sync_in_a_step(batch, epoch, choices):
+def test_no_hidden_sync_in_a_step(batch, epoch, choices, optimizer):
     """The reads of count and loss wait on events; everything else that would stop the host is an error here."""
     trainer = trainer_on("cuda", **choices)
+    if optimizer is not None:
+        trainer.optimizer = optimizer(trainer.model.parameters(), 1e-3)
     for _ in range(2):  # compiled kernels and allocated memory first
         trainer.train_step(*batch, epoch=epoch)
     torch.cuda.set_sync_debug_mode("error")

@@ -38,9 +38,9 @@ def objective(loss) -> WithLoss:
     return WithLoss(loss)
 
 
-def updater_of(model: nn.Module, capture=None) -> Updater:
+def updater_of(model: nn.Module, capture=None, optimizer=None, grad_clip: float = 0.0) -> Updater:
     options = EngineOptions(cuda_graphs=capture is not None)
-    return Updater(sgd(model), Engine(options, CPU, capture=capture), CPU)
+    return Updater(optimizer or sgd(model), Engine(options, CPU, capture=capture), CPU, grad_clip)
 
 
 def pulled_together(model: nn.Module, examples: Examples) -> Tensor:
@@ -60,6 +60,22 @@ def test_an_update_reads_its_own_examples(loss, weighted):
         examples = examples_of(24, seed, weighted)
         losses = ours(model, objective(loss), examples, False), theirs(twin, objective(loss), examples, False)
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_same_model(model, twin)
+
+
+def test_clipped_adamw_from_a_replay():
+    """The optimiser stays outside of the graph, and clips gradients where the graph writes them."""
+    model = small_cnn()
+    twin = copy.deepcopy(model)
+    ours, theirs = (
+        updater_of(m, capture, torch.optim.AdamW(m.parameters(), 1e-3), 0.05)
+        for m, capture in ((model, Recorder()), (twin, None))
+    )
+    for seed in range(6):
+        for update, m in ((ours, model), (theirs, twin)):
+            update(m, objective(weighted_ce), examples_of(24, seed), False)
+            norm = torch.stack([p.grad.norm() for p in m.parameters()]).norm().item()
+            assert norm == pytest.approx(0.05, rel=1e-3)
     assert_same_model(model, twin)
 
 

@@ -81,6 +81,20 @@ def test_settings_without_effect_do_not_divide(tmp_path):
     ]
 
 
+def test_settings_younger_than_a_run_do_not_divide(tmp_path):
+    usual = {
+        "data.balance": "none",
+        "optim.optimizer": "sgd",
+        "optim.adam_betas": [0.9, 0.999],
+        "optim.adam_eps": 1e-8,
+        "optim.grad_clip": 0.0,
+    }
+    assert titles(tmp_path, ("ham", {}), ("ham", usual)) == ["HAM"]
+    other = usual | {"optim.optimizer": "adamw", "optim.grad_clip": 0.5, "data.balance": "sampler"}
+    named = "HAM, AdamW, gradients clipped at 0.5, balanced sampler"
+    assert titles(tmp_path / "other", ("ham", {}), ("ham", other)) == ["HAM", named]
+
+
 def test_titles_of_other_settings(tmp_path):
     found = titles(
         tmp_path,

@@ -62,6 +62,31 @@ def test_stop_after_any_batch(stop_at, reference, tmp_path, monkeypatch, one_thr
     assert_same_weights(tmp_path / "run", reference)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--optimizer", "adamw", "--grad-clip", "0.5", "--balance", "weights"),
+        ("--balance", "sampler", "--augment", "crop"),
+    ],
+)
+def test_optimizers_and_balance_go_on_within_an_epoch(more, tmp_path, monkeypatch, one_thread):
+    told = settings(*more)
+    train_command.train(told, tmp_path / "whole", quiet=True)
+    original = train_command._Job._batch_end
+
+    def stopping(job, step):
+        if job.trainer.steps_done == 12:
+            job.stop.number = signal.SIGTERM
+        original(job, step)
+
+    monkeypatch.setattr(train_command._Job, "_batch_end", stopping)
+    with pytest.raises(train_command.Stopped):
+        train_command.train(told, tmp_path / "run", quiet=True)
+    monkeypatch.undo()
+    train_command.resume(tmp_path / "run", quiet=True)
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
 def test_random_generators_go_on_too(tmp_path, monkeypatch, one_thread):
     """A model with dropout draws from torch's global generator in every update."""
     create = models.create
@@ -321,6 +346,25 @@ def test_changed_settings_need_a_new_run(stopped, tmp_path):
     config.write_text(text.replace("milestones = [\n    4,\n]", "milestones = [2, 4]"))
     with pytest.raises(ValueError, match="lr_decay: got 1 factors for 2 milestones"):
         train_command.resume(tmp_path / "run", quiet=True)
+
+
+def test_a_checkpoint_may_be_older_than_a_setting(stopped, tmp_path, one_thread):
+    shutil.copytree(stopped, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    path, state, _ = run.checkpoints.load_newest()
+    young = ("optimizer", "adam_betas", "adam_eps", "grad_clip", "balance")
+    for name in young:
+        del state["settings"]["data" if name == "balance" else "optim"][name]
+    files.save(path, state)
+    config = run.path / "config.toml"
+    text = config.read_text()
+    lines = text.replace("adam_betas = [\n    0.9,\n    0.999,\n]\n", "").splitlines()
+    config.write_text("\n".join(line for line in lines if not line.startswith(young)))
+    assert not any(name in config.read_text() for name in young)
+    assert train_command.resume(run.path, quiet=True).epoch == 4
+    config.write_text(text.replace('optimizer = "sgd"', 'optimizer = "adamw"'))
+    with pytest.raises(ValueError, match=r"optim.optimizer: .* of a run with sgd, config.toml says adamw"):
+        train_command.resume(run.path, quiet=True)
 
 
 def test_how_it_runs_may_change(stopped, tmp_path, one_thread):

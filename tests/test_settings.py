@@ -70,11 +70,31 @@ def test_smooth_schedules(schedule):
     assert factors[peak:] == sorted(factors[peak:], reverse=True)
 
 
+def test_adamw_has_a_learning_rate_of_its_own(tmp_path):
+    assert preset("svhn").optim.lr == parse_train(["--dataset", "svhn"]).settings.optim.lr == 0.01
+    told = parse_train(["--dataset", "svhn", "--optimizer", "adamw"]).settings.optim
+    assert (told.optimizer, told.lr) == ("adamw", 1e-3)
+    assert parse_train(["--optimizer", "adamw", "--lr", "0.02"]).settings.optim.lr == 0.02
+    (tmp_path / "c.toml").write_text('[optim]\noptimizer = "adamw"')
+    assert parse_train(["--config", str(tmp_path / "c.toml")]).settings.optim.lr == 1e-3
+    (tmp_path / "c.toml").write_text('[optim]\noptimizer = "adamw"\nlr = 0.003\nadam_betas = [0.9, 0.95]')
+    told = parse_train(["--config", str(tmp_path / "c.toml")]).settings.optim
+    assert (told.lr, told.adam_betas) == (0.003, (0.9, 0.95))
+    for bad, message in (
+        ({"adam_betas": (0.9,)}, r"adam_betas: got \(0.9,\); it must be two numbers"),
+        ({"adam_betas": (0.9, 1.0)}, "adam_betas: got 1.0; it must be >= 0 and below 1"),
+        ({"grad_clip": -1.0}, "grad_clip: got -1.0; it must be >= 0"),
+        ({"optimizer": "adam"}, "optim.optimizer: got 'adam'; allowed are 'sgd', 'adamw'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(preset("digits"), optim=replace(preset("digits").optim, **bad)).check()
+
+
 def test_settings_are_what_the_trainer_takes():
     """Attack, engine and what a run tells: each is an argument of the trainer, by the same name."""
     taken = inspect.signature(ham.Trainer.__init__).parameters
     told = {f.name for section in (TrainSettings().attack, TrainSettings().engine) for f in dataclasses.fields(section)}
-    told |= {"ema_decay", "precision", "seed", "warm_up", "natural_epochs"}
+    told |= {"ema_decay", "precision", "seed", "warm_up", "natural_epochs", "grad_clip", "loss_weights"}
     assert told == set(taken) - {"self", "model", "optimizer", "method", "device"}
 
 

@@ -111,6 +111,42 @@ def test_a_state_of_another_optimizer_changes_nothing(kind):
     assert all(torch.equal(before["model"][k], after["model"][k]) for k in before["model"])
 
 
+@pytest.mark.parametrize("more", [{}, {"awp": 0.01}])
+def test_adamw_and_clipping_go_on_to_the_bit(more):
+    def made(seed: int) -> ham.HAMTrainer:
+        model = small_cnn(seed)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.1)
+        return ham.HAMTrainer(model, optimizer, **HOW, start_epoch=1, ema_decay=0.9, grad_clip=0.5, **more)
+
+    reference, stopped, resumed = made(0), made(0), made(1)
+    reference.fit(batches(), 2)
+    stopped.fit(batches(), 1)
+    resumed.load_state_dict(copy.deepcopy(stopped.state_dict()))
+    resumed.fit(batches(), 2)
+    ours, theirs = resumed.model.state_dict(), reference.model.state_dict()
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    sgd_trainer = trainer()
+    with pytest.raises(ValueError, match="state: its optimizer knows no"):
+        sgd_trainer.load_state_dict(reference.state_dict())
+
+
+def test_gradients_are_clipped_as_torch_clips_them():
+    """One update of SGD without momentum is lr times the gradient."""
+    x, y = batches(1)[0]
+    moved = {}
+    for clip in (0.0, 0.1, 100.0):
+        model = small_cnn()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        ham.Trainer(model, optimizer, ham.methods.PGDAT(), steps=1, grad_clip=clip).train_step(x, y, 1)
+        moved[clip] = torch.cat([(a - b.detach()).flatten() for a, b in zip(before, model.parameters(), strict=True)])
+    assert moved[0.0].norm() > 0.2
+    assert torch.equal(moved[0.0], moved[100.0])
+    torch.testing.assert_close(moved[0.1], moved[0.0] * 0.1 / moved[0.0].norm())
+    with pytest.raises(ValueError, match=r"grad_clip: got -1.0; it must be finite and >= 0"):
+        ham.Trainer(model, optimizer, ham.methods.PGDAT(), grad_clip=-1.0)
+
+
 # ---------------------------------------------------------------- bn_rows
 SMALL = {"eps": 0.01, "step_size": 0.005, "steps": 3, "screen_steps": 1}
 

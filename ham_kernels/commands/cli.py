@@ -86,6 +86,10 @@ def _train(argv: list[str]) -> int:
     try:
         if isinstance(wanted, flags.Resume):
             train.resume(wanted.resume, path=wanted.path, until_epoch=wanted.until_epoch, quiet=wanted.quiet)
+        elif wanted.dry_run:
+            from .dry_run import dry_run
+
+            dry_run(wanted.settings, wanted.out)
         else:
             train.train(wanted.settings, wanted.out, quiet=wanted.quiet)
     except Stopped as error:

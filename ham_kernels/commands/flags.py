@@ -27,6 +27,7 @@ from .experiments import STRONG
 
 T = TypeVar("T")
 FINE_TUNED = 10  # divides the learning rate where a training begins with weights
+ADAMW_LR = 1e-3  # presets have SGD's
 
 
 def _default(words: str) -> Any:
@@ -51,6 +52,8 @@ class Train:
     """TOML file of settings, such as the config.toml of another run; flags override it."""
     resume: Path | None = None
     """Go on with this run, as its config.toml says; the other flags then are --until-epoch N, --path and --quiet."""
+    dry_run: bool = False
+    """Time a few steps of each kind of epoch, and say what the run would take; no run folder is made."""
     quiet: bool = False
     method: Annotated[str, _METHOD] = "ham"
     settings: TrainSettings = field(default_factory=TrainSettings)
@@ -284,8 +287,11 @@ def _base(argv: list[str]) -> TrainSettings:
         base = from_toml(config, rescaled(base, own_epochs) if own_epochs else base, of_flag)
     if named is not None:
         base = replace(base, method=with_name(base.method, named, base.optim.epochs))
-    if (_seen(argv, "--weights") or base.run.weights) and get(told, "optim", "lr") is None:
-        base = replace(base, optim=replace(base.optim, lr=base.optim.lr / FINE_TUNED))
+    if get(told, "optim", "lr") is None:
+        adamw = (_seen(argv, "--optimizer") or base.optim.optimizer) == "adamw"
+        lr = ADAMW_LR if adamw else base.optim.lr
+        tuned = _seen(argv, "--weights") or base.run.weights
+        base = replace(base, optim=replace(base.optim, lr=lr / FINE_TUNED if tuned else lr))
     if epochs is None or not epochs.isdecimal() or int(epochs) < 1:  # tyro and check() say what is wrong with it
         return base
     return rescaled(base, int(epochs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import torch
 from torch import nn
 
 from .. import data, models
+from ..methods.class_weights import count_weights
 from ..runs.folder import RunFolder
 from ..runs.settings import TrainSettings, lr_factor
 from ..training.trainer import Trainer
+from .logs import check_installed
 
 
 def device_of(name: str) -> torch.device:
@@ -33,8 +36,9 @@ def device_of(name: str) -> torch.device:
 def check_before_data(settings: TrainSettings, device: torch.device) -> None:
     """What can be refused before a data set is read or fetched: the model's name, and settings that exclude each other.
 
-    Raises: TypeError, ValueError naming the setting; EngineError.
+    Raises: TypeError, ValueError naming the setting; EngineError; ImportError for a log whose package is missing.
     """
+    check_installed(settings.run.log)
     if settings.model.name not in models.names():
         bare = replace(settings.model, normalize=False, mean=None, std=None)
         model_of(replace(settings, model=bare), 2, 3)  # tells which names are close
@@ -103,19 +107,28 @@ def trained_model(settings: TrainSettings, facts: dict, state: dict, device: tor
 def loaders_of(settings: TrainSettings, images: data.ImageSet | data.FileSet, device: torch.device) -> data.Loaders:
     d = settings.data
     return data.loaders(
-        images, d.batch_size, seed=settings.run.seed, augment=d.augment, device=device, workers=d.workers
-    )
+        images, d.batch_size, seed=settings.run.seed, augment=d.augment, balanced=d.balance == "sampler", device=device,
+        workers=d.workers,
+    )  # fmt: skip
 
 
-def trainer_of(settings: TrainSettings, model: nn.Module, device: torch.device) -> Trainer:
+def optimizer_of(settings: TrainSettings, model: nn.Module) -> torch.optim.Optimizer:
     o = settings.optim
-    model = model.to(device)
-    optimizer = torch.optim.SGD(model.parameters(), o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
-    run = settings.run
+    if o.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+    return torch.optim.AdamW(model.parameters(), o.lr, betas=o.adam_betas, eps=o.adam_eps, weight_decay=o.weight_decay)
+
+
+def trainer_of(
+    settings: TrainSettings, model: nn.Module, device: torch.device, counts: Sequence[int] | None = None
+) -> Trainer:
+    """counts: training images of each class, for balance="weights"."""
+    model, run = model.to(device), settings.run
+    weights = count_weights(counts) if counts is not None and settings.data.balance == "weights" else None
     return Trainer(
-        model, optimizer, settings.method, **asdict(settings.attack), **asdict(settings.engine), device=device,
-        ema_decay=run.ema_decay, precision=run.precision, seed=run.seed, warm_up=settings.warm_up.name,
-        natural_epochs=settings.warm_up.natural_epochs,
+        model, optimizer_of(settings, model), settings.method, **asdict(settings.attack), **asdict(settings.engine),
+        device=device, ema_decay=run.ema_decay, precision=run.precision, seed=run.seed, warm_up=settings.warm_up.name,
+        natural_epochs=settings.warm_up.natural_epochs, grad_clip=settings.optim.grad_clip, loss_weights=weights,
     )  # fmt: skip
 
 

@@ -62,7 +62,8 @@ def _settings(about: dict[str, Any], run: RunFolder) -> list[str]:
     o, a = s.optim, s.attack
     return [
         f"{o.epochs} epochs, batch {s.data.batch_size}, learning rate {o.lr:g} ({o.schedule}), "
-        f"momentum {o.momentum:g}, weight decay {o.weight_decay:g}, augmentation {s.data.augment}.",
+        f"{'AdamW' if o.optimizer == 'adamw' else f'momentum {o.momentum:g}'}, weight decay {o.weight_decay:g}, "
+        f"augmentation {s.data.augment}.",
         f"Attack: K = {a.steps}, step {a.step_size:g}. {s.run.precision}, seed {s.run.seed}.",
     ]
 

@@ -119,9 +119,8 @@ class _Worker:
         aside = path.with_name(f".{path.name}.partial")
         shutil.rmtree(aside, ignore_errors=True)
         RunFolder.create(aside, settings)
-        for name in ("checkpoints", "tensorboard"):
-            if (warm_up / name).exists():
-                shutil.copytree(warm_up / name, aside / name)
+        if (warm_up / "checkpoints").exists():
+            shutil.copytree(warm_up / "checkpoints", aside / "checkpoints")
         shutil.copy(warm_up / "environment.json", aside)
         aside.replace(path)
 

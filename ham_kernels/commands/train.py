@@ -14,7 +14,7 @@ import torch
 from ..common import checks, files, troubles
 from ..common.one_class import answers_one_class
 from ..runs.checkpoints import random_states, set_random_states
-from ..runs.folder import RunFolder, metrics_of
+from ..runs.folder import RunFolder
 from ..runs.resume_rules import check_unchanged, noted
 from ..runs.settings import TrainSettings
 from ..training.reports import EpochReport, StepReport
@@ -22,6 +22,7 @@ from ..training.trainer import Trainer
 from . import run_images
 from .first_weights import begin_with, with_their_normalisation
 from .from_settings import check_before_data, check_takes, device_of, loaders_of, model_of, scheduler_of, trainer_of
+from .logs import Logs
 from .progress import TrainProgress, duration, say
 from .signals import Stopped, StopRequest
 
@@ -33,6 +34,12 @@ def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool
     kill. Raises: FileExistsError if there is a run in `out`; ValueError, TypeError, FileNotFoundError naming the
     setting, before anything is written; Stopped after a signal.
     """
+    job = prepared(settings, out)
+    return job.work_in(_new_folder(job.settings) if out is None else RunFolder.create(out, job.settings), quiet)
+
+
+def prepared(settings: TrainSettings, out: str | Path | None = None) -> _Job:
+    """All of a new run but its folder. Raises: as `train` does."""
     if not isinstance(settings, TrainSettings):
         raise TypeError(f"settings: got {settings!r}; it must be TrainSettings, such as ham_kernels.preset('digits')")
     settings.check()
@@ -40,8 +47,7 @@ def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool
     RunFolder("runs" if out is None else out).check_writable()
     if out is not None:
         RunFolder(out).check_free()
-    job = _Job(settings)
-    return job.work_in(_new_folder(settings) if out is None else RunFolder.create(out, settings), quiet)
+    return _Job(settings)
 
 
 def resume(
@@ -89,7 +95,8 @@ class _Job:
         model = model_of(settings, len(images.classes), images.channels)
         fresh = run is None or not run.checkpoints.newest_first()
         self.begun = begin_with(settings, model) if settings.run.weights is not None and fresh else None
-        self.trainer = trainer_of(settings, model, device)
+        counts = list(images.class_counts["train"].values())
+        self.trainer = trainer_of(settings, model, device, counts)
         self.scheduler = scheduler_of(settings, self.trainer)
         self.loaders = loaders_of(settings, images, device)
         batches, size = len(self.loaders.train), settings.data.batch_size
@@ -122,12 +129,16 @@ class _Job:
                 say(f"{run.path}: {trainer.epoch} of {epochs} epochs are done already")
             return trainer
         if not quiet:
-            self._say_what(found is not None)
+            self.say_what(str(run.path))
+            if found is not None:
+                epoch, done = trainer.position
+                say(f"goes on in epoch {epoch} after {done} batches")
         run.begin_session(*trainer.position)
         run.set_status("running", trainer.epoch, epochs)
         batches = len(self.loaders.train)
         self.progress = TrainProgress(epochs, batches, trainer.epoch * batches + trainer.position[1], quiet=quiet)
-        self.board = _tensorboard(run.path / "tensorboard", trainer.position[0])
+        self.logs = Logs(run, self.settings, self.facts["classes"])
+        self.logs.write(trainer.history)  # what a killed process did not come to
         self._saved_at = time.monotonic()
         try:
             self._fit(epochs)
@@ -140,9 +151,8 @@ class _Job:
             raise
         finally:
             self.progress.close()
-            if self.board is not None:
-                self.board.close()
             with contextlib.suppress(OSError):
+                self.logs.close(trainer.epoch >= epochs)
                 run.end_session()
         run.set_status("finished", epochs, epochs)
         if not quiet:
@@ -187,9 +197,8 @@ class _Job:
     def _epoch_end(self, report: EpochReport) -> None:
         best = self._keep_best(report)
         self.run.write_metrics(self.trainer.history, self.settings)
-        if self.board is not None:
-            _log(self.board, metrics_of(report, self.settings))
         self._save()
+        self.logs.write(self.trainer.history)  # behind the checkpoint, so that no epoch in it is trained again
         self.run.set_status("running", self.trainer.epoch, self.settings.optim.epochs)
         self.progress.epoch(report, best)
         if self.trainer.epoch < self.settings.optim.epochs:
@@ -241,14 +250,12 @@ class _Job:
         self.best = dict(state["best"])
         self.run.drop_best_after(self.trainer.epoch)
 
-    def _say_what(self, resumed: bool) -> None:
+    def say_what(self, name: str) -> None:
+        """The run in some lines."""
         s, trainer = self.settings, self.trainer
         images = f"{s.data.path} (preset: {s.data.dataset})" if s.data.path else s.data.dataset
         millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
-        say(
-            f"{self.run.path}: {images}, {s.model.name} ({millions:.2f} M parameters), "
-            f"{s.method.describe(s.warm_up.name)}"
-        )
+        say(f"{name}: {images}, {s.model.name} ({millions:.2f} M parameters), {s.method.describe(s.warm_up.name)}")
         say(run_images.task_in_words(self.facts))
         say(
             f"eps {s.attack.eps:g}, step {s.attack.step_size:g}, K {s.attack.steps}, {s.attack.norm}; {s.optim.epochs} "
@@ -256,25 +263,3 @@ class _Job:
         )
         if self.begun is not None:
             say(self.begun)
-        if resumed:
-            epoch, batches = trainer.position
-            say(f"goes on in epoch {epoch} after {batches} batches")
-
-
-def _tensorboard(folder: Path, first_epoch: int):
-    """A writer of events, or None where tensorboard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=first_epoch)
-
-
-def _log(board, line: dict) -> None:
-    for key in ("loss", "hard_fraction", "images_per_s", "lr", "seconds"):
-        if line[key] is not None:
-            board.add_scalar(key, line[key], line["epoch"])
-    for name in ("val", "val_ema"):
-        for attack, judged in (line[name] or {}).items():
-            for key in ("accuracy", "worst_class", "std"):
-                board.add_scalar(f"{name}/{attack}/{key}", judged[key], line["epoch"])

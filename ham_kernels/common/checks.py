@@ -90,6 +90,17 @@ def per_row(name: str, value, x: Tensor) -> tuple[float, Tensor | None]:
     return 0.0, value
 
 
+def class_values(name: str, values) -> Tensor:
+    """(classes,) fp32 on the CPU, from finite numbers >= 0, one per class."""
+    try:
+        found = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: got {_show(values)}; it must be one number per class") from error
+    if found.dim() != 1 or not len(found) or not bool((found.isfinite() & (found >= 0)).all()):
+        raise ValueError(f"{name}: got {_show(values)}; it must be one number per class, each finite and >= 0")
+    return found
+
+
 # ---------------------------------------------------------------- tensors, as far as no data is read
 def tensor(name: str, value) -> Tensor:
     """A tensor on a CPU or a CUDA GPU."""

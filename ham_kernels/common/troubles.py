@@ -251,6 +251,11 @@ TROUBLES: dict[str, Trouble] = {
         "Some network file systems serve no flock. Two processes on one run would overwrite each other's files.",
         "do not work on it by two commands at once",
     ),
+    "log_failed": Trouble(
+        "log: {log} has failed ({error}), and gets no more from this process",
+        "Its package, its server or its disk refused. metrics.jsonl has every epoch all the same.",
+        "see to it, then go on with `ham train --resume`: the log gets the epochs that it lacks",
+    ),
     "no_hard_links": Trouble(
         "out: {folder} is on a file system without hard links ({reason})",
         "Cloud drives and exFAT have none, so that two processes that begin a run here at once do not notice.",

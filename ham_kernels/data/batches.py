@@ -26,13 +26,28 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed_seed(seed, epoch))
 
 
-class EpochLoader:
-    """The epoch and the position of a loader. Batches hold rows b * batch_size and following; none are dropped."""
+def balanced_order(y: Tensor, generator: torch.Generator) -> Tensor:
+    """(n,) rows, drawn with replacement: each class that has rows is equally likely, and each row of a class."""
+    by_class, counts = torch.argsort(y, stable=True), torch.bincount(y)
+    known = counts.nonzero()[:, 0]
+    classes = known[torch.randint(len(known), (len(y),), generator=generator)]
+    within = torch.rand(len(y), generator=generator, dtype=torch.float64) * counts[classes]
+    return by_class[(counts.cumsum(0) - counts)[classes] + within.long()]
 
-    def __init__(self, rows: int, batch_size: int, seed: int):
-        if rows == 0:
+
+class EpochLoader:
+    """The epoch and the position of a loader, and the order of its rows.
+
+    Batches hold places b * batch_size and following of the order; none are dropped.
+    """
+
+    def __init__(self, y: Tensor, batch_size: int, seed: int, shuffle: bool, balanced: bool):
+        self.rows = len(y)
+        if self.rows == 0:
             raise ValueError("images: there are none in this part; it must have at least one")
-        self.rows = rows
+        self.shuffle = checks.flag("shuffle", shuffle)
+        self.balanced = checks.flag("balanced", balanced)
+        self._labels = y.cpu()
         self.batch_size = checks.integer("batch_size", batch_size, 1)
         self.seed = checks.integer("seed", seed, 0, 2**63 - 1)
         self.epoch = 0
@@ -56,6 +71,12 @@ class EpochLoader:
     def _batches(self, first: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         raise NotImplementedError
 
+    def _order(self, generator: torch.Generator) -> Tensor:
+        """(rows,) int64, on the CPU: the first that an epoch draws."""
+        if self.balanced:
+            return balanced_order(self._labels, generator)
+        return torch.randperm(self.rows, generator=generator) if self.shuffle else torch.arange(self.rows)
+
 
 class Batches(EpochLoader):
     """Batches (x float32 (b, C, H, W) in [0, 1], y int64 (b,)) of images in memory, made on `device`.
@@ -67,17 +88,17 @@ class Batches(EpochLoader):
         x: uint8 (n, C, H, W).  y: (n,) int64.  Both are moved to `device`.
         batch_size: rows of each batch; the last one may have fewer.
         shuffle: a new order each epoch.
+        balanced: rows drawn anew each epoch, with replacement, so that classes are equally likely; in place of shuffle.
         augment: "none"; "crop": a random H x W window of the image with 4 pixels of zeros around; "crop+flip": and
             mirrored left to right with probability 1/2.
         seed: >= 0.
     """
 
     def __init__(
-        self, x: Tensor, y: Tensor, batch_size: int, *, shuffle: bool, augment: str = "none", seed: int = 0,
-        device: torch.device | str = "cpu",
+        self, x: Tensor, y: Tensor, batch_size: int, *, shuffle: bool, balanced: bool = False, augment: str = "none",
+        seed: int = 0, device: torch.device | str = "cpu",
     ):  # fmt: skip
-        super().__init__(len(x), batch_size, seed)
-        self.shuffle = checks.flag("shuffle", shuffle)
+        super().__init__(y, batch_size, seed, shuffle, balanced)
         self.augment = checks.choice("augment", augment, AUGMENTATIONS)
         self.device = torch.device(device)
         self._x, self._y = x.to(self.device), y.to(self.device)
@@ -89,7 +110,7 @@ class Batches(EpochLoader):
         order, top, left, step = self._draws(epoch)
         for start in range(first * self.batch_size, self.rows, self.batch_size):
             here = slice(start, start + self.batch_size)
-            if self.shuffle:
+            if self.shuffle or self.balanced:
                 x, y = self._x.index_select(0, order[here]), self._y.index_select(0, order[here])
             else:
                 x, y = self._x[here], self._y[here]
@@ -101,7 +122,7 @@ class Batches(EpochLoader):
         """(4, n) int64: order; and by position in it the window's top line, its first column, and the step from a
         column to the next: 1, or -1 where the window is read from right to left."""
         generator, n, width = epoch_generator(self.seed, epoch), self.rows, self._x.shape[3]
-        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        order = self._order(generator)
         top, left = torch.randint(0, 2 * PAD + 1, (2, n), generator=generator)
         mirrored = torch.randint(0, 2, (n,), generator=generator)
         if self.augment != "crop+flip":

@@ -33,6 +33,8 @@ class FileBatches(EpochLoader):
         files: paths.  y: (n,) int64.
         batch_size: rows of each batch; the last one may have fewer.
         shuffle: a new order each epoch.
+        balanced: rows drawn anew each epoch, with replacement, so that classes are equally likely; in place of shuffle.
+            A row that comes twice looks different each time.
         augment: "none": resized to size * 256/224 at the shorter side, centre crop. "crop": torchvision's
             RandomResizedCrop. "crop+flip": and RandomHorizontalFlip.
         size: height and width of x.
@@ -42,12 +44,11 @@ class FileBatches(EpochLoader):
     """
 
     def __init__(
-        self, files: Sequence[str], y: Tensor, batch_size: int, *, shuffle: bool, augment: str = "none",
-        size: int = 224, seed: int = 0, device: torch.device | str = "cpu", workers: int = 0,
+        self, files: Sequence[str], y: Tensor, batch_size: int, *, shuffle: bool, balanced: bool = False,
+        augment: str = "none", size: int = 224, seed: int = 0, device: torch.device | str = "cpu", workers: int = 0,
     ):  # fmt: skip
-        super().__init__(len(files), batch_size, seed)
+        super().__init__(y, batch_size, seed, shuffle, balanced)
         checks.choice("augment", augment, AUGMENTATIONS)
-        self.shuffle = checks.flag("shuffle", shuffle)
         self.workers = checks.integer("workers", workers, 0)
         self.device = torch.device(device)
         self._decoder = _Decoder(list(files), y, augment, checks.integer("size", size, 1), seed)
@@ -55,9 +56,8 @@ class FileBatches(EpochLoader):
 
     def _batches(self, first: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = epoch_generator(self.seed, epoch)
-        order = torch.randperm(self.rows, generator=generator) if self.shuffle else torch.arange(self.rows)
         loader = DataLoader(
-            _EpochOfBatches(self._decoder, epoch, order, self.batch_size),
+            _EpochOfBatches(self._decoder, epoch, self._order(generator), self.batch_size, self.balanced),
             batch_size=None,  # an item is a batch already
             sampler=range(first, len(self)),
             num_workers=self.workers,
@@ -120,21 +120,24 @@ class _EpochOfBatches(Dataset):
     epoch: int
     order: Tensor
     batch_size: int
+    repeats: bool  # rows may come several times
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch_size)
 
     def __getitem__(self, b: int) -> _Batch | _Unreadable:
-        rows = self.order[b * self.batch_size : (b + 1) * self.batch_size]
+        start = b * self.batch_size
+        rows = self.order[start : start + self.batch_size]
+        places = enumerate(rows.tolist(), start)
         try:
-            x = torch.stack([self.decoder.image(row, self.epoch) for row in rows.tolist()])
+            x = torch.stack([self.decoder.image(row, self.epoch, *[i] * self.repeats) for i, row in places])
         except ValueError as error:
             return _Unreadable(str(error))
         return _Batch(x.numpy(), self.decoder.y[rows].numpy())
 
 
 class _Decoder:
-    """Row and epoch -> one image, uint8 (3, size, size)."""
+    """Row and epoch, and its place in the epoch where it may come twice -> one image, uint8 (3, size, size)."""
 
     def __init__(self, files: list[str], y: Tensor, augment: str, size: int, seed: int):
         from torchvision.transforms import v2  # imported here: data sets in memory do without torchvision
@@ -146,12 +149,12 @@ class _Decoder:
             steps.append(v2.RandomHorizontalFlip())
         self.transform = v2.Compose([*steps, v2.PILToTensor()])
 
-    def image(self, row: int, epoch: int) -> Tensor:
+    def image(self, row: int, epoch: int, *place: int) -> Tensor:
         image = open_image(self.files[row])
         if not self.random:
             return self.transform(image)
         with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator
-            torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, row))
+            torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, row, *place))
             return self.transform(image)
 
 

@@ -30,8 +30,9 @@ class Loaders:
 
 
 def loaders(
-    images: ImageSet | FileSet, batch_size: int, *, seed: int = 0, augment: str, device: torch.device | str = "cpu",
-    workers: int = 0, size: int | None = None, eval_batch_size: int = EVAL_BATCH_SIZE,
+    images: ImageSet | FileSet, batch_size: int, *, seed: int = 0, augment: str, balanced: bool = False,
+    device: torch.device | str = "cpu", workers: int = 0, size: int | None = None,
+    eval_batch_size: int = EVAL_BATCH_SIZE,
 ) -> Loaders:  # fmt: skip
     """Loaders of (x float32 in [0, 1], y int64) on `device` for all parts of a data set.
 
@@ -43,6 +44,8 @@ def loaders(
         batch_size: of the training batches; the last one of an epoch may be smaller.
         seed: >= 0, of order and augmentation.
         augment: "none", "crop" or "crop+flip", of the training images; `data.SETS[name].augment` is the usual one.
+        balanced: training rows are drawn with replacement, so that classes are equally likely; an epoch has as many
+            rows as without. A class without images is never drawn.
         workers: processes that decode a FileSet's images; an ImageSet needs none.
         size: height and width that a FileSet's images are cropped to; None: what it was loaded with, else 224.
         eval_batch_size: of the other parts.
@@ -51,7 +54,7 @@ def loaders(
     checks.choice("augment", augment, AUGMENTATIONS)
     how = {"device": device, "workers": workers, "size": size}
     return Loaders(
-        _loader(images, "train", batch_size, shuffle=True, augment=augment, seed=seed, **how),
+        _loader(images, "train", batch_size, shuffle=True, augment=augment, seed=seed, balanced=balanced, **how),
         None if images.y_val is None else part_loader(images, "val", eval_batch_size, **how),
         part_loader(images, "test", eval_batch_size, **how),
     )
@@ -67,12 +70,14 @@ def part_loader(
     )
 
 
-def _loader(images, part, batch_size, *, shuffle, augment, seed, device, workers, size) -> Batches | FileBatches:
+def _loader(
+    images, part, batch_size, *, shuffle, augment, seed, device, workers, size, balanced=False
+) -> Batches | FileBatches:
     if not isinstance(images, ImageSet | FileSet):
         raise TypeError(f"images: got {type(images).__name__}; it must be what data.load gives")
     checks.integer("workers", workers, 0)
     inputs, y = images.part(part)
-    how = {"shuffle": shuffle, "augment": augment, "seed": seed, "device": device}
+    how = {"shuffle": shuffle, "balanced": balanced, "augment": augment, "seed": seed, "device": device}
     if isinstance(images, FileSet):
         return FileBatches(inputs, y, batch_size, size=images.size if size is None else size, workers=workers, **how)
     return Batches(inputs, y, batch_size, **how)

@@ -25,6 +25,7 @@ globals().update(_CLASSES)
 _HOMES = {
     "EpochEnd": "objective",
     "Objective": "objective",
+    "count_weights": "class_weights",
     "weighted_ce": "losses",
     "ham_loss": "batch_loss",
     "loss": "batch_loss",

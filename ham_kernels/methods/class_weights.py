@@ -8,7 +8,7 @@ totals over epochs fade. All stays on the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +112,15 @@ def probability_margin(z: Tensor, y: Tensor) -> Tensor:
     """(n,): the largest probability of another class less that of the label."""
     p, of_label = F.softmax(z, 1), labels_of(z, y)
     return p.masked_fill(of_label, 0).amax(1) - p.masked_fill(~of_label, 0).amax(1)
+
+
+# ---------------------------------------------------------------- known before the training
+def count_weights(counts: Sequence[int]) -> list[float]:
+    """n / (C n_c) for each class, from its images n_c; C classes have some, n in all. Of unlike counts the loss is then
+    that of a balanced set, and the weights have mean 1 over the rows of an epoch. A class without images has 1.
+    """
+    rows, classes = sum(counts), sum(n > 0 for n in counts)
+    return [rows / (classes * n) if n else 1.0 for n in counts]
 
 
 # ---------------------------------------------------------------- the rules

@@ -13,6 +13,7 @@ from ..attack.pgd import PGD
 from ..common import checks
 from ..engine import PLAIN, Engine, attack_mode
 from .awp import Gradients
+from .class_weights import for_rows
 from .mining import Examples, mine, split
 from .settings import Method
 
@@ -33,10 +34,12 @@ class Objective(nn.Module):
     Args:
         method: see `Method`.
         pgd: the attack that the training was told.
+        loss_weights: (classes,), multiplied with the method's own weights of the rows, by label; None for ones. They
+            are settings, and no memory.
     Raises: TypeError, ValueError naming the argument.
     """
 
-    def __init__(self, method: Method, pgd: PGD):
+    def __init__(self, method: Method, pgd: PGD, loss_weights: Tensor | None = None):
         super().__init__()
         if not isinstance(method, Method):
             raise TypeError(f"method: got {method!r}; it must be a method, such as ham_kernels.methods.HAM()")
@@ -44,6 +47,8 @@ class Objective(nn.Module):
             pgd = replace(pgd, step_sizes=method.schedule)
         method.attack_steps(pgd.steps)
         self.method, self.pgd = method, method.attack(pgd)
+        self.loss_weights = loss_weights
+        self._weights_fit = loss_weights is None  # not known before the model has told how many classes there are
         self.epoch = 1  # under way; a trainer sets it, a loop of one's own does so by `end_epoch`
         self.memories = 0  # how often the buffers were made anew: what was captured with others must not be replayed
         self._remembers = bool(method.remembers(2))
@@ -64,6 +69,8 @@ class Objective(nn.Module):
             raise ValueError(f"round_to: got {rounds} for {len(sizes)} updates; rows are rounded for one")
         if not self.method.looks_at_classes:
             self._prepare(model, x)
+        if not self._weights_fit:
+            self._fit_weights(model, x)
         pgd = self.method.attack_on(self.pgd, y, self)
         several = sizes if len(sizes) > 1 else None
         mined = mine(model, x, y, pgd, self.method, seed=seed, step=step, engine=engine, sizes=several)
@@ -73,6 +80,9 @@ class Objective(nn.Module):
                 self._remember(part.look.z)
             self.method.observe(part, self)
             part.weights = self.method.weights(part, self)
+            if self.loss_weights is not None:
+                own = for_rows(self.loss_weights, part.y)
+                part.weights = own if part.weights is None else own * part.weights
         return parts
 
     def loss(self, model: nn.Module, examples: Examples) -> Tensor:
@@ -96,12 +106,14 @@ class Objective(nn.Module):
     # ------------------------------------------------------------ what it remembers
     def _prepare(self, model: nn.Module, x: Tensor) -> None:
         """Buffers for as many classes as the model knows, before the first batch."""
-        if not self._remembers or self.has_memory:
-            return
-        with attack_mode(model), torch.no_grad():
-            z = model(x[:1].detach())
-        checks.model_output(z, 1)
-        self._remember(z)
+        if self._remembers and not self.has_memory:
+            self._remember(_logits_of_one(model, x))
+
+    def _fit_weights(self, model: nn.Module, x: Tensor) -> None:
+        classes = _logits_of_one(model, x).shape[1]
+        if len(self.loss_weights) != classes:
+            raise ValueError(f"loss_weights: got {len(self.loss_weights)} for {classes} classes; give one each")
+        self.loss_weights, self._weights_fit = self.loss_weights.to(x.device), True
 
     @property
     def has_memory(self) -> bool:
@@ -151,3 +163,11 @@ class Objective(nn.Module):
                 self.register_buffer(name, torch.zeros_like(state_dict[prefix + name]))
                 self.memories += 1
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+def _logits_of_one(model: nn.Module, x: Tensor) -> Tensor:
+    """(1, classes)."""
+    with attack_mode(model), torch.no_grad():
+        z = model(x[:1].detach())
+    checks.model_output(z, 1)
+    return z

@@ -7,7 +7,7 @@ status.json         running, interrupted, finished or failed; adopted: trained e
 metrics.jsonl       one line per epoch
 checkpoints/        step_*.pt (two newest), best.pt, best_ema.pt
 evaluation/         one JSON per weights judged
-tensorboard/        events, where tensorboard is installed
+tensorboard/, wandb/, mlflow/   what --log asks for; logs.json has how far each is
 """
 
 from __future__ import annotations

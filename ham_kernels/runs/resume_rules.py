@@ -13,7 +13,7 @@ from .settings import TrainSettings, lr_factor
 _FREE = {
     "data": ("path", "root", "download", "workers"),  # data.json tells whether the images are the same
     "optim": ("epochs",),  # as far as the learning rate of the epochs done stays
-    "run": ("device", "label", "checkpoint_minutes"),
+    "run": ("device", "label", "checkpoint_minutes", "log"),
     "engine": ("channels_last", "compile", "cuda_graphs", "winograd", "keep_memory"),  # how, not what
 }
 
@@ -28,9 +28,11 @@ def check_unchanged(state: dict[str, Any], settings: TrainSettings) -> None:
 
     The method may differ until start_epoch: before it all methods train alike, and share their warm-ups.
     """
+    usual = _fixed(TrainSettings())  # of settings that are younger than the checkpoint
     for section, values in _fixed(settings).items():
+        before = usual[section] | state["settings"].get(section, {})
         for name, value in values.items():
-            _same(f"{section}.{name}", state["settings"].get(section, {}).get(name), value)
+            _same(f"{section}.{name}", before.get(name), value)
     running = state["trainer"]["running"]
     begun = state["trainer"]["epoch"] + (running is not None and running["batches"] > 0)
     before = replace(settings.optim, epochs=state.get("epochs", settings.optim.epochs))

@@ -66,6 +66,12 @@ class DataSettings(ImageSettings):
     """Training images set aside to choose the best checkpoint; 0 for none. The test set never chooses."""
     batch_size: Annotated[int, Ge(1), Words("batch={}")] = 128
     augment: Annotated[Literal["none", "crop", "crop+flip"], Words("augment={}")] = "none"
+    balance: Annotated[
+        Literal["none", "weights", "sampler"],
+        Words(by_value=(("weights", "classes weighed by count"), ("sampler", "balanced sampler"))),
+    ] = "none"
+    """Of classes with unlike many images: weights divides the loss of a row by how many its class has, on top of the
+    method's weights; sampler draws rows with replacement, all classes equally often."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +122,23 @@ class WarmUpSettings:
 
 @dataclass(frozen=True)
 class OptimSettings:
-    """Optimiser: SGD."""
+    """Optimiser."""
 
     epochs: Annotated[int, Ge(1), Words("{} epochs")] = 120
     """In all, warm-up included. Milestones and start_epoch of presets and --config scale with this flag."""
+    optimizer: Annotated[Literal["sgd", "adamw"], Words(by_value=(("adamw", "AdamW"),))] = "sgd"
+    """AdamW takes a smaller lr: on the command line 0.001, where neither --lr nor --config says one."""
     lr: Annotated[float, Ge(0), Words("lr={}")] = 0.1
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Of SGD."""
+    adam_betas: Annotated[tuple[float, ...], Ge(0), Lt(1)] = (0.9, 0.999)
+    """Of AdamW: shares of the two averages that stay from update to update."""
+    adam_eps: Annotated[float, Gt(0)] = 1e-8
+    """Of AdamW, in the denominator."""
     weight_decay: Annotated[float, Ge(0)] = 2e-4
+    """As torch has it: SGD adds it to the gradient, AdamW takes lr * weight_decay of each weight."""
+    grad_clip: Annotated[float, Ge(0), Words("gradients clipped at {}", off=0.0)] = 0.0
+    """Largest norm of the gradients of all weights together; larger ones are scaled down to it. 0: off."""
     schedule: Annotated[Literal["step", "cosine", "one_cycle"], Words("{} schedule")] = "step"
     """Of the learning rate, epoch by epoch."""
     milestones: Annotated[tuple[int, ...], Words(scales=True)] = (60, 90, 110)
@@ -171,6 +187,8 @@ class RunSettings:
     """Which validation accuracy under val_attack chooses best.pt."""
     checkpoint_minutes: Annotated[float, Ge(0)] = 10.0
     """Within an epoch, a checkpoint at least so often; there is one after each epoch too."""
+    log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Numbers of each epoch, those of each class included, go to one or several of these too, in the run's folder."""
     label: str | None = None
     """What reports call this run; else what distinguishes its settings."""
 
@@ -201,6 +219,8 @@ class TrainSettings:
             raise ValueError(
                 f"lr_decay: got {len(optim.lr_decay)} factors for {len(optim.milestones)} milestones; give one each"
             )
+        if len(optim.adam_betas) != 2:
+            raise ValueError(f"adam_betas: got {optim.adam_betas}; it must be two numbers, such as 0.9 0.999")
         warm_up = self.warm_up
         before = warm_up_of(method, warm_up.name)
         if method.start_epoch > optim.epochs and (before != method or warm_up.natural_epochs):

@@ -24,16 +24,22 @@ class Phases:
             are watched for catastrophic overfitting. Where it is found, PGD-AT takes over from them.
         natural_epochs: so many epochs of the warm-up, the first, train on clean images.
         seed: of the training.
+        loss_weights: of all of them; see Objective.
     Raises: TypeError, ValueError naming the argument.
     """
 
-    def __init__(self, method: Method, pgd: PGD, warm_up: str, natural_epochs: int, seed: int):
-        self.method = Objective(method, pgd)
+    def __init__(
+        self, method: Method, pgd: PGD, warm_up: str, natural_epochs: int, seed: int, loss_weights: Tensor | None = None
+    ):
+        def objective(of: Method) -> Objective:
+            return Objective(of, pgd, loss_weights)
+
+        self.method = objective(method)
         self.natural_epochs = checks.integer("natural_epochs", natural_epochs, 0, method.start_epoch - 1)
         warm = warm_up_of(method, warm_up)
-        self._warm_up = self.method if warm == method else Objective(warm, pgd)
-        self._natural = Objective(class_of("natural")(), pgd)
-        self._pgd_at = self._warm_up if warm.name == "pgd_at" else Objective(class_of("pgd_at")(), pgd)
+        self._warm_up = self.method if warm == method else objective(warm)
+        self._natural = objective(class_of("natural")())
+        self._pgd_at = self._warm_up if warm.name == "pgd_at" else objective(class_of("pgd_at")())
         self._checks = {
             o.method.name: OverfittingCheck(o.pgd, pgd, seed) for o in (self._warm_up, self.method) if o.method.one_step
         }

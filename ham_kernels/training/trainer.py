@@ -49,6 +49,10 @@ class Trainer:
             "fgsm_rs" take one step, and are watched for catastrophic overfitting: where it is found, PGD-AT takes over
             after a warning.
         natural_epochs: so many epochs of the warm-up, the first, train on clean images.
+        grad_clip: >= 0. Gradients of an update whose norm over all of the optimiser's weights is larger are scaled down
+            to it, as torch.nn.utils.clip_grad_norm_ does; 0: off.
+        loss_weights: >= 0, one per class: the weight of its rows in the loss, multiplied with the method's own; such as
+            methods.count_weights(images of each class). None: ones.
         channels_last: weights and images in NHWC order.
         compile: torch.compile of the model as the attack sees it (eval mode, no weight gradients).
         cuda_graphs: attack steps replayed per number of rows, updates where their number of rows repeats.
@@ -68,7 +72,8 @@ class Trainer:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, method: Method, *, eps: float = 8 / 255,
         step_size: float = 2 / 255, steps: int = 10, norm: str = "linf", ema_decay: float | None = None,
         device: torch.device | str | None = None, precision: str = "fp32", seed: int = 0, warm_up: str = "pgd_at",
-        natural_epochs: int = 0, channels_last: bool | str = False, compile: bool | str = False,
+        natural_epochs: int = 0, grad_clip: float = 0.0, loss_weights: Sequence[float] | Tensor | None = None,
+        channels_last: bool | str = False, compile: bool | str = False,
         cuda_graphs: bool | str = False, winograd: bool | str = False, keep_memory: bool = True,
     ):  # fmt: skip
         if not isinstance(model, nn.Module):
@@ -82,7 +87,8 @@ class Trainer:
         checks.integer("steps", steps, 1)
         self._pgd = PGD(checks.real("eps", eps), checks.real("step_size", step_size), steps, norm)
         self.seed = checks.integer("seed", seed, 0, 2**63 - 1)
-        self.phases = Phases(method, self._pgd, warm_up, natural_epochs, self.seed)
+        loss_weights = None if loss_weights is None else checks.class_values("loss_weights", loss_weights)
+        self.phases = Phases(method, self._pgd, warm_up, natural_epochs, self.seed, loss_weights)
         options = EngineOptions(precision, channels_last, compile, cuda_graphs, winograd, keep_memory)
         if ema_decay is not None and checks.real("ema_decay", ema_decay, 0.0, 1.0) == 1.0:
             raise ValueError("ema_decay: got 1.0; it must be below 1, or the average would never move")
@@ -90,7 +96,7 @@ class Trainer:
         note_resting(model)  # before a first evaluation of the user's puts all of it into eval mode
         self.device = torch.device(device) if device is not None else model_device(model) or torch.device("cpu")
         self.engine = Engine(options, self.device)
-        self._update = Updater(optimizer, self.engine, self.device)
+        self._update = Updater(optimizer, self.engine, self.device, checks.real("grad_clip", grad_clip))
         self.average = None if ema_decay is None else WeightAverage(model, ema_decay)
         self._averages = True  # whether updates enter the weight average; the method's gate may close it
         self.epoch = 0  # epochs completed by fit
@@ -205,9 +211,9 @@ class Trainer:
         while self.epoch < epochs:
             report = self._train_epoch(train_loader, self.epoch + 1, on_batch_end)
             if val_loader is not None:
-                report.val = self._judged(self.model, val_loader, val_attacks)
+                report.val = self.judged(self.model, val_loader, val_attacks)
                 if self.average is not None:
-                    report.val_ema = self._judged(self.ema_model, val_loader, val_attacks)
+                    report.val_ema = self.judged(self.ema_model, val_loader, val_attacks)
             self._end_epoch(report, train_loader)
             if scheduler is not None:
                 _step(scheduler)
@@ -274,7 +280,8 @@ class Trainer:
         return x.to(self.device), y.to(self.device)
 
     # ------------------------------------------------------------ validation
-    def _judged(self, model: nn.Module, loader: Iterable, attacks: Sequence[str]) -> dict[str, ClassAccuracy]:
+    def judged(self, model: nn.Module, loader: Iterable, attacks: Sequence[str]) -> dict[str, ClassAccuracy]:
+        """Accuracies of a model by attack, as `fit` takes them after an epoch."""
         wanted = plans(attacks, **self.budget)
         return accuracies(model, loader, wanted, device=self.device, precision=self.precision, seed=self.seed)
 

@@ -25,8 +25,8 @@ GRAPH_FROM = 2  # a number of rows is captured when it comes for the second time
 class Updater:
     """Steps an optimiser. With CUDA graphs, forward and backward of a number of rows that repeats are replayed."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, engine: Engine, device: torch.device):
-        self.optimizer, self._engine = optimizer, engine
+    def __init__(self, optimizer: torch.optim.Optimizer, engine: Engine, device: torch.device, grad_clip: float = 0.0):
+        self.optimizer, self._engine, self._grad_clip = optimizer, engine, grad_clip
         # gradients in fp16 vanish below 6e-8; the scaler lifts them, and skips an update where they overflow
         self._scaler = torch.amp.GradScaler(device.type) if engine.precision == "fp16" else None
 
@@ -44,6 +44,11 @@ class Updater:
 
         with objective.around(model, examples, gradients):
             value = self._gradients(model, objective, examples, freeze_bn)
+            if self._grad_clip:
+                if self._scaler is not None:
+                    self._scaler.unscale_(self.optimizer)
+                parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+                nn.utils.clip_grad_norm_(parameters, self._grad_clip)  # of a norm that stays on the device
             if self._scaler is None:
                 self.optimizer.step()
             else:

@@ -8,13 +8,18 @@ from typing import Any
 
 from ...methods.registry import warm_up_of
 from ...methods.settings import Method
+from ...runs.config_file import to_dict
+from ...runs.settings import TrainSettings
 from ..reading.evaluations import WEIGHTS, Evaluation
 from ..reading.runs import Run
 
 # What changes neither the trained weights nor how long training takes, or is in the section's title.
 NOT_SETTINGS = {
-    "run.seed", "run.label", "run.checkpoint_minutes", "data.path", "data.dataset", "data.root", "data.download",
+    "run.seed", "run.label", "run.checkpoint_minutes", "run.log", "data.path", "data.dataset", "data.root",
+    "data.download",
 }  # fmt: skip
+# What a run did whose config.toml is older than these settings: their defaults.
+_YOUNGER = {"data": ("balance",), "optim": ("optimizer", "adam_betas", "adam_eps", "grad_clip")}
 
 
 @dataclass
@@ -95,7 +100,9 @@ def settings_of(run: Run) -> dict[str, Any]:
     }
     if run.adopted:  # told apart by what they are called
         return {key: value for key, value in flat.items() if key.startswith(("attack.", "model."))} | {"": run.label}
-    flat = {key: value for key, value in flat.items() if key not in NOT_SETTINGS}
+    usual = to_dict(TrainSettings())
+    younger = {f"{section}.{key}": usual[section][key] for section, keys in _YOUNGER.items() for key in keys}
+    flat = {key: value for key, value in ((younger if flat else {}) | flat).items() if key not in NOT_SETTINGS}
     method = run.method
     if method is None:
         return flat
