@@ -5,8 +5,8 @@
 
 The images are cut into parts, and each part goes to every competitor in turn, in one process. Told are the seconds of
 each (of processor time where there is no GPU, since other work of the machine does not count in it), how many verdicts
-differ from pyautoattack's, and the accuracies. torchattacks joins in with --torchattacks, its numbers of steps and
-targets put right.
+differ from pyautoattack's, and the accuracies. ODI, our quick attack, stands beside them; so does torchattacks with
+--torchattacks, its numbers of steps and targets put right.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ham_kernels.runs.folder import RunFolder
 
 RESULTS = Path(__file__).resolve().parent / "results"
 THEIRS, PLAIN, FAST, TORCHATTACKS = "pyautoattack alone", "ours, plain search", "ours, fast search", "torchattacks"
+ODI = "ODI-10, fast search"
 GOAL, ALIKE, POINTS = 2.0, 0.99, 0.5  # times as fast, share of equal verdicts, difference of the averages
 Judge = Callable[[Tensor, Tensor], Tensor]  # images and labels -> which survive
 
@@ -63,12 +64,12 @@ def competitors(model: nn.Module, eps: float, step_size: float, norm: str, class
             attack = pyautoattack.AutoAttack(model, norm=name, eps=eps, seed=0, device=device)
             return right(attack.run_standard_evaluation(x, y, batch_size=len(x))[0], y)
 
-    def ours(search: Engine | None) -> Judge:
+    def ours(search: Engine | None, attack: str = "autoattack") -> Judge:
         def judge(x: Tensor, y: Tensor) -> Tensor:
             found = evaluation.judge(
-                model, [(x, y)], ["autoattack"], classes=classes, eps=eps, step_size=step_size, norm=norm, search=search
+                model, [(x, y)], [attack], classes=classes, eps=eps, step_size=step_size, norm=norm, search=search
             )
-            return torch.tensor([flag == "1" for flag in found["autoattack"]["correct"]], device=device)
+            return torch.tensor([flag == "1" for flag in found[attack]["correct"]], device=device)
 
         return judge
 
@@ -83,7 +84,8 @@ def competitors(model: nn.Module, eps: float, step_size: float, norm: str, class
                         setattr(part, setting, value)
             return right(attack(x, y), y)
 
-    found = {THEIRS: theirs, PLAIN: ours(None), FAST: ours(fast(device))}
+    quick = fast(device)
+    found = {THEIRS: theirs, PLAIN: ours(None), FAST: ours(quick), ODI: ours(quick, "odi10")}
     return found | ({TORCHATTACKS: torchattacks} if args.torchattacks else {})
 
 

@@ -83,7 +83,7 @@ def test_more_restarts_take_more_and_it_is_as_strong_as_cw(batch, norm):
     assert found["odi6"].count("1") <= found["cw20"].count("1")
 
 
-@pytest.mark.filterwarnings("ignore:model. pgd20 had no gradient")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_logits_of_any_scale_are_attacked(batch):
     """The cross entropy of such logits has no gradient; the margin has."""
     model, x, y = batch

@@ -29,7 +29,8 @@ def evaluate(
         loader: any iterable of (x in [0, 1], y).
         attacks: "clean"; "fgsm", one step of eps from the image itself; "pgdK" for K steps of PGD on the cross
             entropy from a random start ("pgd20"), "cwK" for the same on the margin loss; "autoattack", the standard
-            version (arXiv 2003.01690) by pyautoattack; "apgd", its parts APGD-CE and APGD-T alone, an upper bound.
+            version (arXiv 2003.01690) by pyautoattack; "apgd", its parts APGD-CE and APGD-T alone, an upper bound;
+            "odiR", R restarts of PGD on the margin from random directions of the logits (see evaluation/odi.py).
             With 3 classes APGD-DLR stands for APGD-T, with 2 it is left out: that loss compares logits of more. Of
             PGD every image gets all K steps and is judged at the last point.
         eps, step_size, norm: of the attacks, in units of the images. AutoAttack chooses its own steps.

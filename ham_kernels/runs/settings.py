@@ -248,7 +248,8 @@ class JudgeSettings:
     """How a model is judged."""
 
     attacks: tuple[str, ...] = ("clean", "fgsm", "pgd20", "cw20")
-    """clean, fgsm, pgdK, cwK (PGD on the CW loss), apgd (APGD-CE and APGD-T), autoattack."""
+    """clean, fgsm, pgdK, cwK (PGD on the CW loss), odiR (R restarts from random directions), apgd (APGD-CE and APGD-T),
+    autoattack."""
     restarts: Annotated[int, Ge(1)] = 1
     """Random starts of pgdK and cwK; an image counts as robust if it resists all."""
     part: Literal["test", "val", "train"] = "test"

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ..reading.evaluations import Easy
-from ..reading.runs import Epoch, Run
+from ..reading.metrics import Epoch
+from ..reading.runs import Run
 from .groups import Group
 from .over_seeds import spread
 

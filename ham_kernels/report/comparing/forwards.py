@@ -6,7 +6,8 @@ import statistics
 
 from ...methods.registry import class_of, warm_up_of
 from ...methods.settings import Method
-from ..reading.runs import Epoch, Run
+from ..reading.metrics import Epoch
+from ..reading.runs import Run
 
 
 def forwards(run: Run) -> float | None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .runs import MARKS, Run, read_mapping, read_run
+from .files import read_mapping
+from .runs import MARKS, Run, read_run
 
 SWEEP = "sweep.json"
 # Of a sweep's names: pgd_at-seed0, ham-M3-lam0.5-frozen_bn-seed10.

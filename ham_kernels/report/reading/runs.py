@@ -2,58 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...common import line_sums, troubles
 from ...common.locks import held
 from ...methods.settings import Method
 from ...runs.config_file import method_of
 from .evaluations import WEIGHTS, Evaluation, read_evaluation
+from .files import read_mapping, shown
 from .json_types import MALFORMED, read_as
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .metrics import Epoch, read_metrics, tell_log
 
 EVALUATE = "ham evaluate {run}"
 RESUME = "ham train --resume {run}"
 OTHERS = "reports show no other evaluations, of which it has"
 SHOWN = tuple(f"{weights}.json" for weights in WEIGHTS)
 MARKS = ("config.toml", "status.json", "metrics.jsonl", "evaluation")
-
-
-@dataclass(frozen=True)
-class Validation:
-    accuracy: float | None = None
-    worst_class: float | None = None
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """A line of metrics.jsonl. `val` and `val_ema` are by attack."""
-
-    epoch: int
-    phase: str | None = None
-    loss: float | None = None
-    hard_fraction: float | None = None
-    skipped: int | None = None
-    seconds: float | None = None  # training only
-    val: Mapping[str, Validation] | None = None
-    val_ema: Mapping[str, Validation] | None = None
-    cpu_seconds: float | None = None  # of all threads, in the same time
-    mined: bool | None = None  # rows were screened or weighed
-
-    @property
-    def mines(self) -> bool:
-        """Logs of before do not tell; only HAM did."""
-        return self.phase == "ham" if self.mined is None else self.mined
 
 
 @dataclass
@@ -222,11 +188,11 @@ def read_run(folder: str | Path) -> Run:
     run.data = read_mapping(folder / "data.json", run.notes)
     if run.adopted:  # its images are those that judge it, whatever else lay beside them
         run.data = {key: value for key, value in run.data.items() if key not in ("counts", "sha256")}
-    run.epochs = _read_metrics(folder / "metrics.jsonl", run.notes)
+    run.epochs = read_metrics(folder / "metrics.jsonl", run.notes)
     run.busy = held(folder / ".lock")
     if run.cut and not any("metrics.jsonl line" in note for note in run.notes):
         told = f"while status.json says that {run.status['epoch']} are done"
-        _tell_log(folder / "metrics.jsonl", run.notes, f"ends at epoch {run.epochs[-1].epoch}, {told}")
+        tell_log(folder / "metrics.jsonl", run.notes, f"ends at epoch {run.epochs[-1].epoch}, {told}")
     others = sorted(path for path in (folder / "evaluation").glob("[!.]*.json*") if path.name not in SHOWN)
     for path in others:
         _read_other(run, path)
@@ -243,11 +209,11 @@ def _read_evaluation(run: Run, weights: str) -> None:
     try:
         judged = run.evaluations[weights] = read_evaluation(weights, raw, run.notes, path)
     except MALFORMED as error:
-        run.notes.append(f"{_shown(path)}: not an evaluation ({type(error).__name__}: {error})")
+        run.notes.append(f"{shown(path)}: not an evaluation ({type(error).__name__}: {error})")
         return
     if weights in ("last", "ema") and run.epochs and judged.epoch not in (None, run.epochs[-1].epoch):
         run.notes.append(
-            f"{_shown(path)} is of epoch {judged.epoch}, the run is at epoch {run.epochs[-1].epoch}: "
+            f"{shown(path)} is of epoch {judged.epoch}, the run is at epoch {run.epochs[-1].epoch}: "
             f"`{run._command(EVALUATE)}`"
         )
 
@@ -267,64 +233,6 @@ def _read_other(run: Run, path: Path) -> None:
             run.other_eps.append(read_evaluation(weights, raw, run.notes, path))
             return
         except MALFORMED as error:
-            run.notes.append(f"{_shown(path)}: not an evaluation ({type(error).__name__}: {error})")
+            run.notes.append(f"{shown(path)}: not an evaluation ({type(error).__name__}: {error})")
     told = ", ".join(f"{key.replace('_', ' ')} {raw[key]}" for key in apart)
     run.left_out[path.name] = told or "another choice"
-
-
-# ---------------------------------------------------------------- files
-def _shown(path: Path) -> str:
-    return f"evaluation/{path.name}" if path.parent.name == "evaluation" else path.name
-
-
-def _bytes_of(path: Path, notes: list[str]) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        notes.append(f"{_shown(path)}: cannot be read ({error})")
-        return None
-
-
-def read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
-    """A TOML or JSON file; {} where there is none. What keeps it from being read goes to `notes`."""
-    content = _bytes_of(path, notes)
-    if content is None:
-        return {}
-    try:
-        value = (tomllib if path.suffix == ".toml" else json).loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        notes.append(f"{_shown(path)}: cannot be read ({error})")
-        return {}
-    if not isinstance(value, dict):
-        notes.append(f"{_shown(path)}: holds a {type(value).__name__}, not an object")
-        return {}
-    return value
-
-
-def _tell_log(path: Path, notes: list[str], why: str) -> None:
-    notes.append(troubles.text("log_altered", file=path, why=why))
-    troubles.warn("log_altered", file=path, why=why)
-
-
-def _read_metrics(path: Path, notes: list[str]) -> list[Epoch]:
-    """Its epochs, up to the first line whose checksum is not that of what precedes it."""
-    lines = (_bytes_of(path, notes) or b"").rstrip().split(b"\n")
-    epochs: list[Epoch] = []
-    altered = line_sums.first_altered(lines)
-    for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if i == altered and line.endswith(b"}"):  # else torn
-            _tell_log(path, notes, f"line {i} is not as written, or lines before it are gone; left out from there")
-            break
-        try:
-            epoch = read_as(Epoch, json.loads(line.decode("utf-8")))
-        except MALFORMED as error:
-            torn = "torn last line skipped (the run was killed while writing it)"
-            notes.append(f"{path.name}, line {i}: {torn if i == len(lines) else f'skipped ({error})'}")
-            continue
-        # A run resumed from an earlier checkpoint logs epochs again: the later line is of the weights that remain.
-        epochs = [*(e for e in epochs if e.epoch < epoch.epoch), epoch]
-    return epochs
