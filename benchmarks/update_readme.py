@@ -31,6 +31,8 @@ PAGES: dict[Path, Sections] = {
     },
     ROOT / "docs" / "results.md": {
         "methods_digits": measured.methods_digits,
+        "odi": measured.odi,
+        "autoattack": timed.autoattack,
         "bench_pgd": measured.bench_pgd,
         "cifar_small": measured.cifar_small,
         "sweep": measured.sweep,

@@ -13,8 +13,8 @@ from ham_kernels.commands import cli, flags
 from ham_kernels.commands import train as train_command
 from ham_kernels.common import files
 from ham_kernels.runs.folder import RunFolder
+from ham_kernels.runs.judge_settings import EvaluateSettings
 from ham_kernels.runs.presets import preset
-from ham_kernels.runs.settings import EvaluateSettings
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
 QUICK = EvaluateSettings(attacks=("clean", "pgd3"), masking_images=32, analysis_images=64)

@@ -18,7 +18,7 @@ from ham_kernels.commands.evaluation_text import verdict
 from ham_kernels.evaluation import gradient_masking
 from ham_kernels.report.reading.evaluations import read_evaluation
 from ham_kernels.runs.folder import RunFolder
-from ham_kernels.runs.settings import EvaluateSettings
+from ham_kernels.runs.judge_settings import EvaluateSettings
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
 QUICK = EvaluateSettings(attacks=("clean", "pgd3"), masking_images=32, analysis_images=64)

@@ -20,8 +20,8 @@ from ham_kernels.common.troubles import HamWarning
 from ham_kernels.data.glance import Glance, glance
 from ham_kernels.runs.config_file import read_toml
 from ham_kernels.runs.folder import RunFolder
+from ham_kernels.runs.judge_settings import EvaluateSettings
 from ham_kernels.runs.presets import preset
-from ham_kernels.runs.settings import EvaluateSettings
 
 SHORT = (
     "--epochs", "1", "--start-epoch", "1", "--milestones", "--lr-decay", "--batch-size", "4", "--val-images", "4",

@@ -20,10 +20,10 @@ from ham_kernels.common import field_types
 from ham_kernels.data.table import SETS
 from ham_kernels.engine.options import SWITCHES, EngineOptions
 from ham_kernels.methods.registry import class_of
-from ham_kernels.runs import settings as settings_
 from ham_kernels.runs.config_file import from_toml, merge, method_of, to_toml
+from ham_kernels.runs.judge_settings import EvaluateSettings
 from ham_kernels.runs.presets import PRESETS, preset, rescaled
-from ham_kernels.runs.settings import EvaluateSettings, TrainSettings, lr_factor
+from ham_kernels.runs.settings import TrainSettings, lr_factor
 
 
 def test_every_data_set_has_a_preset_that_is_sound():
@@ -399,7 +399,7 @@ def test_sections_are_all_dataclasses_with_help():
         section = getattr(TrainSettings(), f.name)
         assert dataclasses.is_dataclass(section)
         assert type(section).__doc__
-    assert settings_.EvaluateSettings().attacks == ("clean", "fgsm", "pgd20", "cw20")
+    assert EvaluateSettings().attacks == ("clean", "fgsm", "pgd20", "cw20")
 
 
 def test_train_takes_settings_only():

@@ -245,6 +245,33 @@ def methods_digits(here: Path) -> str:
     )  # fmt: skip
 
 
+def odi(here: Path) -> str:
+    """What ODI leaves beside what AutoAttack leaves, of the methods that all seeds were judged by both."""
+    data = read("sweep_methods_digits/data.json")
+    (section,) = data["sections"]
+    rows, apart = [], []
+    for group in section["groups"]:
+        found = group["accuracy"].get(group["weights"], {})
+        both = [found.get(name) for name in ("autoattack", "odi10")]
+        if None in both or any(b["average"]["n"] < len(group["runs"]) for b in both):
+            continue
+        shares = [100 * b[measure]["mean"] for measure in ("average", "worst") for b in both]
+        apart.append(shares[1] - shares[0])
+        signs = [minus(f"{shares[i + 1] - shares[i]:+.1f}") for i in (0, 2)]
+        cells = [*(f"{share:.1f}" for share in shares[:2]), signs[0], *(f"{share:.1f}" for share in shares[2:]), signs[1]]
+        rows.append([group["title"], *cells])
+    head = [
+        "method", "average %, AutoAttack", "ODI-10", "difference", "worst class %, AutoAttack", "ODI-10", "difference",
+    ]  # fmt: skip
+    lower = sum(gap < 0 for gap in apart)
+    return (
+        f"`ham evaluate RUN --attacks odi10 --no-masking --no-analyses` of the runs above, {_seeds_of(data)} seeds, all "
+        f"517 test images. ODI-10 leaves less than AutoAttack in {lower} of {len(apart)} methods; the difference of the "
+        f"averages is {minus(f'{min(apart):+.1f}')} to {minus(f'{max(apart):+.1f}')} points. The time of both: "
+        f"`bench_autoattack.py`, below.\n\n{markdown([head, *rows])}"
+    )
+
+
 def cheaper(here: Path) -> str:
     said = (
         "`ham sweep cheaper --seeds {seeds} --attacks clean pgd20 cw20 --out runs/sweep-cheaper` on the digits; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import bench_autoattack
 import bench_fair
 import bench_winograd
 import methods.table as methods_table
@@ -30,6 +31,10 @@ def training_short(here: Path) -> str:
 
 def method_steps(here: Path) -> str:
     return "\n\n".join(methods_table.readme_section(result) for result in devices("bench_methods_*.json"))
+
+
+def autoattack(here: Path) -> str:
+    return "\n\n".join(bench_autoattack.readme_section(result) for result in devices("bench_autoattack_*.json"))
 
 
 def fair(here: Path) -> str:

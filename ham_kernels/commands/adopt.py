@@ -14,13 +14,12 @@ from .. import engine
 from ..models.named import OBJECT, is_architecture
 from ..models.weights import lay, read_weights
 from ..runs.folder import ADOPTED, RunFolder
+from ..runs.judge_settings import EvaluateSettings, JudgeSettings
 from ..runs.presets import preset
 from ..runs.settings import (
     AttackSettings,
     DataSettings,
-    EvaluateSettings,
     ImageSettings,
-    JudgeSettings,
     ModelSettings,
     RunSettings,
     TrainSettings,

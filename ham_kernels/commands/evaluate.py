@@ -19,7 +19,8 @@ from ..evaluation.gradient_masking import COST as MASKING_COST
 from ..evaluation.gradient_masking import IMAGES as MASKING_IMAGES
 from ..evaluation.named_attacks import plans, searcher
 from ..runs.folder import RunFolder
-from ..runs.settings import EvaluateSettings, TrainSettings, check_step
+from ..runs.judge_settings import EvaluateSettings
+from ..runs.settings import TrainSettings, check_step
 from . import run_images
 from .evaluation_text import under_budget, verdict
 from .from_settings import device_of, load_model, trained_model

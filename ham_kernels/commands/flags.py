@@ -14,12 +14,11 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from ..methods import names
 from ..methods.registry import with_name
 from ..runs.config_file import from_toml, read_toml
+from ..runs.judge_settings import EvaluateSettings, JudgeSettings
 from ..runs.presets import for_folder, preset, rescaled
 from ..runs.settings import (
     AttackSettings,
-    EvaluateSettings,
     ImageSettings,
-    JudgeSettings,
     ModelSettings,
     TrainSettings,
 )

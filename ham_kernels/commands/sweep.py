@@ -18,7 +18,8 @@ from ..methods.pgd_at import PGDAT
 from ..methods.registry import warm_up_of
 from ..report.strength import CLEAN, strongest
 from ..runs.folder import RunFolder
-from ..runs.settings import EvaluateSettings, TrainSettings
+from ..runs.judge_settings import EvaluateSettings
+from ..runs.settings import TrainSettings
 from .experiments import STRONG, Cell, planned
 from .first_weights import with_their_normalisation
 from .flags import Sweep
