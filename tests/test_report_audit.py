@@ -71,6 +71,37 @@ def test_several_seeds_are_judged_by_their_mean_and_its_interval(tmp_path):
     assert (entry["low"], entry["high"]) == pytest.approx((12 - half, 12 + half), abs=1e-3)
 
 
+@pytest.mark.parametrize("share", [0.29, 0.57, 0.58])
+def test_a_value_at_the_bound_meets_it(tmp_path, share):
+    """In binary 100 * 0.29 is a little less than 29."""
+    (entry,) = held([one(tmp_path, per_class=[share] * 4)], tmp_path / "out", f"worst_class>={100 * share:.0f}")
+    assert entry["passes"]
+
+
+def test_seeds_that_are_alike_are_no_certainty(tmp_path):
+    runs = [one(tmp_path, str(seed), seed=seed) for seed in (0, 1)]
+    (entry,) = held(runs, tmp_path / "out", "worst_class>=5")
+    assert entry["measured"].endswith("; all seeds alike, which says nothing of others")
+    far = [one(tmp_path, f"far{seed}", [0.9, 0.5, 0.3, 0.5 * seed], seed) for seed in (0, 1)]
+    (entry,) = held(far, tmp_path / "far", "class dog>=5")
+    assert (entry["low"], entry["high"]) == (0.0, 100.0)
+
+
+def test_the_mean_of_the_worst_three_has_its_interval(tmp_path):
+    run = one(tmp_path)
+    change_evaluation(run, lambda raw: raw["attacks"]["pgd20"].update(worst3={"value": 0.3, "low": 0.2, "high": 0.4}))
+    (entry,) = held([run], tmp_path / "out", "worst3>=25")
+    assert (entry["low"], entry["high"]) == pytest.approx((20.0, 40.0))
+
+
+def test_a_class_of_one_data_set_is_asked_of_that(tmp_path):
+    other = fake_run(tmp_path / "o", "pgd_at", accuracy={"pgd20": FOUR}, settings={"data.dataset": "svhn"})
+    report.build([one(tmp_path), other], tmp_path / "out", require=["class cat>=10"], columns=["clean.avg", "worst"])
+    sections = json.loads((tmp_path / "out" / "data.json").read_text())["sections"]
+    assert [len(section["audit"]) for section in sections] == [1, 0]
+    assert "| PGD-AT | – | 10.0 |" in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_what_was_not_measured_fails(tmp_path):
     (entry,) = held([one(tmp_path)], tmp_path / "out", "autoattack.accuracy>=1")
     assert not entry["passes"]
@@ -85,6 +116,9 @@ def test_what_was_not_measured_fails(tmp_path):
     [
         ("worst_class=20", "worst_class>=20"),
         ("worst_class>=twenty", "a number"),
+        ("gini<=20%", "gini is a ratio, not in percent"),
+        ("gini<=20", "gini is from 0 to 1"),
+        ("accuracy>=101", "accuracy is from 0 to 100"),
         ("median>=20", "'median>=20' has no measure that is known"),
         ("class horse>=20", "names no class of these: airplane, bird, cat, dog"),
     ],
@@ -137,8 +171,12 @@ def test_the_columns_of_the_paper_are_those_asked_for(tmp_path):
     assert accuracy.splitlines()[0] == "| Method | Clean worst | PGD-20 Gini | PGD-20 worst 3 |"
     assert accuracy.splitlines()[2] == "| PGD-AT | 80.0 | 0.361 | 30.0 |"
     assert cost.splitlines()[0] == "| Method | Training time, s |"
-    for wrong in ("avg.clean", "cw20.avg", "speed"):
-        with pytest.raises(ValueError, match=f"columns: got '{wrong}'; they are avg, worst"):
+    for wrong, words in (
+        ("avg.clean", "they are avg"),
+        ("cw20.avg", "these runs were judged by"),
+        ("speed", "they are"),
+    ):
+        with pytest.raises(ValueError, match=f"columns: got '{wrong}'; {words}"):
             report.build(runs, tmp_path / "wrong", columns=[wrong])
     assert not (tmp_path / "wrong").exists()
 

@@ -84,12 +84,33 @@ def test_accuracy_over_eps_begins_with_clean_images(tmp_path):
     assert f"ham evaluate {run} --weights ema --attacks pgd20 --eps-curve 0.1 0.4" in page
 
 
-@pytest.mark.parametrize("changed", [{"part": "train"}, {"precision": "bf16"}, {"checkpoint_sha256": "0" * 64}])
-def test_other_images_precision_or_weights_are_no_point_of_the_curve(tmp_path, changed):
+@pytest.mark.parametrize(
+    "changed",
+    [{"part": "train"}, {"precision": "bf16"}, {"checkpoint_sha256": "0" * 64}, {"step_size": 1e-4}],
+)
+def test_other_images_precision_weights_or_steps_are_no_point_of_the_curve(tmp_path, changed):
     run = fake_run(tmp_path / "p", "pgd_at", accuracy={"clean": [1.0, 0.8], "pgd20": [0.6, 0.2]})
     at_eps(run, 0.1, [0.8, 0.6], **changed)
     _, section, _ = built([run], tmp_path / "out")
     assert section["groups"][0]["over_eps"] is None
+
+
+def test_a_curve_is_of_the_seeds_and_images_that_all_its_points_have(tmp_path):
+    accuracy = {"clean": [1.0, 0.8], "pgd20": [0.6, 0.2]}
+    runs = [fake_run(tmp_path / str(seed), "pgd_at", seed, accuracy=accuracy) for seed in (0, 1)]
+    at_eps(runs[0], 0.1, [0.8, 0.6])
+    at_eps(runs[0], 0.4, [0.2, 0.0])
+    at_eps(runs[0], 0.3, [0.9, 0.9])
+    fewer = next((runs[0] / "evaluation").glob("*eps0.3*"))
+    raw = json.loads(fewer.read_text())
+    raw["attacks"]["pgd20"]["n"] = 40
+    write_json(fewer, raw)
+    _, section, _ = built(runs, tmp_path / "out")
+    found = section["groups"][0]["over_eps"]
+    assert (found["eps"], found["seeds"]) == ([0.0, 0.1, 0.2, 0.4], 1)
+    at_eps(runs[0], 0.5, [0.1, 0.0], attacks=("cw20",))  # one more budget, by another attack, takes nothing away
+    _, section, _ = built(runs, tmp_path / "again")
+    assert section["groups"][0]["over_eps"]["eps"] == [0.0, 0.1, 0.2, 0.4]
 
 
 def test_a_budget_judged_by_another_attack_gives_no_curve_of_the_headline(tmp_path):
@@ -136,3 +157,12 @@ def test_images_that_are_gone_leave_the_report_without_them(tmp_path, damage):
     data, _, page = built([run], tmp_path / "out")
     assert "figures/examples.png" not in data["figures"]
     assert "Images and their perturbation" in page  # among those without data
+
+
+def test_examples_of_classes_that_are_not_there_become_a_note(tmp_path):
+    run = fake_run(tmp_path / "p", "pgd_at", accuracy={"pgd20": [0.5, 0.5]})
+    with_examples(run)
+    change_evaluation(run, lambda raw: raw["examples"]["rows"][0].update(answer_adv=77))
+    data, section, _ = built([run], tmp_path / "out")
+    assert section["groups"][0]["examples"] is None
+    assert "examples cannot be read" in data["runs"][0]["notes"][0]

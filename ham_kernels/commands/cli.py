@@ -125,10 +125,11 @@ def _report(argv: list[str]) -> int:
     page = report.build(told.pop("runs"), told.pop("out"), **told)
     print(f"written: {page}, with its figures and tables beside it")
     data = json.loads((page.parent / "data.json").read_text(encoding="utf-8"))
-    held = [one for section in data["sections"] for one in section["audit"]]
-    for one in held:
-        print(f"{'pass' if one['passes'] else 'FAIL'}  {one['group']}: {one['requirement']}, {one['measured']}")
-    return 0 if all(one["passes"] for one in held) else 1
+    held = [(section["title"], one) for section in data["sections"] for one in section["audit"]]
+    for title, one in held:
+        where = f"{title}, {one['group']}" if len(data["sections"]) > 1 else one["group"]
+        print(f"{'pass' if one['passes'] else 'FAIL'}  {where}: {one['requirement']}, {one['measured']}")
+    return 0 if all(one["passes"] for _, one in held) else 1
 
 
 def _sweep(argv: list[str]) -> int:

@@ -90,7 +90,7 @@ def _verdict(model: nn.Module, x_adv: Tensor, y: Tensor, precision: str) -> tupl
 
 def _directions(y: Tensor, preferred: Tensor | None, classes: int, seed: int, step: int) -> Tensor:
     """(n, classes), weights of the logits: random, but for the preferred class and the label."""
-    draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    draw = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     toward = 2 * torch.rand(len(y), classes, generator=draw) - 1
     own = OWN[0] + (OWN[1] - OWN[0]) * torch.rand(len(y), generator=draw)
     toward, own = toward.to(y.device), own.to(y.device)

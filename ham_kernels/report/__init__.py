@@ -54,6 +54,12 @@ def build(
         raise ValueError(f"out: {out} is a file; it must be a folder")
     if any((out / mark).exists() for mark in MARKS):  # both have a data.json
         raise ValueError(f"out: {out} is a run folder, whose data.json a report would replace; try {out / 'report'}")
+    if (parent := next((p for p in out.parents if p.exists()), out)) and not parent.is_dir():
+        raise ValueError(f"out: {out} lies below {parent}, which is a file")
+    if any((p / "config.toml").exists() and (p / "checkpoints").exists() for p in out.resolve().parents[:1]) and (
+        out.name in ("evaluation", "checkpoints")
+    ):
+        raise ValueError(f"out: {out} is a part of a run folder; give another")
     for name, value in (("title", title), ("baseline", baseline), ("attack", attack)):
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); it must be text")
@@ -73,7 +79,7 @@ def build(
     }  # fmt: skip
     head = {"format": 1, "title": title or (AUDIT if audit else TITLE), "audit": bool(audit)}
     head["made"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    head |= {"version": package_version(), "command": _command(runs, out, told)}
+    head |= {"version": package_version(), "command": _command(runs, out, told, pdf)}
     data = _plain({**head, **summarise(found, required), "lost": lost_cells(runs)})
     for section in data["sections"] if audit else ():
         section |= {"frontier": None, "claims": []}
@@ -92,12 +98,13 @@ def build(
     return out / "index.html"
 
 
-def _command(runs: Sequence[str | Path], out: Path, told: Mapping[str, Any]) -> str:
+def _command(runs: Sequence[str | Path], out: Path, told: Mapping[str, Any], pdf: bool) -> str:
     """What makes this report again."""
     words = ["ham", "report", *map(str, runs), "--out", str(out)]
     for name, value in told.items():
         given = [value] if isinstance(value, str) else [] if isinstance(value, bool) else value
         words += [f"--{name}", *given] if value else []
+    words += [] if pdf else ["--no-pdf"]
     return shlex.join(words)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 FAMILIES = ("fgsm", "pgd", "cw", "apgd", "odi", "autoattack")  # weakest first; names not known are weaker than these
 CLEAN = "clean"
+MANY_RESTARTS = 10  # from which ODI is stronger than APGD; of few it is weaker than CW
 
 
 def base_attack(name: str) -> tuple[str, int]:
@@ -22,11 +23,14 @@ def family_of(name: str) -> str:
 
 
 def strength(name: str) -> tuple[int, int, int, str]:
-    """What attacks are ordered by: family, steps, restarts; the name decides between equals."""
+    """What attacks are ordered by: family, steps (of ODI restarts), restarts; the name decides between equals."""
     (base, restarts), family = base_attack(name), family_of(name)
     steps = base.removeprefix(family)
+    number = int(steps) if steps.isdecimal() else 0
+    if family == "odi" and number < MANY_RESTARTS:
+        family = "fgsm"
     place = FAMILIES.index(family) if family in FAMILIES else -1
-    return place, int(steps) if steps.isdecimal() else 0, restarts, name
+    return place, number, restarts, name
 
 
 def strongest(judged: Sequence[Collection[str]]) -> str | None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..reading.evaluations import Attack
 from ..reading.flags import class_images
 from .claims import same_seeds
-from .frontier import FEWEST_CLASSES
 from .groups import Group
 from .images import smallest_class
 from .over_seeds import difference, spread
@@ -59,7 +57,7 @@ def _accuracy(judged: Sequence[Attack | None]) -> dict[str, Any]:
     return {
         "average": spread([a and a.accuracy for a in judged]),
         "worst": spread([a and a.worst_class for a in judged]),
-        "worst_three": spread([a and _worst_three(a) for a in judged]),
+        "worst_three": spread([a and a.worst3 for a in judged]),
         "range": spread([a and a.range for a in judged]),
         "gini": spread([a and a.gini for a in judged]),
         "std": spread([a and a.std for a in judged]),
@@ -69,9 +67,3 @@ def _accuracy(judged: Sequence[Attack | None]) -> dict[str, Any]:
         "images": sorted({a.n for a in known}, key=str),
         "digests": sorted({a.images_sha256 for a in known} - {None}),
     }
-
-
-def _worst_three(attack: Attack) -> float | None:
-    """Mean of the three lowest classes; None of few."""
-    known = sorted(c.value for c in attack.per_class if c.value is not None)
-    return statistics.fmean(known[:3]) if len(known) >= FEWEST_CLASSES else None

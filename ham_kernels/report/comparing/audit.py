@@ -8,7 +8,7 @@ from typing import Any
 from ..strength import CLEAN
 from ..text_format import attack_title
 from .over_seeds import Spread, mean_interval
-from .requirements import CLASS, MEASURES, RATIOS, Requirement
+from .requirements import MEASURES, RATIOS, Requirement
 
 
 def audit(
@@ -18,13 +18,22 @@ def audit(
     "high", "passes"}].
 
     The value passes or fails, the mean over seeds where there are several; low and high are the ends of its 95 %
-    interval, over images for one seed. What was not measured fails. Raises: ValueError naming `require` for a class
-    that is not there.
+    interval, over images for one seed. What was not measured fails. A class that is not among these is asked of others.
     """
+    of_here = [one for one in asked if one.of_class is None or _number_of(one.of_class, classes) is not None]
+    return [_held(group, classes, one.attack or headline, one) for group in groups for one in of_here]
+
+
+def check_classes(asked: Sequence[Requirement], classes: Sequence[Sequence[str]]) -> None:
+    """Raises: ValueError naming `require` for a class that no section has."""
     for one in asked:
-        if one.measure.startswith(CLASS) and one.measure.removeprefix(CLASS) not in classes:
-            raise ValueError(f"require: {one.text!r} names no class of these: {', '.join(classes)}")
-    return [_held(group, classes, one.attack or headline, one) for group in groups for one in asked]
+        if one.of_class is not None and all(_number_of(one.of_class, names) is None for names in classes):
+            known = ", ".join(dict.fromkeys(name for names in classes for name in names))
+            raise ValueError(f"require: {one.text!r} names no class of these: {known or 'no run is judged'}")
+
+
+def _number_of(name: str, classes: Sequence[str]) -> int | None:
+    return next((i for i, known in enumerate(classes) if known.strip() == name), None)
 
 
 def _held(group: dict, classes: Sequence[str], attack: str | None, asked: Requirement) -> dict[str, Any]:
@@ -35,28 +44,26 @@ def _held(group: dict, classes: Sequence[str], attack: str | None, asked: Requir
         return out | {"measured": words, "passes": False}
     if not group["finished"]:
         return out | {"measured": "not judged: training is not finished", "passes": False}
-    found = _measure(accuracy, classes, asked.measure)
+    found = accuracy["per_class"][_number_of(asked.of_class, classes)] if asked.of_class else None
+    found = found or accuracy[MEASURES[asked.measure]]
     if found["mean"] is None:
         return out | {"measured": "no value", "passes": False}
-    low, high = _interval(found)
-    if low is not None:  # that of a spread over few images, by draws, may leave its own value out
-        low, high = min(low, found["mean"]), max(high, found["mean"])
-    value, low, high = (None if v is None else asked.unit * v for v in (found["mean"], low, high))
+    value = asked.unit * found["mean"]
     passes = asked.met_by(value)
+    low, high = _interval(found, asked)
     out |= {"value": value, "low": low, "high": high, "passes": passes}
-    return out | {"measured": f"{_words(value, low, high, asked, attack)}{_open(low, high, asked, passes)}"}
+    return out | {"measured": f"{_words(value, low, high, asked, attack)}{_open(low, high, found, asked, passes)}"}
 
 
-def _measure(accuracy: dict, classes: Sequence[str], measure: str) -> Spread:
-    if measure.startswith(CLASS):
-        return accuracy["per_class"][list(classes).index(measure.removeprefix(CLASS))]
-    return accuracy[MEASURES[measure]]
-
-
-def _interval(found: Spread) -> tuple[float | None, float | None]:
-    if found["n"] < 2:
-        return found["low"], found["high"]
-    return mean_interval([v for v in found["values"] if v is not None])
+def _interval(found: Spread, asked: Requirement) -> tuple[float | None, float | None]:
+    """Within what can be; that of a spread over few images, by draws, may leave its own value out."""
+    ends = found["low"], found["high"]
+    if found["n"] > 1:
+        ends = mean_interval([v for v in found["values"] if v is not None])
+    if None in ends:
+        return None, None
+    low, high = min(ends[0], found["mean"]), max(ends[1], found["mean"])
+    return max(0.0, asked.unit * low), min(asked.most, asked.unit * high)
 
 
 def _words(value: float, low: float | None, high: float | None, asked: Requirement, attack: str) -> str:
@@ -66,9 +73,11 @@ def _words(value: float, low: float | None, high: float | None, asked: Requireme
     return f"{value:.{digits}f}{unit}{interval} {where}"
 
 
-def _open(low: float | None, high: float | None, asked: Requirement, passes: bool) -> str:
+def _open(low: float | None, high: float | None, found: Spread, asked: Requirement, passes: bool) -> str:
     """Whether images or seeds leave it open."""
     if low is None:
         return "; no interval is known"
+    if found["n"] > 1 and low == high:
+        return "; all seeds alike, which says nothing of others"
     sure = all(asked.met_by(end) == passes for end in (low, high))
     return "" if sure else "; the interval leaves it open"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reading.evaluations import Attack, Evaluation
+from ..reading.runs import Run
 from ..strength import CLEAN, strongest
 from .groups import Group
 from .over_seeds import spread
@@ -23,9 +24,9 @@ def attack_with_answers(groups: Sequence[Group]) -> str | None:
 
 
 def attack_over_eps(groups: Sequence[Group]) -> str | None:
-    """The strongest attack that runs judged under several budgets share."""
-    runs = [run for g in groups for run in g.counted if run.other_eps]
-    return strongest([set.intersection(*(set(e.attacks) for e in run.other_eps)) for run in runs])
+    """The strongest attack of all judgements under other budgets, else of most."""
+    others = [e for g in groups for run in g.counted for e in run.other_eps if e.weights == g.weights]
+    return strongest([e.attacks for e in others])
 
 
 def confusion(group: Group, attack: str | None) -> dict[str, Any] | None:
@@ -62,27 +63,37 @@ def _answered(attack: Attack) -> Counter:
 
 
 def over_eps(group: Group, attack: str | None) -> dict[str, Any] | None:
-    """{"attack", "eps", "average", "worst"}: spreads over seeds for each eps from 0, clean images, on.
+    """{"attack", "eps", "seeds", "average", "worst"}: spreads over seeds for each eps from 0, clean images, on.
 
-    None where no run of the group was judged under another eps.
+    Of the runs that were judged under other budgets, the budgets that all share, on as many images as their own; None
+    where there is none.
     """
-    found: dict[float, dict[int, Attack]] = {}
-    for i, run in enumerate(group.counted):
-        shown = run.evaluations.get(group.weights)
-        others = [e for e in run.other_eps if e.weights == group.weights and shown and _same_weights(e, shown)]
-        for judged in (shown, *others) if shown else ():
-            if attack in judged.attacks and judged.eps is not None:
-                found.setdefault(judged.eps, {})[i] = judged.attacks[attack]
-        if shown and CLEAN in shown.attacks:
-            found.setdefault(0.0, {})[i] = shown.attacks[CLEAN]
-    if len(found) < 3:
+    curves = [curve for run in group.counted if (curve := _curve(run, group.weights, attack))]
+    eps = sorted(set.intersection(*map(set, curves))) if curves else []
+    if len(eps) < 3:
         return None
-    eps = sorted(found)
-    rows: dict[str, Sequence] = {
-        "average": [spread([a.accuracy for a in found[e].values()]) for e in eps],
-        "worst": [spread([a.worst_class for a in found[e].values()]) for e in eps],
-    }
-    return {"attack": attack, "eps": eps, **rows}
+    points = {e: [curve[e] for curve in curves] for e in eps}
+    return {
+        "attack": attack, "eps": eps, "seeds": len(curves),
+        "average": [spread([a.accuracy for a in points[e]]) for e in eps],
+        "worst": [spread([a.worst_class for a in points[e]]) for e in eps],
+    }  # fmt: skip
+
+
+def _curve(run: Run, weights: str | None, attack: str | None) -> dict[float, Attack] | None:
+    """{eps: what the run is worth}; None where no other budget than its own was judged."""
+    shown = run.evaluations.get(weights)
+    if shown is None or attack not in shown.attacks or shown.eps is None:
+        return None
+    own = shown.attacks[attack]
+    alike = [e for e in run.other_eps if e.weights == weights and _same_weights(e, shown) and attack in e.attacks]
+    found = {e.eps: e.attacks[attack] for e in alike if e.eps is not None and e.attacks[attack].n == own.n}
+    if not found:
+        return None
+    found[shown.eps] = own
+    if CLEAN in shown.attacks and shown.attacks[CLEAN].n == own.n:
+        found[0.0] = shown.attacks[CLEAN]
+    return found
 
 
 def _same_weights(a: Evaluation, b: Evaluation) -> bool:

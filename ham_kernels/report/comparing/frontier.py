@@ -89,7 +89,8 @@ def _clock(groups: Sequence[dict]) -> str:
 def _spreads(group: dict, attack: str, clock: str | None) -> dict[str, dict[str, Any]]:
     unknown = {"mean": None, "std": None, "low": None, "high": None, "n": 0, "values": []}
     accuracy = _judged(group, attack)
-    found = {name: accuracy[name] for name in SHARES if name in accuracy}
+    few = sum(spread["mean"] is not None for spread in accuracy["per_class"]) < FEWEST_CLASSES
+    found = {name: unknown if few and name == "worst_three" else accuracy[name] for name in SHARES}
     return found | {"time": unknown if clock is None else group[clock], "forwards": group["forwards"]}
 
 

@@ -18,12 +18,11 @@ def commands(run: Run, shown: Evaluation | None) -> list[str]:
     begun = f"ham evaluate {_quoted(run)} --weights {shown.weights}"
     for told, attacks in _alike(shown).items():
         out.append(f"{begun} --attacks {' '.join(attacks)}{told}")
-    others = sorted({e.eps for e in run.other_eps if e.weights == shown.weights and e.eps is not None})
-    if others and shown.attacks:
-        attacks = dict.fromkeys(
-            base_attack(n)[0] for e in run.other_eps if e.weights == shown.weights for n in e.attacks
-        )
-        out.append(f"{begun} --attacks {' '.join(attacks)} --eps-curve {' '.join(f'{eps:g}' for eps in others)}")
+    curves: dict[str, list[float]] = {}
+    for other in (e for e in run.other_eps if e.weights == shown.weights and e.eps is not None):
+        for told, attacks in _alike(other).items():
+            curves.setdefault(f" --attacks {' '.join(attacks)}{told}", []).append(other.eps)
+    out += [f"{begun}{told} --eps-curve {' '.join(map(repr, sorted(eps)))}" for told, eps in curves.items()]
     return out
 
 

@@ -11,7 +11,7 @@ from ..reading.runs import Run
 from ..strength import of_each_family
 from .accuracies import accuracies, relate
 from .analyses import confidence, curves, easy, masking
-from .audit import audit
+from .audit import audit, check_classes
 from .claims import claims
 from .comparable import machines_of, one_class, training_of
 from .failures import attack_over_eps, attack_with_answers, confusion, examples, over_eps
@@ -28,8 +28,9 @@ from .requirements import Requirement
 def summarise(sections: Sequence[Section], required: Sequence[Requirement] = ()) -> dict[str, Any]:
     """{"sections": [...], "runs": [...], "styles": {title: index}} of plain values, NaN as None.
 
-    Raises: ValueError naming `require`, for a class that a section has not.
+    Raises: ValueError naming `require`, for a class that no section has.
     """
+    check_classes(required, [section.classes for section in sections])
     titles = [g.title for s in sections for g in s.groups if g is not s.baseline]
     styles = {title: i for i, title in enumerate(dict.fromkeys(titles))}
     return {

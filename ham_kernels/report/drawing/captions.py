@@ -144,7 +144,10 @@ def confusion(section: Section) -> str:
 
 def over_eps(section: Section) -> str:
     attack = attack_title(_of_groups(section, "over_eps"))
-    return f"{attack}, step sizes in proportion to ε. Dotted: the ε that everything else is by. {_errors(section)}"
+    seeds = sorted({g["over_eps"]["seeds"] for g in section["groups"] if g["over_eps"]})
+    errors = {True: "the 95 % interval over test images (one seed each)", False: "one standard deviation over seeds"}
+    told = f"Error bars: {errors[seeds == [1]]}."
+    return f"{attack}, step sizes in proportion to ε. Dotted: the ε that everything else is by. {told}"
 
 
 def examples(section: Section) -> str:

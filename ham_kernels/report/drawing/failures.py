@@ -94,7 +94,7 @@ def examples(section: Section, styles: Styles) -> Figure | None:
     if not read:
         return None
     columns = max(len(x) for _, (x, _) in read)
-    figure = Figure(figsize=(6.5, (0.9 + 6.3 / columns * 3.4) * len(read)), layout="constrained")
+    figure = Figure(figsize=(6.5, (0.9 + 3.4 * min(0.8, 6.3 / columns)) * len(read)), layout="constrained")
     called, titles = names.classes(section, 8), names.titles(section)
     for part, (group, (x, x_adv)) in zip(np.atleast_1d(figure.subfigures(len(read), 1)), read, strict=True):
         part.suptitle(titles[group["title"]], fontsize=9)

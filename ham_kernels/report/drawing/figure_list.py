@@ -36,8 +36,19 @@ def plots(data: dict[str, Any], pdf: bool) -> tuple[list[list[Plot]], list[list[
             prefix = f"{i}_{_slug(section['title'])}_" if len(data["sections"]) > 1 else ""
             found = [(entry, entry.draw(section, data["styles"])) for entry in ENTRIES]
             drawn.append([_plot(entry, figure, section, prefix, pdf) for entry, figure in found if figure])
-            absent.append([_titled(e.title, section) for e, figure in found if not (figure or e.frontier)])
+            absent.append(
+                [
+                    _titled(e.title, section)
+                    for e, figure in found
+                    if not (figure or e.frontier or _is_a_table(e, section))
+                ]
+            )
     return drawn, absent
+
+
+def _is_a_table(entry: _Entry, section: Section) -> bool:
+    """Confusions of many classes are told, not drawn."""
+    return entry.name == "confusion" and any(g["confusion"] for g in section["groups"])
 
 
 def _texts(sections: list[Section]) -> list[str]:

@@ -183,6 +183,10 @@ def read_evaluation(weights: str, raw: Mapping[str, Any], notes: list[str], file
             if key == "confidence" and parts[key]:
                 _of_each_class(found, "histogram", parts[key].histogram)
                 _of_each_class(found, "overconfident", parts[key].overconfident)
+            if key == "examples" and parts[key]:
+                numbers = {n for row in parts[key].rows for n in (row.label, row.answer, row.answer_adv)}
+                if not numbers <= set(range(len(found.classes))):
+                    raise ValueError(f"rows name classes beyond the {len(found.classes)} that there are")
         except MALFORMED as error:
             parts[key] = None
             notes.append(f"evaluation/{weights}.json: {key} cannot be read ({type(error).__name__}: {error})")

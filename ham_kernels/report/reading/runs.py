@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,6 +219,14 @@ def _read_evaluation(run: Run, weights: str) -> None:
         )
 
 
+def _in_proportion(run: Run, raw: dict[str, Any]) -> bool:
+    """Whether the step is of eps what the run's own is of its own."""
+    step, told = run._scalar("attack", "step_size", (int, float)), (raw.get("eps"), raw.get("step_size"))
+    if not all(isinstance(v, (int, float)) for v in (step, run.eps, *told)) or not run.eps or not told[0]:
+        return False
+    return math.isclose(told[1] / told[0], step / run.eps, rel_tol=1e-6, abs_tol=1e-12)
+
+
 def _read_other(run: Run, path: Path) -> None:
     """An evaluation that differs from those shown: kept where it does in eps alone, else why it is left out."""
     raw = read_mapping(path, run.notes)
@@ -228,7 +237,7 @@ def _read_other(run: Run, path: Path) -> None:
     usual = {"part": "test", "eps": run.eps, "step_size": step, "precision": "fp32", "seed": 0}
     apart = [key for key, value in usual.items() if key in raw and raw[key] != value]
     weights = path.name.split(".")[0]
-    if "eps" in apart and weights in WEIGHTS and set(apart) <= {"eps", "step_size"}:
+    if "eps" in apart and weights in WEIGHTS and set(apart) <= {"eps", "step_size"} and _in_proportion(run, raw):
         try:
             run.other_eps.append(read_evaluation(weights, raw, run.notes, path))
             return

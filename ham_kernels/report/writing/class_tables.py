@@ -26,9 +26,10 @@ def class_tables(section: dict[str, Any]) -> list[Table]:
         accuracy = group["accuracy"].get(group["weights"], {})
         if not accuracy:
             continue
+        seeds = max(a["average"]["n"] for a in accuracy.values())
         counts = next((a["class_images"] for a in accuracy.values() if a["class_images"]), None)
-        head = [("", "Class"), ("", "Images"), *(("", f"{title_of(name)}, %") for name in accuracy)]
-        table = Table(head, caption=f"{group['title']}; {WEIGHTS[group['weights']]}; {_errors(group)}.")
+        head = [("", "Class"), ("", "Images"), *(("", _head(name, a, counts)) for name, a in accuracy.items())]
+        table = Table(head, caption=f"{group['title']}; {WEIGHTS[group['weights']]}; {_errors(seeds)}.")
         for c, name in enumerate(section["classes"]):
             row = [Cell(name, words=True), Cell(NONE if counts is None else str(counts[c]))]
             table.rows.append([*row, *(_share(a["per_class"][c]) for a in accuracy.values())])
@@ -43,11 +44,15 @@ def class_tables(section: dict[str, Any]) -> list[Table]:
     return found
 
 
-def _errors(group: dict) -> str:
-    if len(group["runs"]) > 1:
-        return (
-            f"mean over {len(group['runs'])} seeds ± standard deviation; each seed's exact intervals are in classes.csv"
-        )
+def _head(name: str, accuracy: dict, counts: list[int] | None) -> str:
+    """The attack, and how many images it was made on where these are not those that the table tells."""
+    other = accuracy["class_images"] if accuracy["class_images"] != counts else None
+    return f"{title_of(name)}, %" + (f" (of {sum(other)} images)" if other else "")
+
+
+def _errors(seeds: int) -> str:
+    if seeds > 1:
+        return f"mean over {seeds} seeds ± standard deviation; each seed's exact intervals are in classes.csv"
     return "in brackets the exact 95 % interval over test images (Clopper and Pearson)"
 
 

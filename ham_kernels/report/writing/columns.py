@@ -62,21 +62,20 @@ def cost(name: str, baseline: str | None, unit: tuple[float, str] | None = None)
     return Column("Training", f"time, {unit[1]}", lambda g: _in_units(g["time"], unit[0]), min, _same_work)
 
 
-def asked(names: Sequence[str], attacks: Sequence[str], headline: str | None) -> list[tuple[str | None, str]]:
-    """(attack, measure), or (None, cost), of columns by name, such as "clean.avg", "worst", "time".
+def asked(names: Sequence[str], attacks: Sequence[str] | None = None) -> list[tuple[str | None, str]]:
+    """(attack, measure) of columns by name, such as "clean.avg", "worst", "time"; None is the attack of the headline.
 
-    A measure without an attack is that of the headline. Raises: ValueError naming `columns`.
+    Raises: ValueError naming `columns`; for an attack that is not among `attacks`, where they are given.
     """
-    known = f"{', '.join(MEASURES)}, each alone or as in clean.avg; {', '.join(COSTS)}"
     found = []
     for name in names:
         attack, _, measure = name.rpartition(".")
-        if not attack and measure in COSTS:
-            found.append((None, measure))
-        elif measure in MEASURES and (attack in attacks or (not attack and headline)):
-            found.append((attack or headline, measure))
-        else:
-            raise ValueError(f"columns: got {name!r}; they are {known}; attacks are {', '.join(attacks) or 'none'}")
+        if measure not in (*MEASURES, *COSTS) or (attack and measure in COSTS):
+            known = f"{', '.join(MEASURES)}, each alone or as in clean.avg; {', '.join(COSTS)}"
+            raise ValueError(f"columns: got {name!r}; they are {known}")
+        if attack and attacks is not None and attack not in attacks:
+            raise ValueError(f"columns: got {name!r}; these runs were judged by {', '.join(attacks) or 'no attack'}")
+        found.append((attack or None, measure))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import unicodedata
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -20,6 +21,12 @@ _TEX = {
 }  # fmt: skip
 
 
+_GREEK = (
+    "ALPHA", "BETA", "GAMMA", "DELTA", "ZETA", "ETA", "THETA", "IOTA", "KAPPA", "MU", "NU", "XI", "PI", "RHO", "SIGMA",
+    "TAU", "UPSILON", "PHI", "CHI", "PSI", "OMEGA",
+)  # fmt: skip
+
+
 def render(template: str, **values: Any) -> str:
     return (_LATEX if template.endswith(".tex.jinja") else _PLAIN).get_template(template).render(values)
 
@@ -30,7 +37,15 @@ def _markdown(text: str) -> str:
 
 
 def _tex(text: str) -> str:
-    return "".join(_TEX.get(c, c) for c in re.sub(r"\s+", " ", text))
+    return "".join(_TEX.get(c) or _greek(c) for c in re.sub(r"\s+", " ", text))
+
+
+def _greek(letter: str) -> str:
+    """A Greek letter as a command; what pdfLaTeX has no letter for otherwise stays, for XeLaTeX and LuaLaTeX."""
+    words = unicodedata.name(letter, "").removeprefix("GREEK ").split(" LETTER ")
+    if len(words) != 2 or words[1] not in _GREEK:
+        return letter
+    return f"$\\{words[1].lower()}$" if words[0] == "SMALL" else f"$\\{words[1].title()}$"
 
 
 def _wanting(run: dict) -> list[tuple[str, str | None]]:

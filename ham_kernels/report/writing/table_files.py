@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .columns import asked
 from .frontier_tables import frontier_article, frontier_table
 from .render import render
 from .table import Table
@@ -16,6 +17,8 @@ def table_files(sections: Sequence[dict[str, Any]], columns: Sequence[str] = ())
 
     columns: of the tables, in both formats. Raises: ValueError naming `columns`.
     """
+    judged = [g["accuracy"].get(g["weights"], {}) for section in sections for g in section["groups"]]
+    asked(columns, sorted({name for accuracies in judged for name in accuracies}))
     articles = [table for i, section in enumerate(sections, 1) for table in article_tables(section, columns, i)]
     tables = {"table.md": articles if columns else [paper_table(section) for section in sections]}
     tables["table.tex"] = articles

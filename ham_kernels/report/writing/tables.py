@@ -33,16 +33,17 @@ def paper_table(section: dict[str, Any]) -> Table:
 def article_tables(section: dict[str, Any], names: Sequence[str] = (), number: int = 1) -> list[Table]:
     """Accuracy and cost of the methods, as two tables with a label each, that are no wider than an article's page.
 
-    names: of their columns, see `columns.asked`; of none ARTICLE, as far as the runs have it. Raises: ValueError.
+    names: of their columns, see `columns.asked`; of none ARTICLE, as far as the runs have it. What was not judged here
+    is a dash.
     """
     groups = _shown(section)
-    attacks = list(dict.fromkeys(chain(*_attacks(groups))))
+    attacks = set(chain(*_attacks(groups)))
     judged_so = {"clean.avg": CLEAN in attacks, **dict.fromkeys(("avg", "worst", "std"), section["attack"] is not None)}
     usual = [name for name in ARTICLE if judged_so.get(name, True)]
-    found = c.asked(names or usual, attacks, section["attack"])
+    found = [one for one in c.asked(names or usual) if one[0] or section["attack"] or one[1] in c.COSTS]
     told = {
-        "accuracy": [accuracy(attack, name) for attack, name in found if attack],
-        "cost": _costs(section, groups, [name for attack, name in found if attack is None], in_units=True),
+        "accuracy": [accuracy(attack or section["attack"], name) for attack, name in found if name in c.MEASURES],
+        "cost": _costs(section, groups, [name for _, name in found if name in c.COSTS], in_units=True),
     }
     tables = []
     for what, columns in told.items():
@@ -139,7 +140,10 @@ def _method(group: dict, mixed: bool) -> str:
 
 
 def _caption(section: dict, groups: Sequence[dict], columns: Sequence[Column]) -> str:
-    counts = {len(g["runs"]) for g in groups}
+    attacks = [column.attack for column in columns if column.attack]
+    counts = {
+        max((judged(g, a)["average"]["n"] for a in attacks if judged(g, a)), default=len(g["runs"])) for g in groups
+    }
     if not counts:
         return section["title"]
     seeds = "one seed" if counts == {1} else f"{_range(counts)} seeds, mean ± standard deviation"
