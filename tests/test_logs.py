@@ -236,6 +236,34 @@ def test_flags_and_settings():
     assert all(name not in sys.modules for name in ("wandb", "mlflow"))  # imported where asked for
 
 
+def test_tags_of_classes_are_distinct():
+    for names in (["a b", "a_b", "a_b_0"], ["x", "x", "x_1", "x_0"], ["cat", "dog"]):
+        assert len(set(logs._tags(names))) == len(names)
+
+
+def test_a_damaged_note_begins_the_logs_anew(fakes, tmp_path):
+    opened(tmp_path, "tensorboard").write([report(1)])
+    (tmp_path / "logs.json").write_text("")
+    with pytest.warns(HamWarning, match="log: logs.json has failed"):
+        log = opened(tmp_path, "tensorboard")
+    log.write([report(1), report(2)])
+    assert fakes.numbers("tensorboard") == [1, 1, 2]  # purged from step 1 on
+
+
+@pytest.mark.slow
+def test_a_finished_run_gives_a_log_that_failed_the_rest(fakes, tmp_path, one_thread):
+    run = RunFolder.create(tmp_path / "run", settings("tensorboard"))
+    fakes.fails_at["tensorboard"] = 2
+    with pytest.warns(HamWarning, match="log: tensorboard has failed"):
+        train_command.resume(run.path, quiet=True)
+    fakes.fails_at.clear()
+    train_command.resume(run.path, quiet=True)
+    assert fakes.numbers("tensorboard")[-3:] == [2, 3, 4]
+    opened_so_far = len(fakes.opened["tensorboard"])
+    train_command.resume(run.path, quiet=True)  # nothing is behind
+    assert len(fakes.opened["tensorboard"]) == opened_so_far
+
+
 @pytest.mark.slow
 def test_a_run_writes_its_logs(fakes, tmp_path, one_thread):
     """In two sessions, the first of which is lost behind its checkpoint; another log may be asked for on the way."""

@@ -80,9 +80,16 @@ def test_adamw_has_a_learning_rate_of_its_own(tmp_path):
     (tmp_path / "c.toml").write_text('[optim]\noptimizer = "adamw"\nlr = 0.003\nadam_betas = [0.9, 0.95]')
     told = parse_train(["--config", str(tmp_path / "c.toml")]).settings.optim
     assert (told.lr, told.adam_betas) == (0.003, (0.9, 0.95))
+    (tmp_path / "c.toml").write_text("[optim]\nlr = 0.05")
+    with pytest.raises(ValueError, match=r"lr: the file of --config has 0\.05, for sgd; give --lr for adamw"):
+        parse_train(["--config", str(tmp_path / "c.toml"), "--optimizer", "adamw"])
+    told = parse_train(["--config", str(tmp_path / "c.toml"), "--optimizer", "adamw", "--lr", "0.001"])
+    assert told.settings.optim.lr == 0.001
     for bad, message in (
-        ({"adam_betas": (0.9,)}, r"adam_betas: got \(0.9,\); it must be two numbers"),
-        ({"adam_betas": (0.9, 1.0)}, "adam_betas: got 1.0; it must be >= 0 and below 1"),
+        ({"optimizer": "adamw", "adam_betas": (0.9,)}, r"adam_betas: got \(0.9,\); it must be two numbers"),
+        ({"optimizer": "adamw", "adam_betas": (0.9, 1.0)}, "adam_betas: got 1.0; it must be >= 0 and below 1"),
+        ({"adam_eps": 1e-4}, "adam_eps: got 0.0001, which has no effect with optimizer=sgd"),
+        ({"optimizer": "adamw", "momentum": 0.5}, "momentum: got 0.5, which has no effect with optimizer=adamw"),
         ({"grad_clip": -1.0}, "grad_clip: got -1.0; it must be >= 0"),
         ({"optimizer": "adam"}, "optim.optimizer: got 'adam'; allowed are 'sgd', 'adamw'"),
     ):

@@ -17,6 +17,7 @@ from ..data import Loaders
 from ..methods.settings import Method
 from ..runs.settings import TrainSettings
 from ..training.batches import in_groups
+from ..training.fit_checks import check_fit
 from ..training.trainer import Trainer
 from .progress import duration, say
 from .train import prepared
@@ -76,13 +77,13 @@ class Estimate:
         said = [self._of_kind(kind) for kind in self.kinds]
         if self.validation:
             said.append(f"validation: {_short(self.validation)} after each epoch")
-        low, high = (duration(self.seconds(of)) for of in (min, max))
+        low, high = (_short(self.seconds(of)) for of in (min, max))
         said.append(
-            f"the whole run: {duration(self.seconds())}, from {low} to {high} by the fastest and the slowest of "
+            f"the whole run: {_short(self.seconds())}, from {low} to {high} by the fastest and the slowest of "
             f"{self.timed} steps timed; checkpoints are not counted"
         )
         if any(k.method.early_drop for k in self.kinds):
-            none, every = (duration(self.seconds(hard=share)) for share in (0.0, 1.0))
+            none, every = (_short(self.seconds(hard=share)) for share in (0.0, 1.0))
             said.append(
                 f"the share of hard rows changes in training: {none} with none, {every} with all, by the cost model"
             )
@@ -106,6 +107,10 @@ def dry_run(settings: TrainSettings, out: str | Path | None = None) -> Estimate:
     """
     job = prepared(settings, out)
     job.say_what("dry run")
+    val_attacks = ("clean", job.settings.run.val_attack)
+    check_fit(
+        job.trainer, job.loaders.train, job.settings.optim.epochs, job.loaders.val, job.scheduler, val_attacks
+    )  # fmt: skip
     estimate = measured(job.settings, job.trainer, job.loaders)
     for line in estimate.lines():
         say(line)

@@ -286,8 +286,12 @@ def _base(argv: list[str]) -> TrainSettings:
         base = from_toml(config, rescaled(base, own_epochs) if own_epochs else base, of_flag)
     if named is not None:
         base = replace(base, method=with_name(base.method, named, base.optim.epochs))
+    optimizer, was = _seen(argv, "--optimizer"), base.optim
+    others_lr = get(told, "optim", "lr") is not None and optimizer not in (None, was.optimizer)
+    if others_lr and _seen(argv, "--lr") is None:
+        raise ValueError(f"lr: the file of --config has {was.lr:g}, for {was.optimizer}; give --lr for {optimizer}")
     if get(told, "optim", "lr") is None:
-        adamw = (_seen(argv, "--optimizer") or base.optim.optimizer) == "adamw"
+        adamw = (optimizer or base.optim.optimizer) == "adamw"
         lr = ADAMW_LR if adamw else base.optim.lr
         tuned = _seen(argv, "--weights") or base.run.weights
         base = replace(base, optim=replace(base.optim, lr=lr / FINE_TUNED if tuned else lr))

@@ -44,7 +44,9 @@ def scalars_of(report: EpochReport, settings: TrainSettings, classes: Sequence[s
 def _tags(classes: Sequence[str]) -> list[str]:
     """Class names of the characters that all logs take, each there once."""
     tags = [re.sub(r"[^\w.-]", "_", name) for name in classes]
-    return [tag if tags.count(tag) == 1 else f"{tag}_{i}" for i, tag in enumerate(tags)]
+    while alike := {tag for tag in tags if tags.count(tag) > 1}:
+        tags = [f"{tag}_{i}" if tag in alike else tag for i, tag in enumerate(tags)]
+    return tags
 
 
 class Log(Protocol):
@@ -162,13 +164,30 @@ def check_installed(names: Sequence[str]) -> None:
             ) from error
 
 
+def behind(run: RunFolder, settings: TrainSettings, epoch: int) -> bool:
+    """Whether a log that is asked for lacks an epoch up to this one, or was not closed."""
+    kept = _kept(run)
+    told = [kept.get(name, {}) for name in settings.run.log]
+    return any(log.get("epoch", 0) < epoch or "unclosed" in log for log in told)
+
+
+def _kept(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """logs.json; where it cannot be read the logs begin anew."""
+    try:
+        return {name: dict(kept) for name, kept in json.loads((run.path / "logs.json").read_text()).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        troubles.warn("log_failed", log="logs.json", error=f"{type(error).__name__}: {error}")
+        return {}
+
+
 class Logs:
     """The logs of a run that its settings ask for. One that fails is told of in a warning, and the training goes on."""
 
     def __init__(self, run: RunFolder, settings: TrainSettings, classes: Sequence[str]):
         self._run, self._settings, self._classes = run, settings, classes
-        path = run.path / "logs.json"
-        self._kept: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        self._kept = _kept(run)
         self._open: dict[str, Log] = {}
         for name in dict.fromkeys(settings.run.log):
             kept = self._kept.setdefault(name, {"epoch": 0})

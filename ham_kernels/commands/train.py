@@ -22,7 +22,7 @@ from ..training.trainer import Trainer
 from . import run_images
 from .first_weights import begin_with, with_their_normalisation
 from .from_settings import check_before_data, check_takes, device_of, loaders_of, model_of, scheduler_of, trainer_of
-from .logs import Logs
+from .logs import Logs, behind
 from .progress import TrainProgress, duration, say
 from .signals import Stopped, StopRequest
 
@@ -127,6 +127,10 @@ class _Job:
             run.set_status("finished" if trainer.epoch >= epochs else "interrupted", trainer.epoch, epochs)
             if not quiet:
                 say(f"{run.path}: {trainer.epoch} of {epochs} epochs are done already")
+            if behind(run, self.settings, trainer.epoch):
+                logs = Logs(run, self.settings, self.facts["classes"])
+                logs.write(trainer.history)
+                logs.close(trainer.epoch >= epochs)
             return trainer
         if not quiet:
             self.say_what(str(run.path))
@@ -137,10 +141,11 @@ class _Job:
         run.set_status("running", trainer.epoch, epochs)
         batches = len(self.loaders.train)
         self.progress = TrainProgress(epochs, batches, trainer.epoch * batches + trainer.position[1], quiet=quiet)
-        self.logs = Logs(run, self.settings, self.facts["classes"])
-        self.logs.write(trainer.history)  # what a killed process did not come to
+        self.logs: Logs | None = None
         self._saved_at = time.monotonic()
         try:
+            self.logs = Logs(run, self.settings, self.facts["classes"])
+            self.logs.write(trainer.history)  # what a killed process did not come to
             self._fit(epochs)
         except _Paused:
             run.set_status("interrupted", trainer.epoch, epochs, "paused as asked")
@@ -152,7 +157,9 @@ class _Job:
         finally:
             self.progress.close()
             with contextlib.suppress(OSError):
-                self.logs.close(trainer.epoch >= epochs)
+                if self.logs is not None:
+                    self.logs.close(trainer.epoch >= epochs)
+            with contextlib.suppress(OSError):
                 run.end_session()
         run.set_status("finished", epochs, epochs)
         if not quiet:

@@ -63,8 +63,8 @@ class DataSettings(ImageSettings):
         Literal["none", "weights", "sampler"],
         Words(by_value=(("weights", "classes weighed by count"), ("sampler", "balanced sampler"))),
     ] = "none"
-    """Of classes with unlike many images: weights divides the loss of a row by how many its class has, on top of the
-    method's weights; sampler draws rows with replacement, all classes equally often."""
+    """For classes with unlike many images. weights: rows weigh by how few their class has, 1 on average, on top of the
+    method's weights. sampler: rows are drawn with replacement, all classes equally often."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,11 @@ class OptimSettings:
     optimizer: Annotated[Literal["sgd", "adamw"], Words(by_value=(("adamw", "AdamW"),))] = "sgd"
     """AdamW takes a smaller lr: on the command line 0.001, where neither --lr nor --config says one."""
     lr: Annotated[float, Ge(0), Words("lr={}")] = 0.1
-    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    momentum: Annotated[float, Ge(0), Lt(1), Words("momentum {}")] = 0.9
     """Of SGD."""
-    adam_betas: Annotated[tuple[float, ...], Ge(0), Lt(1)] = (0.9, 0.999)
+    adam_betas: Annotated[tuple[float, ...], Ge(0), Lt(1), Words("betas {}")] = (0.9, 0.999)
     """Of AdamW: shares of the two averages that stay from update to update."""
-    adam_eps: Annotated[float, Gt(0)] = 1e-8
+    adam_eps: Annotated[float, Gt(0), Words("AdamW's eps {}")] = 1e-8
     """Of AdamW, in the denominator."""
     weight_decay: Annotated[float, Ge(0)] = 2e-4
     """As torch has it: SGD adds it to the gradient, AdamW takes lr * weight_decay of each weight."""
@@ -138,6 +138,14 @@ class OptimSettings:
     """First epochs (1-based) with a lower rate (schedule step)."""
     lr_decay: Annotated[tuple[float, ...], Words(scales=True)] = (0.1, 0.1, 0.5)
     """Factor at each milestone."""
+
+    def check(self) -> None:
+        """Raises: ValueError naming a field of the other optimiser that is told, and has no effect."""
+        for name in ("momentum",) if self.optimizer == "adamw" else ("adam_betas", "adam_eps"):
+            if getattr(self, name) != getattr(OptimSettings, name):
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}, which has no effect with optimizer={self.optimizer}"
+                )
 
 
 def _told(word: str) -> Words:
@@ -208,6 +216,7 @@ class TrainSettings:
         optim, method = self.optim, self.method
         method.attack_steps(self.attack.steps)
         self.model.check()
+        self.optim.check()
         if len(optim.milestones) != len(optim.lr_decay):
             raise ValueError(
                 f"lr_decay: got {len(optim.lr_decay)} factors for {len(optim.milestones)} milestones; give one each"
