@@ -257,18 +257,21 @@ def odi(here: Path) -> str:
             continue
         shares = [100 * b[measure]["mean"] for measure in ("average", "worst") for b in both]
         apart.append(shares[1] - shares[0])
-        signs = [minus(f"{shares[i + 1] - shares[i]:+.1f}") for i in (0, 2)]
-        cells = [*(f"{share:.1f}" for share in shares[:2]), signs[0], *(f"{share:.1f}" for share in shares[2:]), signs[1]]
+        cells = [
+            text
+            for ours, other in (shares[:2], shares[2:])
+            for text in (f"{ours:.1f}", f"{other:.1f}", minus(f"{other - ours:+.1f}"))
+        ]
         rows.append([group["title"], *cells])
     head = [
         "method", "average %, AutoAttack", "ODI-10", "difference", "worst class %, AutoAttack", "ODI-10", "difference",
     ]  # fmt: skip
     lower = sum(gap < 0 for gap in apart)
     return (
-        f"`ham evaluate RUN --attacks odi10 --no-masking --no-analyses` of the runs above, {_seeds_of(data)} seeds, all "
-        f"517 test images. ODI-10 leaves less than AutoAttack in {lower} of {len(apart)} methods; the difference of the "
-        f"averages is {minus(f'{min(apart):+.1f}')} to {minus(f'{max(apart):+.1f}')} points. The time of both: "
-        f"`bench_autoattack.py`, below.\n\n{markdown([head, *rows])}"
+        "`ham evaluate RUN --attacks odi10 --no-masking --no-analyses` of the runs above, "
+        f"{_seeds_of(data)} seeds, all 517 test images. ODI-10 leaves less than AutoAttack in {lower} of {len(apart)} "
+        f"methods; the difference of the averages is {minus(f'{min(apart):+.1f}')} to "
+        f"{minus(f'{max(apart):+.1f}')} points. The time of both: `bench_autoattack.py`, below.\n\n{markdown([head, *rows])}"
     )
 
 
