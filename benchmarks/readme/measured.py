@@ -271,7 +271,8 @@ def odi(here: Path) -> str:
         "`ham evaluate RUN --attacks odi10 --no-masking --no-analyses` of the runs above, "
         f"{_seeds_of(data)} seeds, all 517 test images. ODI-10 leaves less than AutoAttack in {lower} of {len(apart)} "
         f"methods; the difference of the averages is {minus(f'{min(apart):+.1f}')} to "
-        f"{minus(f'{max(apart):+.1f}')} points. The time of both: `bench_autoattack.py`, below.\n\n{markdown([head, *rows])}"
+        f"{minus(f'{max(apart):+.1f}')} points. The time of both: `bench_autoattack.py`, below.\n\n"
+        f"{markdown([head, *rows])}"
     )
 
 
