@@ -108,7 +108,7 @@ def gated(gate: float, worst: list[float], epochs: int):
         def __init__(self, worst):
             self.accuracy, self.worst_class = worst, worst
 
-    trainer._judged = lambda *_: {"clean": Judged(1.0), "pgd20": Judged(worst[trainer.epoch])}
+    trainer.judged = lambda *_: {"clean": Judged(1.0), "pgd20": Judged(worst[trainer.epoch])}
     seen = []
     trainer.fit(data, epochs, val_loader=data, on_epoch_end=lambda _: seen.append(states(trainer)))
     return trainer, seen

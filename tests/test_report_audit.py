@@ -197,3 +197,11 @@ def test_every_class_stands_with_its_images_and_exact_interval(tmp_path):
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Class by class" in page
     assert "90.0" in page
+
+
+def test_a_report_goes_neither_into_a_run_nor_below_a_file(tmp_path):
+    run = one(tmp_path)
+    (tmp_path / "file").write_text("")
+    for out, words in ((run / "evaluation", "is a part of a run folder"), (tmp_path / "file" / "x", "is a file")):
+        with pytest.raises(ValueError, match=f"out: .*{words}"):
+            report.build([run], out)

@@ -114,7 +114,7 @@ def test_random_generators_go_on_too(tmp_path, monkeypatch, one_thread):
 
 def test_stop_in_validation(reference, tmp_path, monkeypatch, one_thread):
     judged = 0
-    original = Trainer._judged
+    original = Trainer.judged
 
     def stopping(self, model, loader, attacks):
         nonlocal judged
@@ -123,7 +123,7 @@ def test_stop_in_validation(reference, tmp_path, monkeypatch, one_thread):
             loader._stop.number = signal.SIGINT
         return original(self, model, loader, attacks)
 
-    monkeypatch.setattr(Trainer, "_judged", stopping)
+    monkeypatch.setattr(Trainer, "judged", stopping)
     with pytest.raises(train_command.Stopped):
         train_command.train(settings(), tmp_path / "run", quiet=True)
     monkeypatch.undo()

@@ -61,7 +61,7 @@ def settings_of(args: argparse.Namespace, name: str, seed: int) -> TrainSettings
         attack=AttackSettings(args.eps, args.step_size, args.steps),
         method=mining.get(name, PGDAT()),
         optim=OptimSettings(
-            args.epochs, args.lr, milestones=tuple(args.milestones),
+            epochs=args.epochs, lr=args.lr, milestones=tuple(args.milestones),
             lr_decay=(args.lr_decay,) * len(args.milestones),
         ),
         run=RunSettings(seed, args.device, ema_decay=args.ema_decay, label=TITLES[name]),

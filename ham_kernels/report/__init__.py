@@ -50,16 +50,7 @@ def build(
     Raises: TypeError, ValueError, FileNotFoundError naming the argument, before anything is written.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out: {out} is a file; it must be a folder")
-    if any((out / mark).exists() for mark in MARKS):  # both have a data.json
-        raise ValueError(f"out: {out} is a run folder, whose data.json a report would replace; try {out / 'report'}")
-    if (parent := next((p for p in out.parents if p.exists()), out)) and not parent.is_dir():
-        raise ValueError(f"out: {out} lies below {parent}, which is a file")
-    if any((p / "config.toml").exists() and (p / "checkpoints").exists() for p in out.resolve().parents[:1]) and (
-        out.name in ("evaluation", "checkpoints")
-    ):
-        raise ValueError(f"out: {out} is a part of a run folder; give another")
+    _check_out(out)
     for name, value in (("title", title), ("baseline", baseline), ("attack", attack)):
         if value is not None and not isinstance(value, str):
             raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); it must be text")
@@ -96,6 +87,17 @@ def build(
     files |= {name: text.encode() for name, text in sorted(written.items())}
     _replace(out, files)
     return out / "index.html"
+
+
+def _check_out(out: Path) -> None:
+    """A report replaces files, and a run folder has a data.json too."""
+    above = next(path for path in (out, *out.parents) if path.exists())
+    if not above.is_dir():
+        raise ValueError(f"out: {out} is a file; it must be a folder" if above == out else f"out: {above} is a file")
+    if any((out / mark).exists() for mark in MARKS):
+        raise ValueError(f"out: {out} is a run folder, whose data.json a report would replace; try {out / 'report'}")
+    if out.name in ("evaluation", "checkpoints") and (out.resolve().parent / "config.toml").exists():
+        raise ValueError(f"out: {out} is a part of a run folder; give another")
 
 
 def _command(runs: Sequence[str | Path], out: Path, told: Mapping[str, Any], pdf: bool) -> str:
