@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .. import engine
 from ..attack.pgd import PGD
 from ..common import checks
-from .class_accuracy import answers, correct_rows
-from .named_attacks import batches, logits_at, resolve_device, walk
+from .class_accuracy import answers, correct_rows, logits_at
+from .named_attacks import batches, resolve_device, walk
 
 SHOWN = 10  # classes at most
 

@@ -17,8 +17,8 @@ from .. import engine
 from ..attack.pgd import PGD
 from ..common import checks
 from ..ops import random_start
-from .class_accuracy import correct_rows
-from .named_attacks import batches, logits_at, resolve_device, walk
+from .class_accuracy import correct_rows, logits_at
+from .named_attacks import batches, resolve_device, walk
 from .resumable import Progress
 
 IMAGES = 512  # that are checked, unless told otherwise

@@ -107,34 +107,33 @@ def easy(section: Section) -> str:
 
 
 def confusion(section: Section) -> str:
-    told = [
-        f"{g['title']} takes {section['classes'][pair['label']]} for {section['classes'][pair['answer']]} "
-        f"in {_percent(pair['share'])}"
-        for g in section["groups"]
-        if g["confusion"]
-        for pair in g["confusion"]["pairs"][:1]
-    ]
-    return f"Most often: {'; '.join(_few(told))}."
+    def most(title: str, found: dict) -> str | None:
+        pair = next(iter(found["pairs"]), None)
+        names = section["classes"]
+        return pair and f"{title} takes {names[pair['label']]} for {names[pair['answer']]} in {_percent(pair['share'])}"
+
+    return f"Most often: {_of_each(section, 'confusion', most)}."
 
 
 def over_eps(section: Section) -> str:
-    told = [
-        f"{g['title']} from {_percent(found['average'][0]['mean'])} at ε {found['eps'][0]:g} to "
-        f"{_percent(found['average'][-1]['mean'])} at ε {found['eps'][-1]:g}"
-        for g in section["groups"]
-        if (found := g["over_eps"])
-    ]
-    return f"Average accuracy: {'; '.join(_few(told))}."
+    def ends(title: str, found: dict) -> str:
+        told = (f"{_percent(found['average'][i]['mean'])} at ε {found['eps'][i]:g}" for i in (0, -1))
+        return f"{title} from {' to '.join(told)}"
+
+    return f"Average accuracy: {_of_each(section, 'over_eps', ends)}."
 
 
 def examples(section: Section) -> str:
-    told = [
-        f"{g['title']}: {sum(r['answer_adv'] != r['label'] for r in g['examples']['rows'])} of "
-        f"{len(g['examples']['rows'])} images are turned"
-        for g in section["groups"]
-        if g["examples"]
-    ]
-    return "; ".join(_few(told)) + "."
+    def turned(title: str, found: dict) -> str:
+        count = sum(row["answer_adv"] != row["label"] for row in found["rows"])
+        return f"{title}: {count} of {len(found['rows'])} images are turned"
+
+    return f"{_of_each(section, 'examples', turned)}."
+
+
+def _of_each(section: Section, key: str, words: Callable[[str, dict], str | None]) -> str:
+    """What is said of each method that has this part."""
+    return "; ".join(_few(filter(None, (words(g["title"], g[key]) for g in section["groups"] if g[key]))))
 
 
 def _few(told: Iterable[str]) -> list[str]:
