@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -36,9 +37,10 @@ class Tape(TorchDispatchMode):
     done again without its Python. Between replays all memory of its own is NaN, since other graphs share the pool.
     """
 
-    def __init__(self):
+    def __init__(self, together: list[Tape]):
         super().__init__()
         self._calls = []
+        self._together = together  # with it in one capture; every other tape writes in the same memory
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -59,13 +61,15 @@ class Tape(TorchDispatchMode):
                 new = tree_leaves(func(*args, **kwargs))
                 for i, t in made:
                     t.copy_(new[i])
-        self.spoil()
+        if self is self._together[-1]:
+            self.spoil_all()
 
     @torch.no_grad()
-    def spoil(self) -> None:
-        for *_, made in self._calls:
-            for _, t in made:
-                t.fill_(torch.nan if t.is_floating_point() else 1)
+    def spoil_all(self) -> None:
+        for tape in self._together:
+            for *_, made in tape._calls:
+                for _, t in made:
+                    t.fill_(torch.nan if t.is_floating_point() else 1)
 
 
 class Recorder:
@@ -73,25 +77,36 @@ class Recorder:
 
     def __init__(self, fails_at: int | None = None):
         self.captures, self._fails_at = 0, fails_at
+        self._tapes: list[Tape] = []
 
-    def __call__(self, fn, device, pool):
+    def __call__(self, fns, device, pool):
         self.captures += 1
         for _ in range(graphs_module.WARM_UP_RUNS):
-            fn()
-        tape = Tape()
-        with tape:
-            if self._fails_at is not None and self.captures >= self._fails_at:
-                raise RuntimeError(f"CUDA error: {NOT_CAPTURABLE}\nCompile with `TORCH_USE_CUDA_DSA`")
-            fn()
-        tape.spoil()
-        return tape.replay
+            graphs_module.run(fns)
+        tapes: list[Tape] = []
+        for fn in fns:
+            tapes.append(Tape(tapes))
+            with tapes[-1]:
+                if self._fails_at is not None and self.captures >= self._fails_at:
+                    raise RuntimeError(f"CUDA error: {NOT_CAPTURABLE}\nCompile with `TORCH_USE_CUDA_DSA`")
+                fn()
+        tapes[-1].spoil_all()
+        self._tapes.extend(tapes)
+        return [partial(self._replay, tape) for tape in tapes]
+
+    def _replay(self, tape: Tape) -> None:
+        """One pool: what this writes was another's."""
+        for other in self._tapes:
+            if other not in tape._together:
+                other.spoil_all()
+        tape.replay()
 
 
-def rerun(fn, device, pool):
+def rerun(fns, device, pool):
     """Runs the Python again at each replay."""
     for _ in range(graphs_module.WARM_UP_RUNS):
-        fn()
-    return fn
+        graphs_module.run(fns)
+    return list(fns)
 
 
 # ---------------------------------------------------------------- trainers

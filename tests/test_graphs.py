@@ -42,7 +42,7 @@ def test_tape_is_a_graph():
         seen.append(z)
         out.copy_(z + 1)
 
-    replay = Recorder()(fn, CPU, None)
+    (replay,) = Recorder()([fn], CPU, None)
     x, factor = x.fill_(5.0), 3.0
     replay()
     assert out.tolist() == [11.0] * 3

@@ -15,7 +15,7 @@ from objectives import WithLoss
 from torch import nn
 
 import ham_kernels as ham
-from ham_kernels.engine import Engine, EngineError, EngineOptions, EngineWarning
+from ham_kernels.engine import Engine, EngineError, EngineOptions, EngineWarning, logits_of
 from ham_kernels.methods import weighted_ce
 from ham_kernels.methods.mining import Examples
 from ham_kernels.training.update import Updater
@@ -297,3 +297,25 @@ def test_graphs_that_are_forgotten_give_their_memory_back(on_gpu):
     trainer.engine.graphs.follow(other)
     gc.collect()
     assert torch.cuda.memory_allocated() < held
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_logits_and_gradients_asked_apart(on_gpu, exact_convolutions, precision, compiled):
+    """Forward and backward are two graphs; what passes between them outlives no other replay."""
+    model, device = small_cnn().cuda(), torch.device("cuda")
+    by = Engine(EngineOptions(precision, compile=compiled, cuda_graphs="require"), device)
+    eager = Engine(EngineOptions(precision), device)
+    rel = 1e-3 if precision == "fp32" else 0.05
+    for x, _ in on_gpu * 2:
+        weights = torch.randn(len(x), 10, device=device)
+        gradients = []
+        for e in (by, eager):
+            with e.attacking(model):
+                asked = logits_of(model, e, 64)
+                points = [x.clone().requires_grad_(), x.flip(0).clone().requires_grad_()]
+                z = [asked(p) for p in points]
+                late = torch.autograd.grad(z[0], points[0], weights, retain_graph=True)[0]
+                gradients.append([late, *(torch.autograd.grad(z[i], points[i], weights)[0] for i in (1, 0))])
+        for ours, theirs in zip(*gradients, strict=True):
+            assert (ours - theirs).norm() <= rel * theirs.norm()

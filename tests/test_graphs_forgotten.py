@@ -170,7 +170,7 @@ def test_a_required_capture_that_fails_raises(batches, fails_at):
 def test_the_warning_names_what_went_wrong_first(batches):
     """The end of a capture that failed raises an error of its own; what the caller is handling is no cause."""
 
-    def capture(fn, device, pool):
+    def capture(fns, device, pool):
         try:
             raise RuntimeError("the cause")
         finally:
@@ -187,15 +187,15 @@ def test_the_warning_names_what_went_wrong_first(batches):
 def test_a_compiled_model_has_one_form_for_what_is_captured(batches, monkeypatch):
     """The look at a new bucket, the runs before its captures and the captures compile nothing anew."""
 
-    def rerun_as_captured(fn, device, pool):
+    def rerun_as_captured(fns, device, pool):
         for _ in range(graphs_module.WARM_UP_RUNS + 1):
-            fn()
+            graphs_module.run(fns)
 
         def replay():
             with graphs_module.no_autocast_cache():
-                fn()
+                graphs_module.run(fns)
 
-        return replay
+        return [replay]
 
     compiler = Compiler().install(monkeypatch)
     trainer = trainer_of(small_cnn(), rerun_as_captured, compile="require")

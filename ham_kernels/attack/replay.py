@@ -27,7 +27,7 @@ def bucket_for(model: nn.Module, like: ActiveSet, pgd: PGD, engine: Engine, what
     )  # fmt: skip
     try:
         bucket = graphs.kept(key, lambda: Bucket(model, like, rows, pgd, engine))
-        bucket.capture(what)
+        bucket.capture_one(what)
     except CaptureError as error:
         engine.give_up("cuda_graphs", str(error))
         return None
@@ -62,8 +62,8 @@ class Bucket(Captured):
 
         self._functions: dict[str, Callable[[], None]] = {"step": step, "look": look}
 
-    def capture(self, what: str) -> None:
-        super().capture(what, self._functions[what])
+    def capture_one(self, what: str) -> None:
+        super().capture({what: self._functions[what]})
 
     def _keep(self, z: Tensor) -> None:
         self.logits.copy_(z)

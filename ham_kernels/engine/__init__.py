@@ -3,9 +3,11 @@
 Below: `modes` (eval and train mode, autocast), `first_look` (what a model must be to be believed), `host_reads` (the
 host's reads, clocks), `buffers` (put back after an error), `options` (what can be asked for, and what happens where it
 cannot be had), `memory`, `half_weights`, `eval_batchnorm` and `winograd` (layers made cheaper), `graphs` (capture and
-replay), `engine` (Engine, which ties them together). Nothing here knows an attack or a method.
+replay), `engine` (Engine, which ties them together), `asked` (its logits, for attacks of others). Nothing here knows an
+attack or a method.
 """
 
+from .asked import logits_of
 from .buffers import Buffers
 from .engine import PLAIN, Engine, fast, plain
 from .first_look import ROWS, findings, first_look, look_once, runnable
@@ -34,6 +36,7 @@ __all__ = [
     "first_look",
     "keep_freed_memory",
     "largest_entries",
+    "logits_of",
     "no_gradient",
     "look_once",
     "model_device",

@@ -7,7 +7,7 @@ import math
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -26,10 +26,11 @@ WARM_UP_RUNS = 2  # before a capture: kernels compile, libraries choose algorith
 Replay = Callable[[], None]
 
 
-def cuda_capture(fn: Callable[[], None], device: torch.device, pool) -> Replay:
-    """Captures fn, which must only read and write tensors that stay where they are. Runs it WARM_UP_RUNS times.
+def cuda_capture(fns: Sequence[Callable[[], None]], device: torch.device, pool) -> list[Replay]:
+    """Captures fns, each of which must only read tensors that stay where they are or that the one before it made, and
+    write ones that stay. Runs all WARM_UP_RUNS times, in their order.
 
-    Raises: what fn or the capture raises; stream and allocator are then as before.
+    Raises: what fns or the capture raise; stream and allocator are then as before.
     """
     with torch.cuda.device(device):
         index, here = torch.cuda.current_device(), torch.cuda.current_stream()
@@ -38,15 +39,16 @@ def cuda_capture(fn: Callable[[], None], device: torch.device, pool) -> Replay:
         try:
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP_RUNS - 1):
-                    fn()
+                    run(fns)
                 with _waiting_raises():  # before a capture has begun, where it would leave more behind
-                    fn()
+                    run(fns)
         finally:
             here.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        graphs = [torch.cuda.CUDAGraph() for _ in fns]
         try:
-            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                fn()
+            for graph, fn in zip(graphs, fns, strict=True):
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    fn()
         except BaseException:  # torch before 2.15 leaves all as it was in the capture
             torch.cuda.set_stream(here)
             with suppress(AttributeError, RuntimeError):
@@ -54,7 +56,12 @@ def cuda_capture(fn: Callable[[], None], device: torch.device, pool) -> Replay:
                 torch._C._cuda_releasePool(index, pool)
             _end_capture_of_generators(side, device)
             raise
-    return graph.replay
+    return [graph.replay for graph in graphs]
+
+
+def run(fns: Sequence[Callable[[], None]]) -> None:
+    for fn in fns:
+        fn()
 
 
 def _end_capture_of_generators(side: torch.cuda.Stream, device: torch.device) -> None:
@@ -96,11 +103,12 @@ def bucket_of(rows: int, full: int) -> int:
 class Graphs:
     """What was captured of one model. It ends when the model's tensors move: then the addresses in it are wrong."""
 
-    def __init__(self, device: torch.device, capture: Callable[[Callable[[], None], torch.device, Any], Replay]):
+    def __init__(self, device: torch.device, capture: Callable[[Sequence, torch.device, Any], list[Replay]]):
         self._device, self._capture = device, capture
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._seen: dict[Hashable, int] = {}
         self.shared: dict[Hashable, Any] = {}  # what several graphs read or write; forgotten with them
+        self.replays = 0
         self._model: nn.Module | None = None
         self._addresses: tuple[int, ...] = ()
         self._pool = None
@@ -143,11 +151,12 @@ class Graphs:
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def capture(self, fn: Callable[[], None]) -> Replay:
-        """fn, which must only read and write tensors that stay where they are, as a replay. fn runs a few times.
+    def capture(self, fns: Sequence[Callable[[], None]]) -> list[Replay]:
+        """Functions over tensors that stay where they are, as replays. They run a few times, in this order.
 
-        All captures share one pool of memory: what fn leaves in tensors of its own is lost with the next replay.
-        Random generators stay where they were. Raises: CaptureError; what fn raises by itself is raised as it is.
+        All captures share one pool of memory: what one leaves in tensors of its own is lost with the next replay, but
+        for that of the next function. Random generators stay where they were. Raises: CaptureError; what a function
+        raises by itself is raised as it is.
         """
         on_gpu = self._device.type == "cuda"
         if self._pool is None and on_gpu:
@@ -156,11 +165,11 @@ class Graphs:
         before = sys.exc_info()[1]
         with torch.random.fork_rng(devices=devices, device_type="cuda"), no_autocast_cache():
             try:
-                return self._capture(fn, self._device, self._pool)
+                return self._capture(fns, self._device, self._pool)
             except Exception as error:
                 self._pool = None
                 if not isinstance(error, torch.OutOfMemoryError):
-                    fn()
+                    run(fns)
                 raise CaptureError(reason("the capture failed", _first(error, before))) from error
 
     def __len__(self) -> int:
@@ -207,9 +216,11 @@ class Captured:
         self.places = {name: _place(graphs.shared, name, t, rows, capacity) for name, t in like.items()}
         self._replays: dict[str, Replay] = {}
 
-    def capture(self, name: str, fn: Callable[[], None]) -> None:
-        if name not in self._replays:
-            self._replays[name] = self._graphs.capture(fn)
+    def capture(self, functions: dict[str, Callable[[], None]]) -> None:
+        """Several together: each may read what the one before it left, where it is replayed right after it."""
+        if not self._replays.keys() >= functions.keys():
+            replays = self._graphs.capture(list(functions.values()))
+            self._replays.update(zip(functions, replays, strict=True))
 
     def load(self, values: dict[str, Tensor | None]) -> None:
         for name, own in self.places.items():
@@ -217,6 +228,7 @@ class Captured:
                 own[: len(values[name])].copy_(values[name])
 
     def replay(self, name: str) -> None:
+        self._graphs.replays += 1
         self._replays[name]()
 
 

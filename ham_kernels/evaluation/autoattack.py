@@ -145,7 +145,7 @@ def _searching(model: nn.Module, x: Tensor, precision: str, search: engine.Engin
         return
     search.place(model, x)
     with search.attacking(model):
-        yield lambda x: search.forward(model, search.place(model, x)).float()
+        yield engine.logits_of(model, search, len(x))
 
 
 def _plain(model: nn.Module, precision: str) -> Logits:

@@ -9,6 +9,7 @@ this is not A3. A row leaves as soon as it is lost, so that later restarts cost 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -113,20 +114,20 @@ class _Walk:
         with by.attacking(model):
             self._x, self._y, self._toward = by.place(model, x), y, toward
             self._x_adv = by.place(model, x_adv)
+            logits = engine.logits_of(model, by, len(x))
             for k in range(DIRECTED + STEPS):
                 if len(self._left):
-                    self._step(model, by, pgd, k)
+                    self._step(logits, pgd, k)
             self.points[self._left] = self._x_adv.to(self.points.dtype)
 
-    def _step(self, model: nn.Module, by: engine.Engine, pgd: PGD, k: int) -> None:
+    def _step(self, logits: Callable[[Tensor], Tensor], pgd: PGD, k: int) -> None:
         point = self._x_adv.detach().requires_grad_()
-        logits = by.forward(model, point)
-        checks.model_output(logits, len(point))
-        if not logits.requires_grad:
+        asked = logits(point)
+        checks.model_output(asked, len(point))
+        if not asked.requires_grad:
             raise troubles.error("no_way_to_the_images")
-        z = logits.detach().float()
-        weights = self._toward if k < DIRECTED else _margin_gradient(z, self._y)
-        (grad,) = torch.autograd.grad(logits, point, weights.to(logits.dtype))
+        z = asked.detach()
+        (grad,) = torch.autograd.grad(asked, point, self._toward if k < DIRECTED else _margin_gradient(z, self._y))
         if k == DIRECTED:
             self.blind = int(engine.no_gradient(largest_entries(grad)).sum())
         stay = correct_rows(z, self._y)

@@ -170,7 +170,7 @@ class _Graphed(Captured):
         self._set_gradients()
         moved = Buffers(model, objective)
         try:
-            self.capture("update", run)
+            self.capture({"update": run})
         finally:
             moved.undo()  # by the runs before the capture
 
