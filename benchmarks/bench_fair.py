@@ -37,6 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--train-images", type=int)
     p.add_argument("--epochs", type=int)
     p.add_argument("--folds", type=int, default=4)
+    p.add_argument("--fast", action="store_true", help="train in bf16, compiled, with Winograd's convolutions")
     p.add_argument("--only", nargs="+", metavar="NAME", help=f"of: {'; '.join(ALL)}")
     p.add_argument("--out", type=Path, help="the JSON file (default: results/bench_fair_DATASET.json)")
     args = p.parse_args(arguments)
@@ -52,6 +53,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def settings_of(args: argparse.Namespace) -> TrainSettings:
     s = preset(args.dataset, args.epochs)
     d = replace(s.data, path=args.path, train_images=args.train_images, val_images=0)
+    if args.fast:
+        quick = replace(s.engine, channels_last="on", compile="on", winograd="on")
+        s = replace(s, engine=quick, run=replace(s.run, precision="bf16"))
     return replace(s, data=d, model=replace(s.model, name=args.model))
 
 
@@ -59,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     settings = settings_of(args)
     told = {"dataset": args.dataset, "model": args.model, "train_images": args.train_images, "folds": args.folds,
-            "epochs": settings.optim.epochs, "eps": settings.attack.eps, "steps": settings.attack.steps}  # fmt: skip
+            "epochs": settings.optim.epochs, "eps": settings.attack.eps, "steps": settings.attack.steps,
+            "fast": args.fast}  # fmt: skip
     result = {"settings": told, "machine": machine(), "candidates": {}}
     if args.out.exists():
         result = json.loads(args.out.read_text())
@@ -118,7 +123,7 @@ def readme_section(result: dict) -> str:
     said = (
         f"{s['dataset']}, {s['model']}, {images} training images in {s['folds']} folds, {s['epochs']} epochs, "
         f"ε {s['eps']:.3g}, K {s['steps']}: each candidate is trained {s['folds']} times, and judged on those that "
-        f"it has not seen, no test image among them. {m['cpu']}, cores: {m['cores']}; torch {m['torch']}, "
+        f"it has not seen, no test image among them{'; trained in bf16' * s['fast']}. {m['cpu']}, cores: {m['cores']}; torch {m['torch']}, "
         f"ham_kernels {m['ham_kernels']}; {m['date']}."
     )
     return f"{said}\n\n{markdown(table(result))}"

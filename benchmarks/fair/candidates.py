@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ham_kernels.methods import HAM, PGDAT, Fair, Method
+from ham_kernels.methods import HAM, PGDAT, TRADES, Fair, Method
 
 BASELINE = "PGD-AT"
 RULES = {  # by name: rule and strength
@@ -25,13 +25,18 @@ SCHEDULES = {  # by name: steps in units of eps
 USUAL, BEFORE = "hedge 0.6", "hard share ^ 0.75"
 
 
+def _weights(rule: str) -> dict:
+    return dict(zip(("class_weights", "class_strength"), RULES[rule], strict=True))
+
+
 def _fair(rule: str, **switches) -> Method:
-    kind, strength = RULES[rule]
-    return Fair(class_weights=kind, class_strength=strength, **switches)
+    return Fair(**_weights(rule), **switches)
 
 
+HEDGES = [rule for rule in RULES if rule.startswith("hedge")]
 FULL: dict[str, Method] = {
     BASELINE: PGDAT(start_epoch=1),
+    **{f"{BASELINE}, {rule}": PGDAT(start_epoch=1, **_weights(rule)) for rule in HEDGES},
     **{f"boosted CE, {rule}": _fair(rule) for rule in RULES},
 }
 CHEAP: dict[str, Method] = {
@@ -42,4 +47,8 @@ CHEAP: dict[str, Method] = {
     f"boosted CE, {USUAL}, jump": _fair(USUAL, early_drop=True, easy="jump"),
     "HAM from epoch 1": HAM(start_epoch=1),
 }
-ALL = FULL | CHEAP
+DEARER: dict[str, Method] = {
+    "TRADES": TRADES(),
+    **{f"TRADES, {rule}": TRADES(**_weights(rule)) for rule in HEDGES},
+}
+ALL = FULL | CHEAP | DEARER
