@@ -123,7 +123,8 @@ def readme_section(result: dict) -> str:
     said = (
         f"{s['dataset']}, {s['model']}, {images} training images in {s['folds']} folds, {s['epochs']} epochs, "
         f"ε {s['eps']:.3g}, K {s['steps']}: each candidate is trained {s['folds']} times, and judged on those that "
-        f"it has not seen, no test image among them{'; trained in bf16' * s['fast']}. {m['cpu']}, cores: {m['cores']}; torch {m['torch']}, "
+        f"it has not seen, no test image among them{'; trained in bf16' * s['fast']}. "
+        f"{m['cpu']}, cores: {m['cores']}; torch {m['torch']}, "
         f"ham_kernels {m['ham_kernels']}; {m['date']}."
     )
     return f"{said}\n\n{markdown(table(result))}"
