@@ -16,14 +16,18 @@ def logits_of(model: nn.Module, engine: Engine, batch: int) -> Callable[[Tensor]
     """fp32 logits as a function of (n, ...) images, differentiable by them once; inside `engine.attacking(model)`.
 
     With CUDA graphs forward and gradient are replayed, for numbers of rows that are shares of `batch`.
+    Raises: ValueError where a gradient is wanted and none can reach the images.
     """
 
     def logits(x: Tensor) -> Tensor:
         x = engine.place(model, x)
         pair = None if engine.graphs is None or not len(x) else _pair_for(model, engine, x, batch)
-        if pair is None:
-            return engine.forward(model, x).float()
-        return _Replayed.apply(x, pair)
+        if pair is not None:
+            return _Replayed.apply(x, pair)
+        z = engine.forward(model, x).float()
+        if _wants_gradient(x) and not z.requires_grad:
+            raise troubles.error("no_way_to_the_images")
+        return z
 
     return logits
 
@@ -32,7 +36,7 @@ def _pair_for(model: nn.Module, engine: Engine, x: Tensor, batch: int) -> _Pair 
     """None where the capture fails: the engine has then given up CUDA graphs."""
     graphs = engine.graphs
     rows = graphs.rows_for(len(x), max(batch, len(x)))
-    step = torch.is_grad_enabled() and x.requires_grad
+    step = _wants_gradient(x)
     key = "logits", step, rows, x.shape[1:], x.stride()[1:], x.dtype, ambient(x.device)
     try:
         return graphs.kept(key, lambda: _Pair(model, engine, x.detach(), rows, max(batch, rows), step))
@@ -41,13 +45,15 @@ def _pair_for(model: nn.Module, engine: Engine, x: Tensor, batch: int) -> _Pair 
         return None
 
 
+def _wants_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
 class _Pair(Captured):
     """A forward and, of a `step`, its backward, as two graphs over images and logits that stay in place."""
 
     def __init__(self, model: nn.Module, engine: Engine, x: Tensor, rows: int, capacity: int, step: bool):
-        graphs = engine.graphs
-        super().__init__(graphs, {"x_adv": x}, rows, capacity)
-        self._graphs = graphs
+        super().__init__(engine.graphs, {"x_adv": x}, rows, capacity)
         self.load({"x_adv": x})
         place = self.places["x_adv"]
         with torch.no_grad(), no_autocast_cache():  # as in the capture: a compiled model has a form for each
