@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common import checks, troubles
+from ..distributed import Meeting
 from ..engine import PLAIN, PRECISIONS, BatchGuard, Engine, plain
 from .replay import bucket_for
 from .step import LOSSES, PGD, ActiveSet, begin, clean_prediction, cw_gradient, set_step_size, take_look, take_step
@@ -26,15 +27,18 @@ class Attack:
         model: classifier in attack mode.  x: images (n, ...) in [0, 1].  y: (n,) int64.
         seed, step: name the noise of the random start.
         only: restricts the attack to some rows (int64); they start where they would start among all.
+        first_row: the place of the first row, where x is a part of a batch; rows start as they would in the whole.
+        meeting: where the data are judged with those of other processes.
     """
 
     def __init__(
         self, model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, *, seed: int, step: int, engine: Engine = PLAIN,
-        track: bool = False, count_right: bool = False, only: Tensor | None = None,
+        track: bool = False, count_right: bool = False, only: Tensor | None = None, first_row: int = 0,
+        meeting: Meeting | None = None,
     ):  # fmt: skip
         self._model, self._pgd, self._engine = model, pgd, engine
-        self.guard = BatchGuard(x, y)
-        self.rows = begin(x, y, pgd, seed, step, track, count_right)
+        self.guard = BatchGuard(x, y, meeting)
+        self.rows = begin(x, y, pgd, seed, step, track, count_right, first_row)
         if only is not None:
             self.rows = self.rows.named(only)
         self.done = 0
@@ -95,7 +99,7 @@ class Attack:
         self.done += n
 
     def _bucket(self, what: str):
-        if self._engine.graphs is None:
+        if self._engine.graphs is None or not len(self.rows.y):
             return None
         return bucket_for(self._model, self.rows, self._pgd, self._engine, what)
 

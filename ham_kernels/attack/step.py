@@ -95,15 +95,19 @@ class ActiveSet:
 
 
 def begin(
-    x: Tensor, y: Tensor, pgd: PGD, seed: int, step: int, track: bool = False, count_right: bool = False
-) -> ActiveSet:
+    x: Tensor, y: Tensor, pgd: PGD, seed: int, step: int, track: bool = False, count_right: bool = False,
+    first_row: int = 0,
+) -> ActiveSet:  # fmt: skip
     """The starting points x0: random in the ball, or the images themselves."""
     x = x.detach()
     eps, eps_rows = checks.per_row("eps", pgd.eps, x)
     step_size, step_rows = checks.per_row("step_size", pgd.step_size, x)
     if pgd.random_start:
         radius = pgd.eps if pgd.start_eps is None else pgd.start_eps
-        x_adv = random_start(x, radius, seed=seed, step=step, norm=pgd.norm)
+        if isinstance(radius, Tensor):
+            radius = torch.cat([radius.new_zeros(first_row), radius])
+        pad = torch.cat([x.new_zeros(first_row, *x.shape[1:]), x])
+        x_adv = random_start(pad, radius, seed=seed, step=step, norm=pgd.norm)[first_row:]
     else:
         x_adv = x.clone()
     right = torch.zeros(len(y), device=x.device) if count_right else None

@@ -229,16 +229,16 @@ def row_flags(name: str, flags, x: Tensor) -> None:
     _on_device_of(name, flags, "x_adv", x)
 
 
-def batch(x, y) -> None:
-    """Images and labels of one batch that is not empty."""
+def batch(x, y, *, empty: bool = False) -> None:
+    """Images and labels of one batch; `empty`: it may have no row, as other processes have some."""
     images("x", x)
-    if x.shape[0] == 0:
+    if x.shape[0] == 0 and not empty:
         raise ValueError(f"x: got shape {tuple(x.shape)}; an empty batch cannot be attacked or trained on")
     labels(y, x)
 
 
-def pair(name: str, given) -> tuple[Tensor, Tensor]:
-    """(x, y) of what a loader gave. Raises: TypeError, ValueError naming the loader, x or y."""
+def pair(name: str, given, *, empty: bool = False) -> tuple[Tensor, Tensor]:
+    """(x, y) of what a loader gave, see `batch`. Raises: TypeError, ValueError naming the loader, x or y."""
     if not (isinstance(given, (tuple, list)) and len(given) == 2):
         kind = type(given).__name__ + (f" of {len(given)}" if isinstance(given, (tuple, list, dict)) else "")
         raise TypeError(
@@ -246,7 +246,7 @@ def pair(name: str, given) -> tuple[Tensor, Tensor]:
             "makes them of dicts"
         )
     x, y = given
-    batch(x, y)
+    batch(x, y, empty=empty)
     return x, y
 
 

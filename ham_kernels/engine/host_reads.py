@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common import checks, troubles
+from ..distributed import Meeting, RankError
 
 
 class NonFiniteError(ValueError):
@@ -39,17 +40,21 @@ class BatchGuard:
     """Judges what only the data can tell: pixels in [0, 1], labels the model knows, finite logits.
 
     On the CPU each is judged at once. On CUDA they stay on the device and travel with `read`, the one read of a
-    step, which comes before anything is updated.
+    step, which comes before anything is updated. Of several processes that read is where they meet: each hears the
+    facts of all, and what is wrong on one raises on all.
+
+    Args: x, y: the rows of this process; only where there are others may it have none.
     """
 
-    no_gradient = 0  # rows whose first step had no gradient to follow; known after `read`
+    no_gradient = 0  # rows whose first step had no gradient to follow, on all processes; known after `read`
 
-    def __init__(self, x: Tensor, y: Tensor):
+    def __init__(self, x: Tensor, y: Tensor, meeting: Meeting | None = None):
         self._y = y
         self._classes: int | None = None
         self._immediate = x.device.type != "cuda"
+        self._meeting = meeting
         x = x.detach()
-        self._facts = [*x.aminmax(), *y.aminmax()]
+        self._facts = [*x.aminmax(), *y.aminmax()] if len(y) else [x.new_zeros(())] * 4
         self._finite = torch.ones((), dtype=torch.bool, device=x.device)
         self._no_gradient = self._facts[0].new_zeros(())
         if self._immediate:
@@ -59,7 +64,7 @@ class BatchGuard:
         """Takes note of logits: how many classes there are, and whether all are finite."""
         self._classes = z.shape[1]
         self._finite = self._finite & z.detach().isfinite().all()
-        if self._immediate:
+        if self._immediate and len(self._y):
             checks.label_range(self._y, z.shape[1])
             if not self._finite:
                 _raise_not_finite()
@@ -70,18 +75,41 @@ class BatchGuard:
 
     def read(self, counts: Tensor | None = None) -> list[int]:
         """Waits for the facts (and the counts of active rows, which it returns) and judges them."""
+        if self._meeting is not None:
+            return self._read_all(counts)
         if self._immediate:
             self.no_gradient = int(self._no_gradient)
             return [] if counts is None else counts.tolist()
-        facts = torch.stack([f.double() for f in (*self._facts, self._finite, self._no_gradient)])
-        if counts is not None:
-            facts = torch.cat([facts, counts.double()])
-        x_min, x_max, y_min, y_max, finite, no_gradient, *rest = start_read(facts)()
+        x_min, x_max, y_min, y_max, finite, no_gradient, *rest = start_read(self._so_far(counts))()
         checks.data_facts(x_min, x_max, y_min, y_max, self._classes)
         if not finite:
             _raise_not_finite()
         self.no_gradient = int(no_gradient)
         return [int(n) for n in rest]
+
+    def _so_far(self, counts: Tensor | None) -> Tensor:
+        facts = torch.stack([f.double() for f in (*self._facts, self._finite, self._no_gradient)])
+        return facts if counts is None else torch.cat([facts, counts.double()])
+
+    def _read_all(self, counts: Tensor | None) -> list[int]:
+        """The count of active rows of each process; of its rows, where none was taken."""
+        counts = torch.tensor([len(self._y)]) if counts is None else counts
+        found = []
+        for r, (x_min, x_max, y_min, y_max, finite, no_gradient, count) in enumerate(
+            self._meeting.table(self._so_far(counts.to(self._facts[0].device)))
+        ):
+            try:
+                checks.data_facts(x_min, x_max, y_min, y_max, self._classes)
+                if not finite:
+                    _raise_not_finite()
+            except ValueError as error:
+                raise (NonFiniteError if not finite else RankError)(f"process {r}: {error}") from error
+            self.no_gradient += int(no_gradient)
+            found.append(int(count))
+        return found
+
+
+WIDTH = 7  # numbers that `read` sends where there are several processes
 
 
 def largest_entries(gradient: Tensor) -> Tensor:

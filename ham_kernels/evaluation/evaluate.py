@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from .. import engine
 from ..common import checks, troubles
 from ..common.one_class import answers_one_class
-from ..common.processes import refuse_several
+from ..distributed import ALONE, Meeting, Ranks, inner_model, ranks_of
 from .class_accuracy import ClassAccuracy, summary
 from .named_attacks import Plan, batches, judged, plans, resolve_device, searcher, survivors
 
@@ -20,12 +21,12 @@ __all__ = ["ClassAccuracy", "evaluate"]
 def evaluate(
     model: nn.Module, loader: Iterable, attacks: Sequence[str] = ("clean", "pgd20"), *, eps: float = 8 / 255,
     step_size: float = 2 / 255, norm: str = "linf", device: torch.device | str | None = None,
-    precision: str = "fp32", seed: int = 0, restarts: int = 1, search: str = "plain",
+    precision: str = "fp32", seed: int = 0, restarts: int = 1, search: str = "plain", group: Any = "auto",
 ) -> dict[str, ClassAccuracy]:  # fmt: skip
     """Accuracy of a model over a data set, for each attack. The model is in eval mode and left as it was.
 
     Args:
-        model: classifier, images (n, C, H, W) in [0, 1] -> logits (n, classes).
+        model: classifier, images (n, C, H, W) in [0, 1] -> logits (n, classes); also in DistributedDataParallel.
         loader: any iterable of (x in [0, 1], y).
         attacks: "clean"; "fgsm", one step of eps from the image itself; "pgdK" for K steps of PGD on the cross
             entropy from a random start ("pgd20"), "cwK" for the same on the margin loss; "autoattack", the standard
@@ -41,17 +42,20 @@ def evaluate(
         search: on what attacks look for examples: "plain", the model as it is; "fast", rounded to bf16, channels_last,
             compiled, with Winograd's convolutions or CUDA graphs, as far as the device has them. Each example is
             judged by the plain model in either case. It compiles first.
+        group: processes that share the work, as in `Trainer`: whole batches in turn, of a loader that gives all images
+            on each, so that each image counts once and as it does in one process.
     Returns: {attack: ClassAccuracy}; `no_gradient` counts the images that an attack could not work on.
     Warns: HamWarning where the model is not what attacks rely on (see docs/troubleshooting.md).
     Raises: TypeError, ValueError naming the argument; ImportError for "autoattack" without pyautoattack.
     """
-    refuse_several(model)
+    ranks, model = ranks_of(group), inner_model(model)
     wanted = plans(attacks, eps=eps, step_size=step_size, norm=norm, restarts=restarts)
     autoattack = any(plan.of_autoattack for plan in wanted.values())  # whose losses would vanish in fp16
     checks.choice("precision", precision, engine.JUDGING_PRECISIONS if autoattack else engine.PRECISIONS)
     device = resolve_device(model, device)
     by = searcher(search, device)
-    found = accuracies(model, loader, wanted, device=device, precision=precision, seed=seed, look=True, search=by)
+    how = {"device": device, "precision": precision, "seed": seed, "look": True, "search": by}
+    found = accuracies(model, loader, wanted, **how, ranks=ranks)
     tell_no_gradient({name: a.no_gradient for name, a in found.items()}, next(iter(found.values())).n)
     if "clean" in found and (answer := answers_one_class(found["clean"].per_class)) is not None:
         troubles.warn("one_answer", answer=answer, n=found["clean"].n)
@@ -60,24 +64,35 @@ def evaluate(
 
 def accuracies(
     model: nn.Module, loader: Iterable, wanted: Mapping[str, Plan], *, device: torch.device, precision: str, seed: int,
-    look: bool = False, search: engine.Engine | None = None,
+    look: bool = False, search: engine.Engine | None = None, ranks: Ranks = ALONE,
 ) -> dict[str, ClassAccuracy]:  # fmt: skip
-    """`evaluate` of a model that has been looked at, or is now (`look`)."""
+    """`evaluate` of a model that has been looked at, or is now (`look`). Process r judges every batch b % world = r."""
     flags: dict[str, list[Tensor]] = {name: [] for name in wanted}
     no_gradient = dict.fromkeys(wanted, 0)
     labels, classes = [], 0
-    with judged(model, search):
-        for b, x, y in batches(loader, device):
-            if look and b == 0:
-                engine.first_look(model, x, y)
-            labels.append(y)
-            for name, plan in wanted.items():
-                found = survivors(model, x, y, plan, seed=seed, batch=b, precision=precision, search=search)
-                flags[name].append(found.correct)
-                no_gradient[name] += found.no_gradient
-                classes = found.classes
-    y = torch.cat(labels).cpu()
-    return {name: summary(torch.cat(parts).cpu(), y, classes, no_gradient[name]) for name, parts in flags.items()}
+    with Meeting(ranks, 2, device, what="the judgement") as meeting:
+        with judged(model, search):
+            for b, x, y in batches(loader, device):
+                if look and b == 0:
+                    engine.first_look(model, x, y)
+                labels.append(y)
+                for name, plan in wanted.items():
+                    if b % ranks.world != ranks.rank:
+                        flags[name].append(torch.zeros_like(y, dtype=torch.bool))  # another process fills them in
+                        continue
+                    found = survivors(model, x, y, plan, seed=seed, batch=b, precision=precision, search=search)
+                    flags[name].append(found.correct)
+                    no_gradient[name] += found.no_gradient
+                    classes = found.classes
+        y = torch.cat(labels).cpu()
+        heard = meeting.table([classes, len(y)])
+    if len({n for _, n in heard}) > 1:
+        raise ValueError(f"loader: gave {[int(n) for _, n in heard]} images to the processes; each must get all of them")
+    classes = int(max(k for k, _ in heard))
+    correct = torch.stack([torch.cat(parts) for parts in flags.values()]).to(ranks.device(device), torch.int32)
+    blind = torch.tensor(list(no_gradient.values()), dtype=torch.int32, device=correct.device)
+    correct, blind = ranks.sum_(correct).cpu() > 0, ranks.sum_(blind).tolist()
+    return {name: summary(correct[i], y, classes, blind[i]) for i, name in enumerate(wanted)}
 
 
 def tell_no_gradient(rows: Mapping[str, int], n: int) -> None:

@@ -173,12 +173,13 @@ def survivors(
 
 def walk(
     model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, *, seed: int, batch: int, precision: str,
-    look_at: Collection[int] = (), rows: Tensor | None = None, search: engine.Engine | None = None,
+    look_at: Collection[int] = (), rows: Tensor | None = None, search: engine.Engine | None = None, first_row: int = 0,
 ) -> tuple[Attack, dict[int, Tensor]]:  # fmt: skip
     """One attack on a model in attack_mode, at its end, and the logits at x^k for each k of `look_at` and k = K.
 
     A look at x^k for k < K costs nothing: the attack computes those logits itself. The data are judged (one read)
-    before this returns. `rows` restricts the attack to some rows; they start where they would start among all. With
+    before this returns. `rows` restricts the attack to some rows; they start where they would start among all; so do
+    all of them from `first_row` of a larger batch on. With
     `search` another engine takes the steps; the logits at x^K are the plain model's always.
     """
     seen: dict[int, Tensor] = {}
@@ -190,7 +191,7 @@ def walk(
     steps_by = engine.plain(precision) if search is None else search
     placed = x if search is None else search.place(model, x)
     with nullcontext() if search is None else search.attacking(model):
-        attack = Attack(model, placed, y, pgd, seed=seed, step=batch, engine=steps_by, only=rows)
+        attack = Attack(model, placed, y, pgd, seed=seed, step=batch, engine=steps_by, only=rows, first_row=first_row)
         attack.steps(pgd.steps, observe if look_at else None)
     seen[pgd.steps] = final = logits_at(model, attack.rows.x_adv, precision)
     attack.guard.logits(final)

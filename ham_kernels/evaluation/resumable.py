@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from .. import engine
 from ..common import checks
-from ..common.processes import refuse_several
+from ..distributed import inner_model
 from .class_accuracy import Interval, intervals
 from .evaluate import tell_no_gradient
 from .named_attacks import Plan, batches, judged, plans, resolve_device, searcher, survivors
@@ -59,7 +59,7 @@ def judge(
     Raises: TypeError, ValueError, FileNotFoundError naming the argument, before work starts where possible;
         ImportError for "autoattack" without pyautoattack.
     """
-    refuse_several(model)
+    model = inner_model(model)
     wanted = plans(attacks, eps=eps, step_size=step_size, norm=norm, restarts=restarts)
     checks.integer("classes", classes, 2)
     checks.integer("seed", seed, 0)

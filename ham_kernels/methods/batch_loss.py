@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 
 from ..attack.pgd import PGD, draw_seed
 from ..common import checks, troubles
-from ..common.processes import refuse_several
+from ..distributed import Meeting, inner_model, ranks_of
 from ..engine import look_once
 from .ham import HAM
+from .mining import place_of
 from .objective import Objective
 from .pgd_at import PGDAT
 from .settings import Method
@@ -22,7 +24,7 @@ _told: WeakSet[nn.Module] = WeakSet()  # that an attack on them had no gradient
 def loss(
     method: Method | Objective, model: nn.Module, x: Tensor, y: Tensor, *, eps: float | Tensor = 8 / 255,
     step_size: float | Tensor = 2 / 255, steps: int = 10, norm: str = "linf",
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, group: Any = "auto",
 ) -> Tensor:  # fmt: skip
     """A method's loss of one batch: call it, then backward() and optimizer.step().
 
@@ -34,15 +36,27 @@ def loss(
         eps, step_size: >= 0, in units of the images; floats, or tensors (n,) with one value per row.
         steps: K.  norm: "linf" or "l2".
         generator: draws the seed of the random start; None takes torch's default generator.
-    Returns: 0-dim loss. The attack runs in eval mode, the loss in the mode that the model is in. Where no row is left
-        to train on, the loss is 0 and so is every gradient. `start_epoch` has no effect.
+        group: the processes whose batches are one, as in `Trainer`; their wrapper (DistributedDataParallel, FSDP2,
+            Accelerate's, Fabric's) then takes the mean of their gradients, which is that of the whole batch. The seed
+            is that of process 0. An `Objective` has its own.
+    Returns: 0-dim loss. The attack runs in eval mode and on the model inside a wrapper, the loss in the mode that the
+        model is in. Where no row is left to train on, the loss is 0 and so is every gradient. `start_epoch` has no
+        effect.
     Raises: TypeError, ValueError naming the argument.
     """
-    checks.batch(x, y)
-    refuse_several(model)
+    inner = inner_model(model)
     if torch.is_inference_mode_enabled():
         raise troubles.error("inference_mode")
-    objective = method if isinstance(method, Objective) else Objective(method, PGD(eps, step_size, steps, norm))
+    if isinstance(method, Objective):
+        objective = method
+    else:
+        objective = Objective(method, PGD(eps, step_size, steps, norm), ranks=ranks_of(group))
+    ranks = objective.ranks
+    with Meeting(ranks, 3, getattr(x, "device", torch.device("cpu"))) as meeting:
+        checks.batch(x, y, empty=ranks.several)
+        seed = draw_seed(generator)
+        heard = meeting.table([len(y), seed >> 31, seed & (2**31 - 1)])  # each exact in fp64
+    high, low = (int(part) for part in heard[0][1:])
     if objective is not method and method.keeps_over_batches:
         troubles.warn("memory_lost", method=method.title, kind=type(method).__name__)
     if objective.method.awp:
@@ -50,13 +64,14 @@ def loss(
             f"awp: got {objective.method.awp:g}; it acts around the optimiser's step, which a loss does not see: train "
             "by ham_kernels.Trainer, or leave it 0"
         )
-    if objective.pgd.steps:
-        look_once(model, x, y)
-    examples = objective.examples(model, x, y, seed=draw_seed(generator), step=0)
-    if examples.no_gradient and model not in _told:
-        _told.add(model)
+    with place_of(ranks, [rows for rows, *_ in heard], x.device) as place:
+        if objective.pgd.steps and len(y):
+            look_once(inner, x, y)
+        examples = objective.group_examples(inner, x, y, (len(y),), seed=high << 31 | low, step=0, place=place)[0]
+    if examples.no_gradient and inner not in _told:
+        _told.add(inner)
         troubles.warn("attack_without_gradient", attack=objective.method.title, rows=examples.no_gradient, n=len(y))
-    if examples.n_kept == 0:  # a zero that depends on the parameters: GradScaler refuses a step without any gradient
+    if examples.everywhere.n_kept == 0 and not ranks.several:  # a zero that depends on the parameters: GradScaler refuses a step without any gradient
         return sum(
             (p.sum() * 0.0 for p in model.parameters() if p.requires_grad),
             torch.zeros((), device=x.device, requires_grad=True),
@@ -67,16 +82,16 @@ def loss(
 def ham_loss(
     model: nn.Module, x: Tensor, y: Tensor, *, eps: float | Tensor = 8 / 255, step_size: float | Tensor = 2 / 255,
     steps: int = 10, screen_steps: int = 3, lam: float = 1.0, reweight: bool = True, early_drop: bool = True,
-    norm: str = "linf", generator: torch.Generator | None = None,
+    norm: str = "linf", generator: torch.Generator | None = None, group: Any = "auto",
 ) -> Tensor:  # fmt: skip
     """HAM's loss of one batch: `loss` with methods.HAM. With reweight and early_drop off it is the PGD-AT loss.
 
     Args: as of `loss`; screen_steps: M of the paper, 1 <= M < K; lam: >= 0, weights are sigmoid(lam * maximum step
         size), and a higher lam makes them more uniform.
     """
-    checks.batch(x, y)
     method = ham_or_pgd_at(screen_steps=screen_steps, lam=lam, reweight=reweight, early_drop=early_drop)
-    return loss(method, model, x, y, eps=eps, step_size=step_size, steps=steps, norm=norm, generator=generator)
+    attack = {"eps": eps, "step_size": step_size, "steps": steps, "norm": norm}
+    return loss(method, model, x, y, **attack, generator=generator, group=group)
 
 
 def ham_or_pgd_at(*, early_drop: bool, reweight: bool, **switches) -> Method:

@@ -78,7 +78,7 @@ class CFA(TRADES):
 
         super().observe(examples, memory)
         look = examples.look
-        right, counts = by_class(~is_hard(look.z, look.y)[:, None], look.y, len(memory.cfa_counts))
+        right, counts = by_class(~is_hard(look.z, look.y)[:, None], look.y, len(memory.cfa_counts), look.ranks)
         memory.cfa_right += right
         memory.cfa_counts += counts
 

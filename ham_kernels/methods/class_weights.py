@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .mining import Look
+from ..distributed import ALONE, Ranks
+from ..ops import step_size_weights
+from .mining import Examples, Look
 
 LEAST = 0.05  # of DAFA's weights, which its formula does not bound
 
@@ -45,7 +47,7 @@ def empty_state(rule: str, classes: int) -> dict[str, Tensor]:
 @torch.no_grad()
 def observe(memory: nn.Module, look: Look, rule: str, keep: float) -> None:
     """Adds a batch; of what was there before, the share `keep` stays."""
-    sums, counts = by_class(RULES[rule].rows(look.z, look.y), look.y, len(memory.class_counts))
+    sums, counts = by_class(RULES[rule].rows(look.z, look.y), look.y, len(memory.class_counts), look.ranks)
     keep = 1.0 if RULES[rule].by_epoch else keep
     memory.class_sums.mul_(keep).add_(sums)
     memory.class_counts.mul_(keep).add_(counts)
@@ -81,15 +83,24 @@ def labels_of(z: Tensor, y: Tensor) -> Tensor:
     return y[:, None] == torch.arange(z.shape[1], device=z.device)
 
 
-def by_class(values: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """(sums (C, k), counts (C,)) of the rows' values (n, k)."""
+def by_class(values: Tensor, y: Tensor, classes: int, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+    """(sums (C, k), counts (C,)) of the rows' values (n, k), over all processes."""
     of_class = (y == torch.arange(classes, device=y.device)[:, None]).double()  # TF32 has no part in it
-    return (of_class @ values.double()).float(), of_class.sum(1).float()
+    sums = ranks.sum_(torch.cat([of_class @ values.double(), of_class.sum(1, keepdim=True)], 1)).float()
+    return sums[:, :-1], sums[:, -1]
 
 
 def for_rows(of_class: Tensor, y: Tensor) -> Tensor:
     """(n,), each row's value by its label."""
     return of_class[y.clamp(0, len(of_class) - 1)]
+
+
+def weights_by_step(examples: Examples, lam: float) -> Tensor:
+    """(n_kept,), HAM's weights by the largest step of the logits, mean 1 over all processes."""
+    if not examples.ranks.several:
+        return step_size_weights(examples.max_step.contiguous(), lam)
+    own = torch.sigmoid(lam * examples.max_step)
+    return own / examples.mean(own)
 
 
 def mean_by_class(sums: Tensor, counts: Tensor) -> Tensor:

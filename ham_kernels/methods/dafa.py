@@ -67,7 +67,7 @@ class DAFA(TRADES):
         super().observe(examples, memory)
         if memory.epoch == self.class_from - 1:
             look = examples.look
-            sums, counts = by_class(F.softmax(look.z, 1), look.y, len(memory.dafa_counts))
+            sums, counts = by_class(F.softmax(look.z, 1), look.y, len(memory.dafa_counts), look.ranks)
             memory.dafa_sums += sums
             memory.dafa_counts += counts
 

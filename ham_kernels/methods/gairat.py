@@ -40,4 +40,4 @@ class GAIRAT(Method):
         kappa = examples.right / memory.pgd.steps
         own = (1 + torch.tanh(self.shift + 5 * (1 - 2 * kappa))) / 2
         others = super().weights(examples, memory)
-        return self.scaled(own if others is None else own * others)
+        return self.scaled(own if others is None else own * others, examples)

@@ -24,8 +24,9 @@ def logits_at(model: nn.Module, examples: Examples, x: Tensor) -> Tensor:
 
 
 def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """sum_i w_i * losses_i / n."""
-    return (losses if weights is None else losses * weights).mean()
+    """sum_i w_i * losses_i / n; 0 of no row."""
+    losses = losses if weights is None else losses * weights
+    return losses.mean() if len(losses) else losses.sum()
 
 
 def row_ce(method: Method, z: Tensor, y: Tensor) -> Tensor:

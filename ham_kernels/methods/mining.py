@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..attack.pgd import PGD, ActiveSet, Attack
+from ..distributed import ALONE, Meeting, Ranks
 from ..engine import PLAIN, Engine
+from ..engine.host_reads import WIDTH
 from ..ops._philox import ROWS, philox_uniform
 from .settings import Method
 
 _ops = torch.ops.ham_kernels
+
+
+class Everywhere(NamedTuple):
+    """Rows over all processes."""
+
+    n: int  # of the whole batch
+    n_hard: int
+    n_kept: int  # in the loss
+
+
+@dataclass(frozen=True)
+class Place:
+    """The part of a batch that this process has: its rows follow one another, those of lower processes before them."""
+
+    ranks: Ranks = ALONE
+    first_row: int = 0
+    n: int | None = None  # rows of the whole batch; None: as many as are here
+    meeting: Meeting | None = None  # where the processes meet when they have looked
+
+
+@contextmanager
+def place_of(ranks: Ranks, rows: Sequence[float], device: torch.device) -> Iterator[Place]:
+    """The place of this process in a batch of which process r has rows[r]; an error within is told to the others."""
+    if not ranks.several:
+        yield Place()
+        return
+    sizes = [int(n) for n in rows]
+    with Meeting(ranks, WIDTH, device) as meeting:
+        yield Place(ranks, sum(sizes[: ranks.rank]), sum(sizes), meeting)
 
 
 @dataclass
@@ -26,6 +59,7 @@ class Look:
     z: Tensor  # (n, classes), logits in fp32
     y: Tensor  # (n,)
     target: Tensor | None = None  # (n, classes), the prediction of the clean images, where the attack follows that
+    ranks: Ranks = ALONE  # the processes that look, each at its rows
 
 
 @dataclass
@@ -47,6 +81,19 @@ class Examples:
     no_gradient: int = 0  # rows whose attack began without a gradient to follow
     look: Look | None = None  # where the method looks at classes
     right: Tensor | None = None  # (n_kept,) fp32, at how many of the attack's K points a row was right, where counted
+    ranks: Ranks = field(default=ALONE, repr=False)  # each has some of the rows; n and n_hard are of this one
+    of_all: Everywhere | None = None  # where there are others
+
+    @property
+    def everywhere(self) -> Everywhere:
+        """Rows over all processes."""
+        return self.of_all or Everywhere(self.n, self.n_hard, self.n_kept)
+
+    def mean(self, t: Tensor) -> Tensor:
+        """0-dim: of a number for each kept row, (n_kept,), over the kept rows of all processes."""
+        if not self.ranks.several:
+            return t.mean()
+        return self.ranks.sum_(t.detach().sum()) / max(self.everywhere.n_kept, 1)
 
     @property
     def n_kept(self) -> int:
@@ -61,35 +108,44 @@ class Examples:
 
 def mine(
     model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, method: Method, *, seed: int, step: int,
-    engine: Engine = PLAIN, sizes: Sequence[int] | None = None,
+    engine: Engine = PLAIN, sizes: Sequence[int] | None = None, place: Place = Place(),
 ) -> Examples:  # fmt: skip
     """Makes the adversarial examples of one batch, without weights, as `method` screens them.
 
     `sizes`: it is several batches, one after the other, which `split` takes apart; None for one.
+    `place`: x and y are the rows of this process. All meet at the look, or where there is none at the end.
 
     Cost in full-batch forwards, h the share of rows attacked to the end and M = screen_steps: 2K without screening,
     else 2M + 1 + 2h(K - M). The step size of row i is the largest |f(x^k) - f(x^(k-1))|_1 over k = 1..K-1: the points
     that the attack looks at anyway. f(x^K) is only ever computed in train mode, where it is no step of the attack.
     """
+    ranks = place.ranks
     with engine.attacking(model):
         attack = Attack(
             model, x, y, pgd, seed=seed, step=step, engine=engine, track=method.reweight,
-            count_right=method.counts_right,
+            count_right=method.counts_right, first_row=place.first_row, meeting=place.meeting,
         )  # fmt: skip
         if not method.early_drop:
             attack.steps(pgd.steps)
             attack.guard.read()
-            return replace(_examples(attack.rows, len(y), attack.guard.no_gradient), look=_look(method, attack))
+            examples = _examples(attack.rows, len(y), attack.guard.no_gradient)
+            return _placed(replace(examples, look=_look(method, attack, ranks)), method, place, place.n)
         before = _screen(attack, method)
         hard, z = attack.look()
-        look = _look(method, attack)
+        look = _look(method, attack, ranks)
         order, count = _ops.compact(hard)
         counts = attack.guard.read(count if sizes is None else _of_each(hard, sizes))  # the one read of the step
-        order, n_finished = _finished(method, order, counts, sizes or (len(y),), z, y, hard, seed, step)
+        n_hard = sum(counts)
+        if ranks.several:  # they are those of each process
+            counts = [counts[ranks.rank]]
+        if ranks.several and method.rows == "random":
+            order, n_finished = _random_here(place, len(y), n_hard, seed, step, y.device)
+        else:
+            order, n_finished = _finished(method, order, counts, sizes or (len(y),), z, y, hard, seed, step)
         index, whole = order[:n_finished], attack.rows
         if before is not None:
             _jump(whole, before, _flags_of(index, hard), pgd, method)
-        if n_finished:
+        if n_finished or (ranks.several and n_hard):  # no row here, but a sharded model's forward takes all processes
             attack.keep(index)
             attack.steps(pgd.steps - method.screen_steps)
     found = {"n_hard": sum(counts), "hard": hard, "hard_counts": counts, "no_gradient": attack.guard.no_gradient}
@@ -99,12 +155,20 @@ def mine(
             whole.right.fill_(pgd.steps)  # what a row resists at M it mostly resists to the end
         if n_finished:
             _put_back(whole, attack.rows, index.long())
-        return replace(_examples(whole, len(y)), **found)
+        return _placed(replace(_examples(whole, len(y)), **found), method, place, n_hard)
     kept = attack.rows if n_finished else whole.named(index)
     if method.bn_rows == "all":
         left = order[n_finished:].long()
         found |= {"rest": whole.x_adv[left], "rest_x": whole.x[left]}
-    return replace(_examples(kept, len(y)), index=index, **found)
+    return _placed(replace(_examples(kept, len(y)), index=index, **found), method, place, n_hard)
+
+
+def _placed(examples: Examples, method: Method, place: Place, n_hard: int | None) -> Examples:
+    """With what is known of the rows of other processes."""
+    if not place.ranks.several:
+        return examples
+    n_kept = n_hard if method.early_drop and method.easy == "drop" else place.n
+    return replace(examples, ranks=place.ranks, of_all=Everywhere(place.n, n_hard, n_kept))
 
 
 def _examples(rows: ActiveSet, n: int, no_gradient: int = 0) -> Examples:
@@ -113,9 +177,11 @@ def _examples(rows: ActiveSet, n: int, no_gradient: int = 0) -> Examples:
     )
 
 
-def _look(method: Method, attack: Attack) -> Look | None:
+def _look(method: Method, attack: Attack, ranks: Ranks) -> Look | None:
     rows = attack.rows
-    return Look(rows.z.float(), rows.y, rows.target) if method.looks_at_classes and rows.z is not None else None
+    if not method.looks_at_classes or rows.z is None:
+        return None
+    return Look(rows.z.float(), rows.y, rows.target, ranks)
 
 
 def _of_each(flags: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -183,6 +249,16 @@ def _random_order(sizes: Sequence[int], counts: Sequence[int], seed: int, step: 
     return torch.cat(first + others[::-1]).int()
 
 
+def _random_here(
+    place: Place, rows: int, count: int, seed: int, step: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """The same of the rows of one process: `count` are chosen of the whole batch, as one process would."""
+    chosen = _random_order([place.n], [count], seed, step, device)[:count].long() - place.first_row
+    first = chosen[(chosen >= 0) & (chosen < rows)]
+    others = torch.ones(rows, dtype=torch.bool, device=device).index_fill_(0, first, False).nonzero()[:, 0]
+    return torch.cat([first, others]).int(), len(first)
+
+
 def _hardest_first(z: Tensor, y: Tensor, hard: Tensor) -> Tensor:
     """All rows, int32: the hard ones in order, then the easy ones by their margin z_y - max_{j != y} z_j."""
     is_label = y[:, None] == torch.arange(z.shape[1], device=z.device)
@@ -206,7 +282,8 @@ def split(examples: Examples, sizes: Sequence[int]) -> list[Examples]:
     parts = {name: cut(name, kept) for name in ("x_adv", "x", "y", "index", "max_step", "right")}
     parts |= {"hard": cut("hard", sizes), "n": sizes, "n_hard": hard}
     if examples.look is not None:
-        look = [t if t is None else t.split(list(sizes)) for t in vars(examples.look).values()]
+        of = examples.look
+        look = [t if t is None else t.split(list(sizes)) for t in (of.z, of.y, of.target)]
         parts["look"] = [Look(*(None if t is None else t[b] for t in look)) for b in range(len(sizes))]
     parts["no_gradient"] = [examples.no_gradient] + [0] * (len(sizes) - 1)  # counted for all of them
     parts |= {name: cut(name, gone[::-1])[::-1] for name in ("rest", "rest_x")}  # those of the last batch first

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..attack.pgd import PGD
 from ..common import checks
+from ..distributed import ALONE, Ranks, synced_batchnorm
 from ..engine import PLAIN, Engine, attack_mode
 from .awp import Gradients
 from .class_weights import for_rows
-from .mining import Examples, mine, split
+from .mining import Examples, Place, mine, split
 from .settings import Method
 
 
@@ -36,16 +37,20 @@ class Objective(nn.Module):
         pgd: the attack that the training was told.
         loss_weights: (classes,), multiplied with the method's own weights of the rows, by label; None for ones. They
             are settings, and no memory.
+        ranks: processes that each give some rows of every batch. What it remembers is then the same on all of them.
     Raises: TypeError, ValueError naming the argument.
     """
 
-    def __init__(self, method: Method, pgd: PGD, loss_weights: Tensor | None = None):
+    def __init__(self, method: Method, pgd: PGD, loss_weights: Tensor | None = None, ranks: Ranks = ALONE):
         super().__init__()
         if not isinstance(method, Method):
             raise TypeError(f"method: got {method!r}; it must be a method, such as ham_kernels.methods.HAM()")
         if method.schedule:
             pgd = replace(pgd, step_sizes=method.schedule)
         method.attack_steps(pgd.steps)
+        if ranks.several:
+            _check_for_several(method)
+        self.ranks = ranks
         self.method, self.pgd = method, method.attack(pgd)
         self.loss_weights = loss_weights
         self._weights_fit = loss_weights is None  # not known before the model has told how many classes there are
@@ -61,9 +66,12 @@ class Objective(nn.Module):
 
     def group_examples(
         self, model: nn.Module, x: Tensor, y: Tensor, sizes: Sequence[int], *, seed: int, step: int,
-        engine: Engine = PLAIN,
+        engine: Engine = PLAIN, place: Place = Place(),
     ) -> list[Examples]:  # fmt: skip
-        """Of several batches that are attacked as one: x and y hold them one after the other, `sizes` rows each."""
+        """Of several batches that are attacked as one: x and y hold them one after the other, `sizes` rows each.
+
+        `place`: of several processes; `sizes` is then of one batch.
+        """
         rounds = self.method.round_to
         if rounds > 1 and len(sizes) > 1:
             raise ValueError(f"round_to: got {rounds} for {len(sizes)} updates; rows are rounded for one")
@@ -73,7 +81,9 @@ class Objective(nn.Module):
             self._fit_weights(model, x)
         pgd = self.method.attack_on(self.pgd, y, self)
         several = sizes if len(sizes) > 1 else None
-        mined = mine(model, x, y, pgd, self.method, seed=seed, step=step, engine=engine, sizes=several)
+        mined = mine(
+            model, x, y, pgd, self.method, seed=seed, step=step, engine=engine, sizes=several, place=place
+        )
         parts = split(mined, sizes)
         for part in parts:
             if part.look is not None:
@@ -86,8 +96,14 @@ class Objective(nn.Module):
         return parts
 
     def loss(self, model: nn.Module, examples: Examples) -> Tensor:
-        """0-dim."""
-        return self.method.loss_of(model, examples, self)
+        """0-dim. Of several processes, the mean over them is the loss of the batch, and that of their gradients its
+        gradient: a mean over the rows of one is scaled to its share of the rows in the loss.
+        """
+        if not self.ranks.several:
+            return self.method.loss_of(model, examples, self)
+        with synced_batchnorm(model, self.ranks):
+            loss = self.method.loss_of(model, examples, self)
+        return loss * (self.ranks.world * examples.n_kept / max(examples.everywhere.n_kept, 1))
 
     def around(self, model: nn.Module, examples: Examples, gradients: Gradients):
         """Context of an update; see `Method.around`."""
@@ -165,9 +181,19 @@ class Objective(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
+def _check_for_several(method: Method) -> None:
+    """Raises: ValueError naming what chooses rows within one process, so that results would depend on how many."""
+    for name, alone in (("group", 1), ("round_to", 1), ("bn_rows", "hard")):
+        if getattr(method, name) != alone:
+            raise ValueError(
+                f"{name}: got {getattr(method, name)!r} on several processes, each of which would choose by itself; "
+                f"leave it {alone!r}"
+            )
+
+
 def _logits_of_one(model: nn.Module, x: Tensor) -> Tensor:
-    """(1, classes)."""
+    """(1, classes); (0, classes) where there is no row."""
     with attack_mode(model), torch.no_grad():
         z = model(x[:1].detach())
-    checks.model_output(z, 1)
+    checks.model_output(z, len(x[:1]))
     return z

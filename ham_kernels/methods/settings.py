@@ -248,19 +248,19 @@ class Method:
         """(n_kept,) weight of each row in the loss; None for ones. Here: by `reweight` and `class_weights`."""
         weights = None
         if self.reweight:
-            from ..ops import step_size_weights
+            from .class_weights import weights_by_step
 
-            weights = step_size_weights(examples.max_step.contiguous(), self.lam)
+            weights = weights_by_step(examples, self.lam)
         if self.class_weights == "none" or memory.epoch < self.class_from:
             return weights
         from .class_weights import for_rows, weights_of
 
         own = for_rows(weights_of(memory, self.class_weights, self.class_strength), examples.y)
-        return self.scaled(own if weights is None else own * weights)
+        return self.scaled(own if weights is None else own * weights, examples)
 
-    def scaled(self, weights: Tensor) -> Tensor:
+    def scaled(self, weights: Tensor, examples: Examples) -> Tensor:
         """Mean 1, where the method has it so; rows that all weigh nothing stay so."""
-        return weights / weights.mean().clamp_min(1e-30) if self.scales_weights else weights
+        return weights / examples.mean(weights).clamp_min(1e-30) if self.scales_weights else weights
 
     def loss_of(self, model: nn.Module, examples: Examples, memory: Objective) -> Tensor:
         """0-dim. Here: the weighted mean of the cross entropies at x_adv."""

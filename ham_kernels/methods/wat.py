@@ -53,7 +53,7 @@ class WAT(TRADES):
         log_q = look.target.clamp_min(1e-30).log()
         ce = -log_q.masked_fill(~labels_of(look.z, look.y), 0).sum(1)
         kl = (look.target * (log_q - F.log_softmax(look.z, 1))).sum(1)
-        sums, counts = by_class((ce + self.beta * kl)[:, None], look.y, len(memory.wat_counts))
+        sums, counts = by_class((ce + self.beta * kl)[:, None], look.y, len(memory.wat_counts), look.ranks)
         memory.wat_sums += sums
         memory.wat_counts += counts
 
@@ -62,7 +62,7 @@ class WAT(TRADES):
 
         own = for_rows(expert_weights(memory.wat_totals, self.eta), examples.y)
         others = super().weights(examples, memory)
-        return own if others is None else own * (others / others.mean().clamp_min(1e-30))
+        return own if others is None else own * (others / examples.mean(others).clamp_min(1e-30))
 
     def end_epoch(self, end, memory):
         from .class_weights import add_epoch

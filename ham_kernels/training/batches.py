@@ -32,13 +32,18 @@ def in_groups(batches: Iterator, size: int) -> Iterator[list]:
         yield group
 
 
-def check_group(batches: Sequence[tuple[Tensor, Tensor]], home: torch.device | None) -> None:
-    """Pairs (x, y), images of one size and type, all on `home`. Raises: TypeError, ValueError naming x, y, batches."""
+def check_group(
+    batches: Sequence[tuple[Tensor, Tensor]], home: torch.device | None, *, empty: bool = False
+) -> None:
+    """Pairs (x, y), images of one size and type, all on `home`; `empty`: a batch may have no row.
+
+    Raises: TypeError, ValueError naming x, y, batches.
+    """
     if not batches:
         raise ValueError("batches: got none; give at least one")
     first = batches[0][0]
     for x, y in batches:
-        checks.batch(x, y)
+        checks.batch(x, y, empty=empty)
         if x.shape[1:] != first.shape[1:] or x.dtype != first.dtype:
             raise ValueError(
                 f"x: got {tuple(x.shape)}, {x.dtype} in a group with {tuple(first.shape)}, {first.dtype}; "

@@ -27,7 +27,8 @@ class HAMTrainer(Trainer):
             to those of hard examples.
         further: other fields of methods.HAM, the switches that every method has (easy, step_sizes, class_weights, awp,
             ...), and arguments of `Trainer` (warm_up, natural_epochs, channels_last, compile, cuda_graphs, winograd,
-            keep_memory).
+            keep_memory, group). `group` names two things: a number, that of the batches that are attacked together;
+            else the processes that train one model.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class HAMTrainer(Trainer):
         device: torch.device | str | None = None, precision: str = "fp32", seed: int = 0, **further: Any,
     ):  # fmt: skip
         switches = {name: further.pop(name) for name in list(further) if name in _SWITCHES}
+        if not isinstance(switches.get("group", 1), int):
+            further["group"] = switches.pop("group")
         method = ham_or_pgd_at(
             early_drop=early_drop, reweight=reweight, start_epoch=start_epoch, screen_steps=screen_steps, lam=lam,
             freeze_bn=freeze_bn, **switches,

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ..attack.pgd import PGD
 from ..common import checks
+from ..distributed import ALONE, Meeting, Ranks
 from ..engine import PRECISIONS, attack_mode
 from ..evaluation.class_accuracy import correct_rows
 from ..evaluation.named_attacks import walk
+from ..methods.mining import Place
 
 ROWS = 256  # of a batch, at most
 STEPS = 10  # of PGD, at least: fewer may not leave the region that a one-step attack has seen
@@ -88,14 +90,17 @@ class OverfittingCheck:
     therefore no seed of a training or an evaluation, and on the epoch.
     """
 
-    def __init__(self, one_step: PGD, multi_step: PGD, seed: int = 0):
+    def __init__(self, one_step: PGD, multi_step: PGD, seed: int = 0, ranks: Ranks = ALONE):
         self.one_step = one_step
         self.multi_step = replace(multi_step, steps=max(multi_step.steps, STEPS))
         self.seed = checks.integer("seed", seed, 0, 2**63 - 1)
         self.overfitted_at: int | None = None
         self._past = Past()
+        self._ranks = ranks
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, epoch: int, precision: str = "fp32") -> Reading:
+    def __call__(
+        self, model: nn.Module, x: Tensor, y: Tensor, *, epoch: int, precision: str = "fp32", place: Place = Place()
+    ) -> Reading:
         """Measures and judges.
 
         Args:
@@ -103,15 +108,21 @@ class OverfittingCheck:
             x: training images (n, C, H, W) in [0, 1], of which the first 256 are used.  y: (n,) int64 labels.
             epoch: 1-based, the one that has just been trained.
             precision: "fp32", "bf16" or "fp16" (autocast).
+            place: which rows of a batch these are, where other processes have the others; the counts are over all.
         Raises: TypeError, ValueError naming the argument; NonFiniteError where the model's logits are not finite.
         """
-        checks.batch(x, y)
+        checks.batch(x, y, empty=place.ranks.several)
         checks.integer("epoch", epoch, 1, 2**31 - 1)
         checks.choice("precision", precision, PRECISIONS)
-        x, y = x[:ROWS], y[:ROWS]
-        with attack_mode(model):
-            resist = [self._resisting(model, x, y, pgd, epoch, precision) for pgd in (self.one_step, self.multi_step)]
-        reading = Reading(len(y), *torch.stack(resist).tolist())
+        here = slice(max(ROWS - place.first_row, 0))
+        x, y = x[here], y[here]
+        with Meeting(self._ranks, 3, x.device, what="the watch over one-step attacks") as meeting, attack_mode(model):
+            resist = [
+                self._resisting(model, x, y, pgd, epoch, precision, place.first_row)
+                for pgd in (self.one_step, self.multi_step)
+            ]
+            counts = meeting.table([len(y), *torch.stack(resist).tolist()])
+        reading = Reading(*(int(sum(column)) for column in zip(*counts, strict=True)))
         self.add(reading, epoch)
         return reading
 
@@ -121,8 +132,12 @@ class OverfittingCheck:
         if overfitted and self.overfitted_at is None:
             self.overfitted_at = epoch
 
-    def _resisting(self, model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, epoch: int, precision: str) -> Tensor:
-        _, at = walk(model, x, y, pgd, seed=~self.seed, batch=epoch, precision=precision)
+    def _resisting(
+        self, model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, epoch: int, precision: str, first_row: int
+    ) -> Tensor:
+        _, at = walk(
+            model, x, y, pgd, seed=~self.seed, batch=epoch, precision=precision, first_row=first_row
+        )
         return correct_rows(at[pgd.steps], y).sum()
 
     # ------------------------------------------------------------ state

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ..attack.pgd import PGD
 from ..common import checks, troubles
+from ..distributed import ALONE, Ranks
+from ..methods.mining import Place
 from ..methods.objective import Objective
 from ..methods.registry import class_of, warm_up_of
 from ..methods.settings import Method
@@ -24,15 +26,16 @@ class Phases:
             are watched for catastrophic overfitting. Where it is found, PGD-AT takes over from them.
         natural_epochs: so many epochs of the warm-up, the first, train on clean images.
         seed: of the training.
-        loss_weights: of all of them; see Objective.
+        loss_weights, ranks: of all of them; see Objective.
     Raises: TypeError, ValueError naming the argument.
     """
 
     def __init__(
-        self, method: Method, pgd: PGD, warm_up: str, natural_epochs: int, seed: int, loss_weights: Tensor | None = None
-    ):
+        self, method: Method, pgd: PGD, warm_up: str, natural_epochs: int, seed: int,
+        loss_weights: Tensor | None = None, ranks: Ranks = ALONE,
+    ):  # fmt: skip
         def objective(of: Method) -> Objective:
-            return Objective(of, pgd, loss_weights)
+            return Objective(of, pgd, loss_weights, ranks)
 
         self.method = objective(method)
         self.natural_epochs = checks.integer("natural_epochs", natural_epochs, 0, method.start_epoch - 1)
@@ -41,7 +44,7 @@ class Phases:
         self._natural = objective(class_of("natural")())
         self._pgd_at = self._warm_up if warm.name == "pgd_at" else objective(class_of("pgd_at")())
         self._checks = {
-            o.method.name: OverfittingCheck(o.pgd, pgd, seed) for o in (self._warm_up, self.method) if o.method.one_step
+            o.method.name: OverfittingCheck(o.pgd, pgd, seed, ranks) for o in (self._warm_up, self.method) if o.method.one_step
         }
 
     @property
@@ -67,11 +70,13 @@ class Phases:
     def watches(self, epoch: int) -> bool:
         return self.objective(epoch).method.one_step
 
-    def watch(self, model: nn.Module, batch: tuple[Tensor, Tensor], epoch: int, precision: str) -> Reading:
+    def watch(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor], epoch: int, precision: str, place: Place = Place()
+    ) -> Reading:
         """Looks at the model after a watched epoch. Warns, and goes over to PGD-AT, where it has overfitted."""
         method = self.objective(epoch).method
         check = self._checks[method.name]
-        reading = check(model, *batch, epoch=epoch, precision=precision)
+        reading = check(model, *batch, epoch=epoch, precision=precision, place=place)
         if check.overfitted_at == epoch:
             troubles.warn("overfitted", category=OverfittingWarning, method=method.name, epoch=epoch, reading=reading)
         return reading

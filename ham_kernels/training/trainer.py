@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from ..attack.pgd import PGD
 from ..common import checks, troubles
-from ..common.processes import refuse_several
+from ..distributed import Meeting, RankError, inner_model, ranks_of, wrapped
 from ..engine import Buffers, Engine, EngineOptions, NonFiniteError, Stopwatch, look_once, model_device, note_resting
 from ..evaluation import ClassAccuracy
 from ..evaluation.evaluate import accuracies
 from ..evaluation.named_attacks import plans
+from ..methods.mining import place_of
 from ..methods.objective import EpochEnd
 from ..methods.settings import Method
 from .batches import check_group, first_of_epoch, in_groups, rest_of_epoch
@@ -60,9 +62,15 @@ class Trainer:
             These four are False ("off"), True ("on") or "require", precision also "require-bf16": where model or device
             cannot serve one that is on, the work goes on without it after a warning; a required one raises EngineError.
         keep_memory: on the CPU, the process keeps the memory that torch frees (see engine/memory.py).
+        group: the processes that train one model: "auto", those that ham_kernels.distributed.start() has joined, where
+            there are some; a torch.distributed process group; None: this process by itself. Each gives its rows of
+            every batch, one behind the other in the order of the processes, and none where there are too few; the
+            training is then that of one process on whole batches. A model given in DistributedDataParallel trains
+            through that wrapper; another one is wrapped.
 
     A batch that leaves one row to train on uses BatchNorm's running statistics, since one row has none of its own.
     A batch without a row to train on makes no update; it is counted in the reports.
+    Of several processes, what is wrong on one raises on all: RankError (a ValueError) on the others.
     Layers that are in eval mode while the model trains are never trained. Warns: HamWarning (docs/troubleshooting.md).
     Raises: TypeError, ValueError naming the argument; NonFiniteError (a ValueError) when logits, loss or gradients
         become NaN or infinite. Parameters, buffers and optimizer are then as after the last good step.
@@ -75,10 +83,12 @@ class Trainer:
         natural_epochs: int = 0, grad_clip: float = 0.0, loss_weights: Sequence[float] | Tensor | None = None,
         channels_last: bool | str = False, compile: bool | str = False,
         cuda_graphs: bool | str = False, winograd: bool | str = False, keep_memory: bool = True,
+        group: Any = "auto",
     ):  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}; it must be a torch.nn.Module")
-        refuse_several(model)
+        self.ranks = ranks_of(group)
+        given, model = model, inner_model(model)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: got {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
         own = {id(p) for p in model.parameters()}
@@ -88,7 +98,7 @@ class Trainer:
         self._pgd = PGD(checks.real("eps", eps), checks.real("step_size", step_size), steps, norm)
         self.seed = checks.integer("seed", seed, 0, 2**63 - 1)
         loss_weights = None if loss_weights is None else checks.class_values("loss_weights", loss_weights)
-        self.phases = Phases(method, self._pgd, warm_up, natural_epochs, self.seed, loss_weights)
+        self.phases = Phases(method, self._pgd, warm_up, natural_epochs, self.seed, loss_weights, self.ranks)
         options = EngineOptions(precision, channels_last, compile, cuda_graphs, winograd, keep_memory)
         if ema_decay is not None and checks.real("ema_decay", ema_decay, 0.0, 1.0) == 1.0:
             raise ValueError("ema_decay: got 1.0; it must be below 1, or the average would never move")
@@ -96,7 +106,8 @@ class Trainer:
         note_resting(model)  # before a first evaluation of the user's puts all of it into eval mode
         self.device = torch.device(device) if device is not None else model_device(model) or torch.device("cpu")
         self.engine = Engine(options, self.device)
-        self._update = Updater(optimizer, self.engine, self.device, checks.real("grad_clip", grad_clip))
+        through = given if given is not model else wrapped(self.model, self.ranks)
+        self._update = Updater(optimizer, self.engine, self.device, checks.real("grad_clip", grad_clip), through)
         self.average = None if ema_decay is None else WeightAverage(model, ema_decay)
         self._averages = True  # whether updates enter the weight average; the method's gate may close it
         self.epoch = 0  # epochs completed by fit
@@ -131,7 +142,8 @@ class Trainer:
     def train_step(self, x: Tensor, y: Tensor, epoch: int) -> StepReport:
         """One update from a batch on the model's device: x (n, C, H, W) in [0, 1], y (n,) int64; epoch is 1-based.
 
-        Only `fit` watches one-step methods for overfitting, and tells a method of the end of an epoch.
+        Only `fit` watches one-step methods for overfitting, and tells a method of the end of an epoch. Of several
+        processes each gives its own rows, and all call this together.
         """
         return self.train_group([(x, y)], epoch)[0]
 
@@ -142,31 +154,48 @@ class Trainer:
         Where a later update of a group raises, the earlier ones have been made.
         """
         checks.integer("epoch", epoch, 1)
-        check_group(batches, model_device(self.model))
+        with Meeting(self.ranks, 2, self.device) as meeting:
+            check_group(batches, model_device(self.model), empty=self.ranks.several)
+            rows = self._rows(meeting, batches)
+        return self._train(batches, epoch, rows)
+
+    def _rows(self, meeting: Meeting, batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+        """How many rows each process has of this batch; none where their loader has ended."""
+        heard = meeting.table([sum(len(y) for _, y in batches), len(batches)])
+        there = {bool(n) for _, n in heard}
+        if len(there) > 1:
+            ended = next(r for r, (_, n) in enumerate(heard) if not n)
+            raise RankError(f"train_loader: process {ended} has given its last batch, and others go on; give as many on each")
+        if there == {True} and not sum(rows := [n for n, _ in heard]):
+            raise ValueError("x: no process has a row of this batch; an empty batch cannot be trained on")
+        return rows if there == {True} else []
+
+    def _train(self, batches: Sequence[tuple[Tensor, Tensor]], epoch: int, rows: Sequence[float]) -> list[StepReport]:
         objective = self.phases.objective(epoch)
         method, objective.epoch = objective.method, epoch
         stopwatch = Stopwatch(batches[0][0].device)
         x, y = batches[0] if len(batches) == 1 else (torch.cat(parts) for parts in zip(*batches, strict=True))
         if torch.is_inference_mode_enabled():
             raise troubles.error("inference_mode")
-        x = self.engine.place(self.model, x, self.ema_model)
-        if objective.pgd.steps:
-            look_once(self.model, x, y)
         sizes = [len(y)] if method.group_updates == "one" else [len(labels) for _, labels in batches]
         reports, before = [], Buffers(self.model, objective)
         try:
-            examples = objective.group_examples(
-                self.model, x, y, sizes, seed=self.seed, step=self.steps_done, engine=self.engine
-            )
+            with place_of(self.ranks, rows, self.device) as place:
+                x = self.engine.place(self.model, x, self.ema_model)
+                if objective.pgd.steps and len(y):
+                    look_once(self.model, x, y)
+                examples = objective.group_examples(
+                    self.model, x, y, sizes, seed=self.seed, step=self.steps_done, engine=self.engine, place=place
+                )
             together = len(batches) // len(examples)
             for part in examples:
-                loss = 0.0
-                if part.n_kept:
+                loss, (n, n_hard, n_kept) = 0.0, part.everywhere
+                if n_kept:
                     loss = self._update(self.model, objective, part, method.freeze_bn)
                     if self.average is not None:
                         self.average.update(self.model, self._averages)
                 reports.append(
-                    StepReport(loss, part.n, part.n_hard, stopwatch.stop(), part.n_kept, together, part.no_gradient)
+                    StepReport(loss, n, n_hard, stopwatch.stop(), n_kept, together, part.no_gradient)
                 )
                 stopwatch = Stopwatch(x.device)
                 if part is not examples[-1]:
@@ -233,20 +262,16 @@ class Trainer:
             self._running = RunningEpoch(EpochReport(epoch, method.name, 0.0, 0, 0, 0, 0.0, mined=method.mines))
         running = self._running
         since = _clocks()
-        for batches in in_groups(rest_of_epoch(loader, epoch, running.batches), method.group):
-            try:
-                steps = self.train_group([self._unpacked(batch) for batch in batches], epoch)
-            except (TypeError, ValueError) as error:
-                kind = type(error) if type(error) in (TypeError, NonFiniteError) else ValueError
-                first, last = running.batches + 1, running.batches + len(batches)
-                where = f"batch {first}" if first == last else f"batches {first} to {last}"
-                raise kind(f"epoch {epoch}, {where}: {error}") from error
+        for batches, rows in self._drawn(loader, epoch):
+            with _at(epoch, running.batches, len(batches)):
+                steps = self._train(batches, epoch, rows)
             took = [(now - then) / len(steps) for now, then in zip(_clocks(), since, strict=True)]
             for step in steps:  # all of a group before anybody hears of it: a stop falls between groups
                 running.add(step, *took)
             if on_batch_end is not None:
-                for step in steps:
-                    on_batch_end(step)
+                with self._told_that_it_leaves():
+                    for step in steps:
+                        on_batch_end(step)
             since = _clocks()
         if running.batches == 0:
             self._running = None
@@ -259,13 +284,43 @@ class Trainer:
             running.report.took(*(now - then for now, then in zip(_clocks(), since, strict=True)))
         return running.report
 
+    def _drawn(self, loader: Iterable, epoch: int) -> Iterator[tuple[list[tuple[Tensor, Tensor]], list[float]]]:
+        """The groups of batches that are left of an epoch, each with the rows of it that each process has."""
+        done = self._running.batches
+        groups = in_groups(rest_of_epoch(loader, epoch, done), self.phases.objective(epoch).method.group)
+        while True:
+            with Meeting(self.ranks, 2, self.device) as meeting:
+                batches = next(groups, [])
+                with _at(epoch, self._running.batches, len(batches)):
+                    batches = [self._unpacked(batch) for batch in batches]
+                    if batches:
+                        check_group(batches, model_device(self.model), empty=self.ranks.several)
+                rows = self._rows(meeting, batches)
+            if not batches:
+                return
+            yield batches, rows
+
+    @contextmanager
+    def _told_that_it_leaves(self) -> Iterator[None]:
+        """What a callback raises ends the training on all processes, before the next batch."""
+        with Meeting(self.ranks, 2, self.device, what="the next batch") as meeting:
+            try:
+                yield
+            except BaseException:
+                meeting.leave()
+                raise
+
     def _end_epoch(self, report: EpochReport, loader: Iterable) -> None:
         """The watch and the method look at the epoch; then it is done."""
         since = _clocks()
         objective = self.phases.objective(report.epoch)
         if self.phases.watches(report.epoch):  # first: a stop while it draws must not end the epoch twice
-            batch = self._unpacked(first_of_epoch(loader, report.epoch))
-            report.watch = asdict(self.phases.watch(self.model, batch, report.epoch, self.precision))
+            with Meeting(self.ranks, 2, self.device) as meeting:
+                batch = self._unpacked(first_of_epoch(loader, report.epoch))
+                rows = self._rows(meeting, [batch])
+            with place_of(self.ranks, rows, self.device) as place:
+                reading = self.phases.watch(self.model, batch, report.epoch, self.precision, place)
+            report.watch = asdict(reading)
         end = EpochEnd(report.epoch, self.model, report.val, report.val_ema)
         objective.end_epoch(end)
         self._averages = self.phases.objective(report.epoch + 1).keeps_average(end)
@@ -276,14 +331,15 @@ class Trainer:
         self.history.append(report)
 
     def _unpacked(self, batch) -> tuple[Tensor, Tensor]:
-        x, y = checks.pair("train_loader", batch)
+        x, y = checks.pair("train_loader", batch, empty=self.ranks.several)
         return x.to(self.device), y.to(self.device)
 
     # ------------------------------------------------------------ validation
     def judged(self, model: nn.Module, loader: Iterable, attacks: Sequence[str]) -> dict[str, ClassAccuracy]:
         """Accuracies of a model by attack, as `fit` takes them after an epoch."""
         wanted = plans(attacks, **self.budget)
-        return accuracies(model, loader, wanted, device=self.device, precision=self.precision, seed=self.seed)
+        how = {"device": self.device, "precision": self.precision, "seed": self.seed}
+        return accuracies(model, loader, wanted, **how, ranks=self.ranks)
 
     @property
     def budget(self) -> dict[str, Any]:
@@ -336,6 +392,20 @@ class Trainer:
         self._update.load_state_dict(state.get("loss_scale"))
         self.epoch, self.steps_done = state["epoch"], state["steps_done"]
         self._running, self.history = running, history
+
+
+@contextmanager
+def _at(epoch: int, done: int, batches: int) -> Iterator[None]:
+    """Errors say in which batch they arose."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        first, last = done + 1, done + batches
+        where = f"epoch {epoch}, batch {first}" if first >= last else f"epoch {epoch}, batches {first} to {last}"
+        if isinstance(error, RankError):
+            raise RankError(f"{where}: {error}", left=error.left) from error
+        kind = type(error) if type(error) in (TypeError, NonFiniteError) else ValueError
+        raise kind(f"{where}: {error}") from error
 
 
 def _clocks() -> tuple[float, float]:

@@ -23,22 +23,31 @@ GRAPH_FROM = 2  # a number of rows is captured when it comes for the second time
 
 
 class Updater:
-    """Steps an optimiser. With CUDA graphs, forward and backward of a number of rows that repeats are replayed."""
+    """Steps an optimiser. With CUDA graphs, forward and backward of a number of rows that repeats are replayed.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, engine: Engine, device: torch.device, grad_clip: float = 0.0):
-        self.optimizer, self._engine, self._grad_clip = optimizer, engine, grad_clip
+    `through`: the wrapper that makes the gradients of several processes one; the forward of an update passes through
+    it, and is then never replayed.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, engine: Engine, device: torch.device, grad_clip: float = 0.0,
+        through: nn.Module | None = None,
+    ):  # fmt: skip
+        self.optimizer, self._engine, self._grad_clip, self._through = optimizer, engine, grad_clip, through
         # gradients in fp16 vanish below 6e-8; the scaler lifts them, and skips an update where they overflow
         self._scaler = torch.amp.GradScaler(device.type) if engine.precision == "fp16" else None
 
     def __call__(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool) -> float:
         """Returns the loss. Raises: NonFiniteError; parameters and optimiser are then as before, buffers have moved."""
-        freeze_bn = freeze_bn or examples.n_forward == 1  # one row has no statistics of its own
+        rows = examples.everywhere.n_kept if objective.ranks.several else examples.n_forward
+        freeze_bn = freeze_bn or rows == 1  # one row has no statistics of its own
 
         def gradients(parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
             moved = Buffers(model, objective)
             try:
-                with self._forward(model, objective, examples, freeze_bn) as loss:
-                    return torch.autograd.grad(self._scaled(loss), parameters, allow_unused=True)
+                with self._forward(model, model, objective, examples, freeze_bn) as loss:
+                    found = torch.autograd.grad(self._scaled(loss), parameters, allow_unused=True)
+                return objective.ranks.mean_of(found)
             finally:
                 moved.undo()
 
@@ -76,23 +85,26 @@ class Updater:
     def _eager(
         self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool
     ) -> Callable[[], list[float]]:
-        with self._forward(model, objective, examples, freeze_bn) as loss:
+        with self._forward(model, self._through or model, objective, examples, freeze_bn) as loss:
             self.optimizer.zero_grad(set_to_none=True)
             self._scaled(loss).backward()
         if not any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):
             raise troubles.error("nothing_to_train")
         judged = _gradients_of(model) if self._scaler is None else []  # the scaler skips what is not finite
+        loss = objective.ranks.sum_(loss.detach().clone()) / objective.ranks.world  # not finite on one is so on all
         return start_read(_loss_and_size(loss, judged))
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self._scaler is None else self._scaler.scale(loss)
 
     @contextmanager
-    def _forward(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool) -> Iterator[Tensor]:
+    def _forward(
+        self, model: nn.Module, through: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool
+    ) -> Iterator[Tensor]:
         """The loss, in a block that its backward belongs to."""
         with self._engine.updating(model, freeze_bn):
             with self._engine.autocast(examples.x_adv.device):
-                loss = objective.loss(model, examples)
+                loss = objective.loss(through, examples)
             if not loss.requires_grad:
                 raise troubles.error("nothing_to_train")
             yield loss
@@ -100,7 +112,7 @@ class Updater:
     def _replayed(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool):
         """Loss of a replay where there is a graph for so many rows, else None. There is no padding: rows are exact."""
         graphs = self._engine.graphs
-        if graphs is None or self._scaler is not None or examples.rest is not None:
+        if graphs is None or self._scaler is not None or examples.rest is not None or self._through is not None:
             return None
         graphs.follow(model)
         x, parameters = examples.x_adv, list(model.parameters())
@@ -190,6 +202,8 @@ _LOOKED_AT = ("x_adv", "x", "y", "weights")  # what a loss may read of its examp
 
 def _judge_labels(model: nn.Module, examples: Examples) -> None:
     """Natural training has no forward before the update's that could tell how many classes there are."""
+    if not len(examples.y):
+        return
     with attack_mode(model), torch.no_grad():
         classes = model(examples.x_adv[:1]).shape[1]
     checks.data_facts(0.0, 1.0, *map(float, examples.y.aminmax()), classes)

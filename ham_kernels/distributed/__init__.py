@@ -1,0 +1,10 @@
+"""Several processes that train one model: who they are and where they meet (`ranks`), BatchNorm over all (`batchnorm`).
+
+It knows nothing of attacks. `start()` joins the processes that torchrun has started; `Ranks` are then those of a group,
+and ALONE is one process, which sends nothing.
+"""
+
+from .batchnorm import synced_batchnorm
+from .ranks import ALONE, Meeting, RankError, Ranks, inner_model, ranks_of, start, wrapped
+
+__all__ = ["ALONE", "Meeting", "RankError", "Ranks", "inner_model", "ranks_of", "start", "synced_batchnorm", "wrapped"]

@@ -1,0 +1,198 @@
+"""The processes of a training, and the meetings at which they hear of each other before anything is changed.
+
+Collectives used: all_reduce (sum) alone, which gloo and NCCL serve alike. Sums that an all_reduce gives are the same on
+all processes bit by bit, so that what is computed from them cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+TIMEOUT = timedelta(hours=2)  # an attack of minutes on one process keeps the others waiting
+
+
+class RankError(ValueError):
+    """What another process met, by its number. `left`: its caller ended the training there, and nothing failed."""
+
+    def __init__(self, message: str, *, left: bool = False):
+        super().__init__(message)
+        self.left = left
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Processes 0, ..., world - 1 of a group, of which this one is `rank`."""
+
+    rank: int = 0
+    world: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def several(self) -> bool:
+        return self.world > 1
+
+    def sum_(self, t: Tensor) -> Tensor:
+        """Over the processes, in place."""
+        if self.several:
+            dist.all_reduce(t, group=self.group)
+        return t
+
+    def table(self, mine: Tensor) -> Tensor:
+        """(world, k): row r holds what process r gave, (k,) each."""
+        rows = mine.new_zeros(self.world, len(mine))
+        rows[self.rank] = mine
+        return self.sum_(rows)
+
+    def mean_of(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Means over the processes of tensors that have the same shapes, and the same gaps, on each."""
+        found = [t for t in tensors if t is not None]
+        if not self.several or not found:
+            return list(tensors)
+        flat = self.sum_(torch.cat([t.detach().flatten() for t in found])) / self.world
+        parts = iter(flat.split([t.numel() for t in found]))
+        return [t if t is None else next(parts).view(t.shape) for t in tensors]
+
+    def device(self, like: torch.device) -> torch.device:
+        """Where small tensors lie that are sent: NCCL takes those of a GPU, gloo those of the CPU."""
+        return like if self.several and dist.get_backend(self.group) == "nccl" else torch.device("cpu")
+
+
+ALONE = Ranks()
+
+
+def ranks_of(group: str | dist.ProcessGroup | None = "auto") -> Ranks:
+    """The processes of a group. "auto": of the default one, where it has been started; None: this process alone.
+
+    Raises: TypeError, ValueError naming the argument; RuntimeError where a launcher has started several processes, and
+        no group joins them.
+    """
+    if group is None or (group == "auto" and not _joined()):
+        if group == "auto" and (world := launched()) > 1:
+            raise RuntimeError(
+                f"group: WORLD_SIZE is {world}, and the processes are not joined; call ham_kernels.distributed.start() "
+                "first, or give group=None to train in each process by itself"
+            )
+        return ALONE
+    if group == "auto":
+        group = dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f'group: got {group!r}; it must be "auto", None or a torch.distributed process group')
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("group: this process is none of it")
+    world = dist.get_world_size(group)
+    return Ranks(rank, world, group) if world > 1 else ALONE
+
+
+def launched() -> int:
+    """How many processes a launcher such as torchrun has started."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    return int(world) if world.isdecimal() else 1
+
+
+def _joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def start(backend: str | None = None) -> Ranks:
+    """Joins the processes that torchrun has started, by the variables that it sets; nothing in a single one.
+
+    backend: "nccl" or "gloo"; None: NCCL where each process has a GPU, which is then its current one, else gloo.
+    Returns: the processes. A second call, or one behind init_process_group, returns those that are there.
+    """
+    if launched() > 1 and not _joined():
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        on_gpus = torch.cuda.is_available() and local < torch.cuda.device_count()
+        backend = backend or ("nccl" if on_gpus else "gloo")
+        if backend == "nccl":
+            torch.cuda.set_device(local)
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    return ranks_of()
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model inside a wrapper for several processes: what an attack runs on, so that it reduces and sends nothing.
+
+    FSDP2 has no wrapper: each forward of such a model is a collective, and is left to it.
+    """
+    while isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "_FabricModule":
+        model = model.module
+    return model
+
+
+def wrapped(model: nn.Module, ranks: Ranks) -> nn.Module | None:
+    """torch's DistributedDataParallel around a model, which takes the weights of process 0; None for one process.
+
+    Buffers are not sent: BatchNorm's are made alike by its own sums, and a broadcast in each forward would disturb a
+    loss that has two.
+    """
+    if not ranks.several:
+        return None
+    known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch 2.14, and before
+    return nn.parallel.DistributedDataParallel(model, process_group=ranks.group, **{name: False})
+
+
+# ---------------------------------------------------------------- meetings
+_FINE, _FAILED, _LEFT = 0.0, 1.0, 2.0
+
+
+class Meeting:
+    """One point of the work at which all processes meet: who fails on the way there says so, and all raise.
+
+    Within `with`, `table` is called once, with as many numbers on each process. An error before it, in place of the
+    call, is told to the others, whose own call raises RankError.
+
+    Args: width: how many numbers `table` takes.  device: of the model.
+    """
+
+    def __init__(self, ranks: Ranks, width: int, device: torch.device, *, what: str = "this step"):
+        self._ranks, self._width, self._what = ranks, width, what
+        self._device = ranks.device(device)
+        self._held = not ranks.several
+
+    def table(self, mine: Sequence[float] | Tensor) -> list[list[float]]:
+        """Row r: the numbers of process r. Waits for the device. Raises: RankError where another has failed."""
+        if not self._ranks.several:
+            return [list(mine)]
+        mine = torch.as_tensor(mine, dtype=torch.float64, device=self._device)
+        if len(mine) != self._width:
+            raise ValueError(f"mine: got {len(mine)} numbers; this meeting hears {self._width}")
+        return self._hear(_FINE, mine)
+
+    def _hear(self, how: float, mine: Tensor) -> list[list[float]]:
+        self._held = True
+        rows = self._ranks.table(torch.cat([mine.new_full((1,), how), mine])).tolist()
+        for r, (how_is_it, *_) in enumerate(rows):
+            if how_is_it != _FINE and r != self._ranks.rank:
+                if how_is_it == _LEFT:
+                    raise RankError(f"process {r} ended the training before {self._what}", left=True)
+                raise RankError(f"process {r} failed before the end of {self._what}; its own message says why")
+        return [numbers for _, *numbers in rows]
+
+    def leave(self) -> None:
+        """Tells the others that this process goes, and nothing has failed."""
+        self._tell(_LEFT)
+
+    def _tell(self, how: float) -> None:
+        if self._held:
+            return
+        try:
+            self._hear(how, torch.zeros(self._width, dtype=torch.float64, device=self._device))
+        except RankError:  # both fail, each with its own message
+            pass
+
+    def __enter__(self) -> Meeting:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is not None:
+            self._tell(_FAILED)

@@ -1,0 +1,56 @@
+"""Several processes in one test: each runs a function of a test module, and an error of one is the test's."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+SECONDS = 60  # a deadlock is a red test, not a job that hangs
+
+
+def on_ranks(world: int, function, folder: Path, *args) -> list:
+    """What `function(rank, *args)` of a test module returned on each of `world` processes, joined by gloo."""
+    context = mp.get_context("spawn")
+    sys_path = [p for p in sys.path if p]
+    store = folder / f"store-{len(list(folder.iterdir()))}"
+    names = (function.__module__, function.__qualname__)
+    processes = [
+        context.Process(target=_one, args=(rank, world, str(store), str(folder), names, sys_path, args))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(4 * SECONDS)
+        if process.is_alive():
+            process.kill()
+    said = [folder / f"{store.name}-{rank}.txt" for rank in range(world)]
+    errors = [f"process {r}:\n{p.read_text()}" for r, p in enumerate(said) if p.exists()]
+    assert not errors, "\n".join(errors)
+    assert [p.exitcode for p in processes] == [0] * world
+    return [torch.load(folder / f"{store.name}-{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _one(rank: int, world: int, store: str, folder: str, names, sys_path, args) -> None:
+    sys.path[:0] = [p for p in sys_path if p not in sys.path]
+    torch.set_num_threads(1)
+    name = Path(store).name
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=SECONDS)
+        )
+        found = getattr(importlib.import_module(names[0]), names[1])(rank, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+        torch.save(found, f"{folder}/{name}-{rank}.pt")
+    except BaseException:
+        Path(f"{folder}/{name}-{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)

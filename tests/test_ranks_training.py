@@ -1,0 +1,258 @@
+"""Several processes train as one: the same examples, losses, class sums and weights as one process on whole batches."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_helpers import on_ranks
+from torch import nn
+
+import ham_kernels as ham
+from ham_kernels.distributed import RankError
+from ham_kernels.methods.registry import names
+
+pytestmark = pytest.mark.slow
+
+CLASSES, ROWS = 4, 24
+ATTACK = {"eps": 0.2, "step_size": 0.05, "steps": 4}
+SWITCHES = {
+    "ham": {"start_epoch": 1, "screen_steps": 2},
+    "ham_random": {"start_epoch": 1, "screen_steps": 2, "rows": "random"},
+    "ham_jump": {"start_epoch": 1, "screen_steps": 2, "easy": "jump", "class_weights": "hard_share"},
+    "pgd_at": {"start_epoch": 1},
+    "pgd_at_awp": {"start_epoch": 1, "awp": 0.01},
+    "gairat": {"start_epoch": 1},
+    "dafa": {"class_from": 2},
+    "trades_stop": {"early_drop": True, "easy": "stop", "screen_steps": 2},
+}
+
+
+def method_of(key: str):
+    from ham_kernels.methods.registry import class_of
+
+    name = next(n for n in sorted(names(), key=len, reverse=True) if key == n or key.startswith(f"{n}_"))
+    return class_of(name)(**SWITCHES.get(key, {}))
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Tanh(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(24, CLASSES)
+    )
+
+
+def batches(count: int, rows: int = ROWS) -> list:
+    g = torch.Generator().manual_seed(5)
+    made = []
+    for _ in range(count):
+        y = torch.randint(CLASSES, (rows,), generator=g)
+        x = torch.rand(rows, 1, 8, 8, generator=g) * 0.5
+        x[torch.arange(rows), 0, y, y] += 0.5
+        made.append((x, y))
+    return made
+
+
+def mine(batch, rank: int, world: int):
+    x, y = batch
+    here = slice(rank * len(y) // world, (rank + 1) * len(y) // world)
+    return x[here], y[here]
+
+
+def trained(rank: int, key: str, updates: int = 3, world: int | None = None, **further) -> dict:
+    """The state after some updates, on this process's rows of every batch; "first" is that after one of them."""
+    alone = world == 1
+    world = world or dist.get_world_size()
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    trainer = ham.Trainer(
+        model, optimizer, method_of(key), **ATTACK, ema_decay=0.9, seed=3, group=None if alone else "auto", **further
+    )
+    loader = [mine(batch, rank, world) for batch in batches(updates)]
+    firsts = []
+
+    def note(step) -> None:
+        if not firsts:
+            firsts.append(copy.deepcopy({k: trainer.state_dict()[k] for k in ("model", "ema", "memory")}))
+            firsts[0]["report"] = [step.loss, step.n, step.n_hard, step.n_kept]
+
+    report = trainer.fit(loader, 1, val_loader=batches(3), val_attacks=("clean", "pgd3"), on_batch_end=note)[-1]
+    trainer.fit(loader, 2)  # a method with classes from epoch 2 on treats them apart
+    state = trainer.state_dict()
+    return {
+        "first": firsts[0],
+        "model": state["model"], "ema": state["ema"], "memory": state["memory"], "loss": [r.loss for r in trainer.history],
+        "counts": [(r.n, r.n_hard, r.n_kept, r.skipped) for r in trainer.history],
+        "val": {name: a.per_class for name, a in report.val.items()},
+    }  # fmt: skip
+
+
+def all_trained(rank: int, keys, world: int | None = None) -> dict:
+    return {key: trained(rank, key, world=world) for key in keys}
+
+
+def far(a, b) -> float:
+    """The largest difference of two states, relative to the largest entry of each tensor."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return max((far(a[k], b[k]) for k in a), default=0.0)
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) if a.numel() else 0.0
+
+
+def alike(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
+    return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_method_trains_as_one_process(world, tmp_path):
+    keys = [*names(), *(k for k in SWITCHES if k not in names())]
+    one = all_trained(0, keys, world=1)
+    ranks = on_ranks(world, all_trained, tmp_path, keys)
+    wrong = {}
+    for key in keys:
+        if not all(alike(rank[key], ranks[0][key]) for rank in ranks):
+            wrong[key] = "the processes differ"
+        elif ranks[0][key]["counts"] != one[key]["counts"] or ranks[0][key]["val"] != one[key]["val"]:
+            wrong[key] = ranks[0][key]["counts"], one[key]["counts"], ranks[0][key]["val"], one[key]["val"]
+        else:
+            worst = {k: far(ranks[0][key][k], one[key][k]) for k in ("first", "model", "ema", "memory", "loss")}
+            # a rounding may turn the sign of a gradient later on, and one pixel of one row is then another
+            if worst.pop("first") > 2e-6 or max(worst.values()) > 5e-3:
+                wrong[key] = worst
+    assert not wrong
+
+
+# ---------------------------------------------------------------- what would go unnoticed is noticed
+def mutated(rank: int, mutation: str) -> dict:
+    from ham_kernels.distributed import ranks
+    from ham_kernels.methods import mining, objective
+
+    if mutation == "no world in the loss":
+        objective.Objective.loss = lambda self, model, examples: self.method.loss_of(model, examples, self)
+    elif mutation == "local mean of the weights":
+        mining.Examples.mean = lambda self, t: t.mean()
+    elif mutation == "noise by local row":
+        attack = mining.Attack
+        mining.Attack = lambda *args, first_row, **how: attack(*args, **how)
+    elif mutation == "local BatchNorm":
+        objective.synced_batchnorm = lambda model, ranks: __import__("contextlib").nullcontext()
+    elif mutation == "local class sums":
+        mining.Look.__init__ = lambda self, z, y, target, ranks: self.__dict__.update(z=z, y=y, target=target)
+    elif mutation == "gradients stay":
+        ranks.wrapped = None
+        from ham_kernels.training import trainer
+
+        trainer.wrapped = lambda model, ranks: model
+    return trained(rank, "ham_jump" if mutation == "local class sums" else "ham")
+
+
+@pytest.mark.parametrize("mutation", [
+    "no world in the loss", "local mean of the weights", "noise by local row", "local BatchNorm", "local class sums",
+    "gradients stay",
+])  # fmt: skip
+def test_a_mutation_is_seen(mutation, tmp_path):
+    one = trained(0, "ham_jump" if mutation == "local class sums" else "ham", world=1)
+    first = on_ranks(2, mutated, tmp_path, mutation)[0]
+    assert far(first["first"], one["first"]) > 1e-4
+
+
+# ---------------------------------------------------------------- ranks without rows, bad data, ends
+def uneven(rank: int, world: int | None = None) -> list:
+    """States after updates in which processes have few rows or none, hard or not, of this or that."""
+    alone, world = world == 1, world or dist.get_world_size()
+    found = []
+    for rows, easy in ((1, 0), (2, 0), (ROWS, 12), (ROWS, 23), (ROWS, 24), (7, 3)):
+        model = net(1)
+        with torch.no_grad():
+            model[-1].weight.mul_(8)  # sure of what it says
+        trainer = ham.HAMTrainer(
+            model, torch.optim.SGD(model.parameters(), 0.1), eps=1e-4, step_size=1e-4, steps=3, screen_steps=1,
+            start_epoch=1, seed=1, group=None if alone else "auto", ema_decay=0.5,
+        )  # fmt: skip
+        x = torch.rand(rows, 1, 8, 8, generator=torch.Generator().manual_seed(rows))
+        y = copy.deepcopy(model).eval()(x).argmax(1)
+        y[easy:] = (y[easy:] + 1) % CLASSES  # the first are easy
+        report = trainer.train_step(*mine((x, y), rank, world), epoch=1)
+        assert (report.n, report.n_hard) == (rows, rows - min(easy, rows))
+        found.append({"model": trainer.state_dict()["model"], "loss": report.loss, "steps": trainer.steps_done})
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_without_rows(world, tmp_path):
+    one, ranks = uneven(0, world=1), on_ranks(world, uneven, tmp_path)
+    for i, alone in enumerate(one):
+        assert all(alike(rank[i], ranks[0][i]) for rank in ranks)
+        assert far(ranks[0][i], alone) <= 2e-6, i
+    assert alike(ranks[0][4]["model"], net(1).state_dict() | {k: v for k, v in ranks[0][4]["model"].items() if "5." in k})
+
+
+def with_bad(rank: int) -> dict:
+    """What process 0 and 1 raise when something is wrong on process 1 alone, and that nothing has moved."""
+    said = {}
+    good = mine(batches(1)[0], rank, 2)
+    nets = {"nan": net(), "label": net(), "pixel": net(), "shape": net(), "draw": net(), "callback": net(), "short": net()}
+    for name, model in nets.items():
+        trainer = ham.HAMTrainer(model, torch.optim.SGD(model.parameters(), 0.1), **ATTACK, screen_steps=2, start_epoch=1)
+        before = copy.deepcopy(trainer.state_dict()["model"])
+        x, y = good[0].clone(), good[1].clone()
+        batch, count = (x, y), 1
+        callback = None
+        if rank == 1:
+            if name == "nan":
+                model.register_forward_hook(lambda m, a, z: z * float("nan"))
+            elif name == "label":
+                y[0] = CLASSES
+            elif name == "pixel":
+                x[0, 0, 0, 0] = 1.5
+            elif name == "shape":
+                batch = (x, y[:-1])
+            elif name == "draw":
+                batch = None
+            elif name == "callback":
+                callback = lambda step: (_ for _ in ()).throw(KeyError("stop"))  # noqa: E731
+            elif name == "short":
+                count = 0
+        loader = [batch] * count if name != "short" else [good] * (2 - rank)
+        try:
+            trainer.fit(loader, 3, on_batch_end=callback)
+        except Exception as error:
+            said[name] = (type(error).__name__, str(error), getattr(error, "left", None))
+        if name not in ("callback", "short"):
+            assert alike(trainer.state_dict()["model"], before), name
+        assert trainer.steps_done == (name in ("callback", "short")), name
+    return said
+
+
+def test_what_is_wrong_on_one_process_raises_on_all(tmp_path):
+    first, second = on_ranks(2, with_bad, tmp_path)
+    for name, words in {
+        "nan": "process 1 failed before the end of this step", "label": "process 1 failed", "pixel": "process 1 failed",
+        "shape": "process 1 failed", "draw": "process 1 failed", "callback": "process 1 ended the training",
+        "short": "process 1 has given its last batch",
+    }.items():  # fmt: skip
+        assert first[name][0] == RankError.__name__ and words in first[name][1], (name, first[name])
+    assert first["callback"][2] is True and first["nan"][2] is False
+    assert second["nan"][0] == "NonFiniteError" and "labels run from" in second["label"][1]
+    assert "pixels run from" in second["pixel"][1] and second["callback"][0] == "KeyError"
+
+
+# ---------------------------------------------------------------- judging
+def judged(rank: int, world: int | None = None) -> dict:
+    model = net(2)
+    found = ham.evaluate(
+        nn.parallel.DistributedDataParallel(model) if world is None else model, [b for b in batches(5, 11)],
+        ("clean", "pgd3", "cw3"), eps=0.05, step_size=0.02, group="auto" if world is None else None,
+    )  # fmt: skip
+    return {name: (a.n, a.accuracy, a.per_class, a.no_gradient) for name, a in found.items()}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_image_is_judged_once(world, tmp_path):
+    one = judged(0, world=1)
+    assert on_ranks(world, judged, tmp_path) == [one] * world
