@@ -15,11 +15,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from ..common import checks
 
 
 @dataclass(frozen=True)
@@ -60,23 +59,20 @@ def plan(counts: Sequence[int]) -> Plan:
     """
     if not counts:
         raise ValueError("counts: got none; it must hold one number for each rank")
-    counts = tuple(checks.integer(f"counts[{rank}]", n, 0) for rank, n in enumerate(counts))
-    base, extra = divmod(sum(counts), len(counts))
-    targets = [base] * len(counts)
-    for rank in sorted(range(len(counts)), key=lambda rank: (-counts[rank], rank))[:extra]:
-        targets[rank] += 1
+    rows = np.asarray(counts, dtype=np.int64)
+    if rows.min() < 0:
+        raise ValueError(f"counts[{rows.argmin()}]: got {rows.min()}; it must be >= 0")
+    base, extra = divmod(int(rows.sum()), len(rows))
+    targets = np.full(len(rows), base)
+    targets[np.argsort(-rows, kind="stable")[:extra]] += 1
 
-    open_ = [[rank, t - n] for rank, (n, t) in enumerate(zip(counts, targets, strict=True)) if n < t]
-    transfers, at = [], 0
-    for source, (n, t) in enumerate(zip(counts, targets, strict=True)):
-        surplus = n - t
-        while surplus > 0:
-            rows = min(surplus, open_[at][1])
-            transfers.append((source, open_[at][0], rows))
-            surplus -= rows
-            open_[at][1] -= rows
-            at += open_[at][1] == 0
-    return Plan(counts, tuple(targets), tuple(transfers))
+    # Surplus and deficits laid end to end on one line: between two ends of either lies what one rank sends another.
+    surplus, deficit = np.maximum(rows - targets, 0).cumsum(), np.maximum(targets - rows, 0).cumsum()
+    ends = np.unique(np.concatenate(([0], surplus, deficit)))[1:]
+    sources, goals = surplus.searchsorted(ends), deficit.searchsorted(ends)
+    lengths = np.diff(ends, prepend=0)
+    transfers = zip(sources.tolist(), goals.tolist(), lengths.tolist(), strict=True)
+    return Plan(tuple(rows.tolist()), tuple(targets.tolist()), tuple(transfers))
 
 
 def pays(counts: Sequence[int], rows: int) -> bool:
