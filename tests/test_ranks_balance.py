@@ -71,9 +71,11 @@ def test_bad_counts_are_refused():
 def test_moving_pays_where_the_fullest_rank_is_well_above_its_share():
     assert not pays([40], 128)  # nobody to share with
     assert not pays([30, 32, 28, 30], 128)  # 2 above 30
-    assert pays([30, 33, 27, 30], 128)  # 3 above 30; 2 % of 128 are 2.56
-    assert not pays([300, 320, 280, 300], 1024)  # 20 above; 2 % are 20.5
-    assert pays([300, 321, 279, 300], 1024)
+    assert pays([30, 33, 27, 30], 128)
+    assert not pays([15, 16, 14, 15], 64)  # 1 above; 2 % of 64 are 1.28
+    assert pays([15, 17, 13, 15], 64)
+    assert pays([5, 6, 4, 5], 16)  # 2 % of 16 are less than one row
+    assert not pays([5, 6, 5, 6], 16)  # as even as they can be
     assert not pays([40, 100], 256)  # two ranks with enough rows each
     assert pays([40, 100], 255)
     assert pays([40, 100, 70], 256)

@@ -78,13 +78,13 @@ def plan(counts: Sequence[int]) -> Plan:
 def pays(counts: Sequence[int], rows: int) -> bool:
     """Whether moving is worth its messages. `rows`: of a rank before screening, the same number on every rank.
 
-    It is where the fullest rank has more than 2 hard rows, and more than 2 % of `rows`, above an even share (rounded
-    up), but never on one or two ranks with 256 rows or more each. docs/scaling.md computes what that is worth.
+    It is where the fullest rank has more than 2 hard rows, or more than 2 % of `rows`, above an even share (rounded
+    up), but never on one or two ranks with 256 rows or more each. docs/scaling.md has what that is worth.
     """
     if len(counts) <= 2 and rows >= 256:
         return False
     share = -(-sum(counts) // len(counts))
-    return max(counts) - share > max(2, 0.02 * rows)
+    return max(counts) - share > min(2, 0.02 * rows)
 
 
 def move(tensors: Sequence[Tensor], plan: Plan, rank: int, group: dist.ProcessGroup | None) -> list[Tensor]:
