@@ -107,6 +107,7 @@ def test_messages_cost_what_the_links_say():
     assert late > early == 0
 
 
+@pytest.mark.slow  # loads torchvision
 def test_what_is_said_of_the_models_is_so():
     torchvision = pytest.importorskip("torchvision")
     with torch.device("meta"):  # shapes alone
