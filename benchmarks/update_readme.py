@@ -1,5 +1,5 @@
-"""Writes the made sections of README.md and docs/: measured ones from benchmarks/results/, the table of methods
-from the registry, and the messages from their table. --check only compares.
+"""Writes the made sections of README.md and docs/: measured and simulated ones from benchmarks/results/, the table of
+methods from the registry, and the messages from their table. --check only compares.
 
 A section lies between <!-- NAME: ... --> and <!-- NAME: end -->. Reports of `ham` are copied to benchmarks/results/
 (data.json, table.md, figures), results of benchmarks land there by their --out.
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from readme import measured, timed
+from readme import computed, measured, timed
 from readme.frontier import frontier
 from readme.methods_table import details, methods
 from readme.questions import questions
@@ -49,6 +49,14 @@ PAGES: dict[Path, Sections] = {
         "fair": timed.fair,
         "questions": questions,
         "method_details": details,
+    },
+    ROOT / "docs" / "scaling.md": {
+        "assumptions": computed.assumptions,
+        "weak": computed.weak,
+        "strong": computed.strong,
+        "sync_bn": computed.sync_bn,
+        "rebalance": computed.rebalance,
+        "variants": computed.variants,
     },
     ROOT / "docs" / "troubleshooting.md": {"troubles": troubles},
 }

@@ -1,0 +1,1 @@
+"""Parts of simulate_ranks.py."""
