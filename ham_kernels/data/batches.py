@@ -35,13 +35,25 @@ def balanced_order(y: Tensor, generator: torch.Generator) -> Tensor:
     return by_class[(counts.cumsum(0) - counts)[classes] + within.long()]
 
 
+def slice_of(n: int, rank: int, world: int) -> tuple[int, int]:
+    """Where the rows of rank `rank` of `world` begin and end in a batch of n rows: first, and one past the last.
+
+    The slices of all ranks in their order are the batch. Their lengths differ by one at most; where n < world some are
+    empty. n >= 0; 0 <= rank < world.
+    """
+    return rank * n // world, (rank + 1) * n // world
+
+
 class EpochLoader:
     """The epoch and the position of a loader, and the order of its rows.
 
-    Batches hold places b * batch_size and following of the order; none are dropped.
+    Global batches hold places b * batch_size and following of the order; none are dropped. A rank gives its slice of
+    each, the empty ones too, so that all ranks give as many.
     """
 
-    def __init__(self, y: Tensor, batch_size: int, seed: int, shuffle: bool, balanced: bool):
+    def __init__(
+        self, y: Tensor, batch_size: int, seed: int, shuffle: bool, balanced: bool, rank: int = 0, world: int = 1
+    ):
         self.rows = len(y)
         if self.rows == 0:
             raise ValueError("images: there are none in this part; it must have at least one")
@@ -50,6 +62,8 @@ class EpochLoader:
         self._labels = y.cpu()
         self.batch_size = checks.integer("batch_size", batch_size, 1)
         self.seed = checks.integer("seed", seed, 0, 2**63 - 1)
+        self.world = checks.integer("world", world, 1)
+        self.rank = checks.integer("rank", rank, 0, self.world - 1)
         self.epoch = 0
         self._position = 0
 
@@ -58,10 +72,11 @@ class EpochLoader:
         self.epoch = checks.integer("epoch", epoch, 0)
 
     def set_position(self, batches: int) -> None:
-        """The next iteration (only that one) starts after so many batches of its epoch, without making them."""
+        """The next iteration (only that one) starts after so many global batches of its epoch, without making them."""
         self._position = checks.integer("batches", batches, 0, len(self))
 
     def __len__(self) -> int:
+        """Global batches of an epoch: the same on all ranks."""
         return -(-self.rows // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -70,6 +85,12 @@ class EpochLoader:
 
     def _batches(self, first: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         raise NotImplementedError
+
+    def _places(self, b: int) -> slice:
+        """The places in the order that this rank gives of global batch b."""
+        start = b * self.batch_size
+        first, end = slice_of(min(self.batch_size, self.rows - start), self.rank, self.world)
+        return slice(start + first, start + end)
 
     def _order(self, generator: torch.Generator) -> Tensor:
         """(rows,) int64, on the CPU: the first that an epoch draws."""
@@ -82,34 +103,39 @@ class Batches(EpochLoader):
     """Batches (x float32 (b, C, H, W) in [0, 1], y int64 (b,)) of images in memory, made on `device`.
 
     Order, windows and flips of epoch e are drawn at its start for all rows, on the CPU, from (seed, e) only, and
-    moved to the device once: the same numbers whatever the device and wherever an iteration starts.
+    moved to the device once: the same numbers whatever the device, the number of ranks and wherever an iteration
+    starts.
 
     Args:
         x: uint8 (n, C, H, W).  y: (n,) int64.  Both are moved to `device`.
-        batch_size: rows of each batch; the last one may have fewer.
+        batch_size: rows of each global batch, of all ranks together; the last one may have fewer.
         shuffle: a new order each epoch.
         balanced: rows drawn anew each epoch, with replacement, so that classes are equally likely; in place of shuffle.
         augment: "none"; "crop": a random H x W window of the image with 4 pixels of zeros around; "crop+flip": and
             mirrored left to right with probability 1/2.
         seed: >= 0.
+        rank, world: give rows `slice_of(b, rank, world)` of each global batch of b rows, perhaps none; 0 <= rank <
+            world.
+    Raises: TypeError, ValueError naming the argument.
     """
 
     def __init__(
         self, x: Tensor, y: Tensor, batch_size: int, *, shuffle: bool, balanced: bool = False, augment: str = "none",
-        seed: int = 0, device: torch.device | str = "cpu",
+        seed: int = 0, device: torch.device | str = "cpu", rank: int = 0, world: int = 1,
     ):  # fmt: skip
-        super().__init__(y, batch_size, seed, shuffle, balanced)
+        super().__init__(y, batch_size, seed, shuffle, balanced, rank, world)
         self.augment = checks.choice("augment", augment, AUGMENTATIONS)
         self.device = torch.device(device)
         self._x, self._y = x.to(self.device), y.to(self.device)
         # a tensor: divided by a number, a GPU multiplies by its inverse, which rounds differently
         self._white = torch.tensor(255.0, device=self.device)
-        self._windows = None if augment == "none" else _Windows(x.shape, min(batch_size, len(x)), self.device)
+        most = -(-min(batch_size, len(x)) // self.world)
+        self._windows = None if augment == "none" else _Windows(x.shape, most, self.device)
 
     def _batches(self, first: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         order, top, left, step = self._draws(epoch)
-        for start in range(first * self.batch_size, self.rows, self.batch_size):
-            here = slice(start, start + self.batch_size)
+        for b in range(first, len(self)):
+            here = self._places(b)
             if self.shuffle or self.balanced:
                 x, y = self._x.index_select(0, order[here]), self._y.index_select(0, order[here])
             else:
@@ -145,6 +171,6 @@ class _Windows:
         padded = F.pad(x, (PAD,) * 4).view(-1, self.width + 2 * PAD)
         lines = padded.index_select(0, (self._lines[:b] + top.view(-1, 1, 1)).view(-1))
         columns = torch.addcmul(left.view(-1, 1, 1), step.view(-1, 1, 1), self._columns)
-        lines = lines.view(b, self.channels * self.height, -1)
+        lines = lines.view(b, self.channels * self.height, self.width + 2 * PAD)
         windows = lines.gather(2, columns.expand(-1, self.channels * self.height, -1))
         return windows.view(b, self.channels, self.height, self.width)

@@ -27,11 +27,11 @@ class FileBatches(EpochLoader):
     """Batches (x float32 (b, 3, size, size) in [0, 1], y int64 (b,)) of image files, on `device`.
 
     The order of epoch e comes from (seed, e), the crop and flip of an image from (seed, e, its row in `files`): the
-    same numbers whatever the number of workers, the device and the batch that an iteration starts at.
+    same numbers whatever the number of workers and of ranks, the device and the batch that an iteration starts at.
 
     Args:
         files: paths.  y: (n,) int64.
-        batch_size: rows of each batch; the last one may have fewer.
+        batch_size: rows of each global batch, of all ranks together; the last one may have fewer.
         shuffle: a new order each epoch.
         balanced: rows drawn anew each epoch, with replacement, so that classes are equally likely; in place of shuffle.
             A row that comes twice looks different each time.
@@ -40,14 +40,18 @@ class FileBatches(EpochLoader):
         size: height and width of x.
         seed: >= 0.
         workers: processes that decode; 0 decodes in this one. They live for one iteration.
-    Raises: ValueError naming the file that is no readable image, when its batch is due.
+        rank, world: give, and decode, rows `slice_of(b, rank, world)` of each global batch of b rows, perhaps none;
+            0 <= rank < world.
+    Raises: TypeError, ValueError naming the argument; ValueError naming the file that is no readable image, when its
+        batch is due.
     """
 
     def __init__(
         self, files: Sequence[str], y: Tensor, batch_size: int, *, shuffle: bool, balanced: bool = False,
         augment: str = "none", size: int = 224, seed: int = 0, device: torch.device | str = "cpu", workers: int = 0,
+        rank: int = 0, world: int = 1,
     ):  # fmt: skip
-        super().__init__(y, batch_size, seed, shuffle, balanced)
+        super().__init__(y, batch_size, seed, shuffle, balanced, rank, world)
         checks.choice("augment", augment, AUGMENTATIONS)
         self.workers = checks.integer("workers", workers, 0)
         self.device = torch.device(device)
@@ -57,9 +61,9 @@ class FileBatches(EpochLoader):
     def _batches(self, first: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = epoch_generator(self.seed, epoch)
         loader = DataLoader(
-            _EpochOfBatches(self._decoder, epoch, self._order(generator), self.batch_size, self.balanced),
+            _EpochOfBatches(self._decoder, epoch, self._order(generator), self.balanced),
             batch_size=None,  # an item is a batch already
-            sampler=range(first, len(self)),
+            sampler=[self._places(b) for b in range(first, len(self))],
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             collate_fn=_as_it_is,  # or tensors would be made of arrays in the worker
@@ -114,25 +118,22 @@ def _as_it_is(item: _Batch | _Unreadable) -> _Batch | _Unreadable:
 
 @dataclass
 class _EpochOfBatches(Dataset):
-    """Item b is batch b of one epoch, as uint8. It travels to the workers."""
+    """The batch of some places, as uint8, of one epoch. It travels to the workers."""
 
     decoder: _Decoder
     epoch: int
     order: Tensor
-    batch_size: int
     repeats: bool  # rows may come several times
 
-    def __len__(self) -> int:
-        return -(-len(self.order) // self.batch_size)
-
-    def __getitem__(self, b: int) -> _Batch | _Unreadable:
-        start = b * self.batch_size
-        rows = self.order[start : start + self.batch_size]
-        places = enumerate(rows.tolist(), start)
+    def __getitem__(self, here: slice) -> _Batch | _Unreadable:
+        rows = self.order[here]
+        places = enumerate(rows.tolist(), here.start)
         try:
-            x = torch.stack([self.decoder.image(row, self.epoch, *[i] * self.repeats) for i, row in places])
+            images = [self.decoder.image(row, self.epoch, *[i] * self.repeats) for i, row in places]
         except ValueError as error:
             return _Unreadable(str(error))
+        size = self.decoder.size
+        x = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
         return _Batch(x.numpy(), self.decoder.y[rows].numpy())
 
 
@@ -142,7 +143,7 @@ class _Decoder:
     def __init__(self, files: list[str], y: Tensor, augment: str, size: int, seed: int):
         from torchvision.transforms import v2  # imported here: data sets in memory do without torchvision
 
-        self.files, self.y, self.seed = files, y, seed
+        self.files, self.y, self.size, self.seed = files, y, size, seed
         self.random = augment != "none"
         steps = [v2.RandomResizedCrop(size)] if self.random else [v2.Resize(round(size * RESIZE)), v2.CenterCrop(size)]
         if augment == "crop+flip":
