@@ -40,7 +40,12 @@ def method_of(key: str):
 def net(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Tanh(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(24, CLASSES)
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.Tanh(),
+        nn.AvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(24, CLASSES),
     )
 
 
@@ -189,16 +194,28 @@ def test_processes_without_rows(world, tmp_path):
     for i, alone in enumerate(one):
         assert all(alike(rank[i], ranks[0][i]) for rank in ranks)
         assert far(ranks[0][i], alone) <= 2e-6, i
-    assert alike(ranks[0][4]["model"], net(1).state_dict() | {k: v for k, v in ranks[0][4]["model"].items() if "5." in k})
+    assert alike(
+        ranks[0][4]["model"], net(1).state_dict() | {k: v for k, v in ranks[0][4]["model"].items() if "5." in k}
+    )
 
 
 def with_bad(rank: int) -> dict:
     """What process 0 and 1 raise when something is wrong on process 1 alone, and that nothing has moved."""
     said = {}
     good = mine(batches(1)[0], rank, 2)
-    nets = {"nan": net(), "label": net(), "pixel": net(), "shape": net(), "draw": net(), "callback": net(), "short": net()}
+    nets = {
+        "nan": net(),
+        "label": net(),
+        "pixel": net(),
+        "shape": net(),
+        "draw": net(),
+        "callback": net(),
+        "short": net(),
+    }
     for name, model in nets.items():
-        trainer = ham.HAMTrainer(model, torch.optim.SGD(model.parameters(), 0.1), **ATTACK, screen_steps=2, start_epoch=1)
+        trainer = ham.HAMTrainer(
+            model, torch.optim.SGD(model.parameters(), 0.1), **ATTACK, screen_steps=2, start_epoch=1
+        )
         before = copy.deepcopy(trainer.state_dict()["model"])
         x, y = good[0].clone(), good[1].clone()
         batch, count = (x, y), 1

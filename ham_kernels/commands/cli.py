@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 
 from ..common import field_types
-from ..common.processes import refuse_several
+from ..common.processes import refuse_several, speaks
 from ..common.provenance import package_version
 
 USAGE = """usage: ham COMMAND [options]        (ham COMMAND --help shows the options)
@@ -48,8 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     if command not in _COMMANDS:
         print(f"ham: no command {command!r}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
+    if not speaks():
+        warnings.simplefilter("ignore")  # the first process says what all of them would
     try:
-        if command not in ("doctor", "build"):
+        if command not in ("doctor", "build", *_SHARED):
             refuse_several()
         return _COMMANDS[command](rest)
     except KeyboardInterrupt:
@@ -89,12 +91,14 @@ def _train(argv: list[str]) -> int:
         elif wanted.dry_run:
             from .dry_run import dry_run
 
+            refuse_several()
             dry_run(wanted.settings, wanted.out)
         else:
             train.train(wanted.settings, wanted.out, quiet=wanted.quiet)
     except Stopped as error:
         out = shlex.quote(str(error.run))
-        print(f"ham train: {error}; go on with `ham train --resume {out}`", file=sys.stderr)
+        if speaks():
+            print(f"ham train: {error}; go on with `ham train --resume {out}`", file=sys.stderr)
         return error.code
     return 0
 
@@ -106,6 +110,7 @@ def _evaluate(argv: list[str]) -> int:
     if isinstance(wanted, flags.Adoption):
         from . import adopt
 
+        refuse_several()
         adopt.adopt_as(wanted, quiet=wanted.quiet)
         return 0
     wanted.settings.check()
@@ -143,7 +148,8 @@ def _sweep(argv: list[str]) -> int:
     try:
         return sweep(wanted)
     except Stopped as error:
-        print(f"ham sweep: {error}; the same command goes on", file=sys.stderr)
+        if speaks():
+            print(f"ham sweep: {error}; the same command goes on", file=sys.stderr)
         return error.code
 
 
@@ -179,6 +185,8 @@ def _build(argv: list[str]) -> int:
 
     return build.main(argv)
 
+
+_SHARED = ("train", "evaluate", "sweep")  # that several processes of torchrun do together
 
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,

@@ -15,6 +15,7 @@ from torch import nn
 from .. import data, evaluation
 from ..common import provenance
 from ..common.files import write_atomically
+from ..distributed import Ranks, start
 from ..evaluation.gradient_masking import COST as MASKING_COST
 from ..evaluation.gradient_masking import IMAGES as MASKING_IMAGES
 from ..evaluation.named_attacks import plans, searcher
@@ -38,15 +39,18 @@ def evaluate_run(
     The file is WEIGHTS.json for the test images under the run's own budget, in fp32, with seed 0; any other choice
     has a file of its own, and so has each budget of eps_curve, under which there are attacks alone. A second call adds
     further attacks, each on its own number of images; an attack that was judged on as many images or more stays.
-    Stopped or killed, the same call goes on after the last batch. What was found of later weights, whose checkpoint is
+    Stopped or killed, the same call goes on after the last batch. Under torchrun all processes call this and share the
+    attacks; the first writes, and does the rest alone. What was found of later weights, whose checkpoint is
     damaged now, is not overwritten. `model`: one with these weights, where no name makes it.
     Raises: FileNotFoundError, ValueError, TypeError naming what is wrong, before any attack; BlockingIOError while
         another process judges the run; CheckpointError.
     """
     settings = settings or EvaluateSettings()
     settings.check()
-    run = RunFolder.open(path)
-    run.check_writable("run")
+    ranks = start()
+    run = RunFolder.open(path, writes=ranks.rank == 0)
+    if run.writes:
+        run.check_writable("run")
     told = run.settings()
     how = check_how(settings, told)
     device = device_of(settings.device)
@@ -54,15 +58,19 @@ def evaluate_run(
     states = {kind: run.load_weights(kind) for kind in _kinds(settings, run)}
     if settings.part not in run.data_facts()["counts"]:
         raise ValueError(f"part: got {settings.part!r}, but {run.path} was trained without validation images")
-    images, *_ = run_images.find(told, run, settings.path)  # not others, which would be split anew
+    with ranks.first_alone("the search for the images"):
+        images, *_ = run_images.find(told, run, settings.path)  # not others, which would be split anew
+    quiet = quiet or not run.writes
     with run.alone("evaluation/.lock"):
         judges = [
-            _Judge(run, kind, state, told, what, under, images, model, other, device, quiet)
+            _Judge(run, kind, state, told, what, under, images, model, other, device, quiet, ranks)
             for kind, state in states.items()
             for what, under in ((settings, how), *_curve(settings, how))
         ]
         for judge in judges:
-            judge.begin()
+            with ranks.first_alone("the look at what is judged already"):
+                judge.begin()
+            judge.result = ranks.from_first(judge.result)
         for judge in judges:
             judge.work()
             if not quiet:
@@ -137,9 +145,9 @@ class _Judge:
 
     def __init__(
         self, run: RunFolder, kind: str, state: dict, told: TrainSettings, settings: EvaluateSettings, how: dict,
-        images, model: nn.Module | None, other: nn.Module | None, device: torch.device, quiet: bool,
+        images, model: nn.Module | None, other: nn.Module | None, device: torch.device, quiet: bool, ranks: Ranks,
     ):  # fmt: skip
-        self.model = model
+        self.model, self.ranks = model, ranks
         self.run, self.state, self.told, self.settings, self.how, self.images = run, state, told, settings, how, images
         self.other, self.device = other, device
         self.progress = JudgeProgress(quiet, "" if how["eps"] == told.attack.eps else f" at eps {how['eps']:g}")
@@ -175,10 +183,12 @@ class _Judge:
                 found = evaluation.judge(
                     self.model, loader, (attack,), classes=len(self.images.classes), restarts=s.restarts,
                     device=self.device, store=self.run.path / "evaluation" / f".{self.stem}.flags.json",
-                    identity=self.identity, progress=progress, search=self.search, **self.how,
+                    identity=self.identity, progress=progress, search=self.search, ranks=self.ranks, **self.how,
                 )  # fmt: skip
                 result["attacks"][name] = {**found[attack], **loader.noted, "on": on}
                 self.run.write_json(self.name, result)
+            if not self.run.writes:  # what follows is the work of one process
+                return
             if self._checks_masking():
                 self._once(result, "masking", self._masking_key(result), self._masking)
             if s.analyses:

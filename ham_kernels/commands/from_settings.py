@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import data, models
+from ..distributed import ALONE, Ranks, ranks_of
 from ..methods.class_weights import count_weights
 from ..runs.folder import RunFolder
 from ..runs.settings import TrainSettings, lr_factor
@@ -20,6 +21,8 @@ from .logs import check_installed
 
 def device_of(name: str) -> torch.device:
     """ "auto": the GPU if there is one. Raises: ValueError for a device that torch does not have here."""
+    if name in ("auto", "cuda") and torch.cuda.is_available() and ranks_of().several:
+        return torch.device("cuda", torch.cuda.current_device())  # each process has its own
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -104,11 +107,13 @@ def trained_model(settings: TrainSettings, facts: dict, state: dict, device: tor
     return model.to(device).eval()
 
 
-def loaders_of(settings: TrainSettings, images: data.ImageSet | data.FileSet, device: torch.device) -> data.Loaders:
+def loaders_of(
+    settings: TrainSettings, images: data.ImageSet | data.FileSet, device: torch.device, ranks: Ranks = ALONE
+) -> data.Loaders:
     d = settings.data
     return data.loaders(
         images, d.batch_size, seed=settings.run.seed, augment=d.augment, balanced=d.balance == "sampler", device=device,
-        workers=d.workers,
+        workers=d.workers, rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
 
 

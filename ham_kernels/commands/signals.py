@@ -14,6 +14,7 @@ class Stopped(Exception):
     """A signal asked the process to end. `code` is the exit status that shells expect."""
 
     run: Path | None = None  # which one can go on
+    ends_well = True  # other processes of a training are told that nothing has failed
 
     def __init__(self, number: int):
         self.number = signal.Signals(number)

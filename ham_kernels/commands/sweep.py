@@ -9,9 +9,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 from .. import report
+from ..common.processes import alone
+from ..distributed import Ranks, start
 from ..evaluation import autoattack
 from ..evaluation.named_attacks import plans
 from ..methods.pgd_at import PGDAT
@@ -37,9 +40,11 @@ def sweep(wanted: Sweep) -> int:
 
     Finished runs are kept, stopped ones go on, failed ones are tried again. Runs of one seed with the same warm-up
     share it: it is trained once, and its time counts in each. sweep.json holds how all runs of the folder ended.
+    Under torchrun each process takes some of the runs, and trains each by itself, on a GPU of its own.
     Returns: 0, or 1 where a run failed. Raises: Stopped after a signal; and, before anything is trained, ValueError,
         FileNotFoundError, ImportError naming what would fail in every run.
     """
+    ranks = start("gloo", timedelta(days=365))  # others may have runs of days left
     wanted.settings.check()
     wanted = replace(wanted, settings=with_their_normalisation(wanted.settings))
     folder = wanted.out or Path("runs") / f"sweep-{wanted.settings.data.source}"
@@ -51,7 +56,8 @@ def sweep(wanted: Sweep) -> int:
             _check_unchanged(_warm_up_folder(folder, cell.settings), _warm_up_settings(cell.settings))
     _outcome(folder)
     wanted, judged = _judged_by(wanted)
-    _check_for_all(wanted)
+    with ranks.first_alone("the look at what all runs share"):
+        _check_for_all(wanted)
     say(f"{folder}: {wanted.experiment}, {len(plan)} runs")
     say(judged)
     for name, why in left_out.items():
@@ -59,7 +65,10 @@ def sweep(wanted: Sweep) -> int:
     failed = 0
     with StopRequest("the process at hand") as stop:
         worker = _Worker(folder, wanted, stop)
+        mine = _share(plan, folder, wanted, ranks)
         for i, cell in enumerate(plan, 1):
+            if cell not in mine:
+                continue
             stop.check()
             say(f"[{i}/{len(plan)}] {cell.name} ...")
             start = time.monotonic()
@@ -68,12 +77,24 @@ def sweep(wanted: Sweep) -> int:
             _note(folder, wanted.experiment, cell.name, problem)
             say(f"[{i}/{len(plan)}] {cell.name}: {problem or _summary(folder / cell.name, wanted.attacks)}  ({took})")
             failed += bool(problem)
+    failed = sum(ranks.gather(failed))
+    if ranks.rank:
+        return 1 if failed else 0
     if failed == len(plan):
         say("every run failed: there is nothing to report")
         return 1
     page = report.build([folder], folder / "report", title=f"Sweep: {wanted.settings.data.source}")
     say(f"written: {page}" + (f"; {failed} of {len(plan)} runs failed" if failed else ""))
     return 1 if failed else 0
+
+
+def _share(plan: Sequence[Cell], folder: Path, wanted: Sweep, ranks: Ranks) -> list[Cell]:
+    """The runs of this process. Those behind one warm-up are of one process, which trains it first."""
+    kinds: dict[str, list[Cell]] = {}
+    for cell in plan:
+        shared = wanted.share_warmup and _starts_behind_pgd_at(cell.settings)
+        kinds.setdefault(str(_warm_up_folder(folder, cell.settings)) if shared else cell.name, []).append(cell)
+    return [cell for cells in list(kinds.values())[ranks.rank :: ranks.world] for cell in cells]
 
 
 class _Worker:
@@ -144,8 +165,9 @@ class _Worker:
             began = log.seek(0, 2)
             # In a session of its own: Ctrl-C reaches the sweep alone, which passes on one signal, not a second.
             process = subprocess.Popen(
-                [sys.executable, "-m", "ham_kernels", *arguments], stdout=log, stderr=log, start_new_session=True
-            )
+                [sys.executable, "-m", "ham_kernels", *arguments], stdout=log, stderr=log, start_new_session=True,
+                env=alone(),
+            )  # fmt: skip
             try:
                 code = self._wait(process)
             except BaseException:
@@ -241,13 +263,14 @@ def _outcome(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 def _note(folder: Path, experiment: str, name: str, problem: str) -> None:
     """One more run in sweep.json, at once: a run that failed before it had a folder is named nowhere else."""
-    runs, problems = _outcome(folder)
-    runs[name] = "failed" if problem else "finished"
-    problems.pop(name, None)
-    if problem:
-        problems[name] = problem
-    failed = [{"run": run, "problem": why} for run, why in problems.items()]
-    RunFolder(folder).write_json("sweep.json", {"experiment": experiment, "runs": runs, "failed": failed})
+    with RunFolder(folder).alone(".sweep.lock"):
+        runs, problems = _outcome(folder)
+        runs[name] = "failed" if problem else "finished"
+        problems.pop(name, None)
+        if problem:
+            problems[name] = problem
+        failed = [{"run": run, "problem": why} for run, why in problems.items()]
+        RunFolder(folder).write_json("sweep.json", {"experiment": experiment, "runs": runs, "failed": failed})
 
 
 def _summary(path: Path, attacks: Sequence[str]) -> str:

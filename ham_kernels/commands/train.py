@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import shlex
+import signal
 import time
 import traceback
 from pathlib import Path
 
 import torch
 
-from ..common import checks, files, troubles
+from ..common import checks, troubles
 from ..common.one_class import answers_one_class
+from ..data.batches import mixed_seed
+from ..distributed import RankError, Ranks, start
 from ..runs.checkpoints import random_states, set_random_states
 from ..runs.folder import RunFolder
 from ..runs.resume_rules import check_unchanged, noted
@@ -31,11 +34,11 @@ def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool
     """Trains a new run in the folder `out` (None: runs/DATASET-METHOD-seedN) and returns the trainer.
 
     SIGINT, SIGTERM or SIGHUP end it after the batch at hand, with a checkpoint; `resume(out)` goes on, also after a
-    kill. Raises: FileExistsError if there is a run in `out`; ValueError, TypeError, FileNotFoundError naming the
+    kill. Under torchrun all processes call this, and train one run, which process 0 writes. Raises: FileExistsError if there is a run in `out`; ValueError, TypeError, FileNotFoundError naming the
     setting, before anything is written; Stopped after a signal.
     """
     job = prepared(settings, out)
-    return job.work_in(_new_folder(job.settings) if out is None else RunFolder.create(out, job.settings), quiet)
+    return job.work_in(job.ranks.first_makes(lambda: _new_folder(job.settings, out)), quiet)
 
 
 def prepared(settings: TrainSettings, out: str | Path | None = None) -> _Job:
@@ -44,10 +47,13 @@ def prepared(settings: TrainSettings, out: str | Path | None = None) -> _Job:
         raise TypeError(f"settings: got {settings!r}; it must be TrainSettings, such as ham_kernels.preset('digits')")
     settings.check()
     settings = with_their_normalisation(settings)
-    RunFolder("runs" if out is None else out).check_writable()
-    if out is not None:
-        RunFolder(out).check_free()
-    return _Job(settings)
+    ranks = start()
+    with ranks.first_alone("the look at the run's folder"):
+        if ranks.rank == 0:
+            RunFolder("runs" if out is None else out).check_writable()
+            if out is not None:
+                RunFolder(out).check_free()
+    return _Job(settings, ranks)
 
 
 def resume(
@@ -62,21 +68,25 @@ def resume(
     """
     if until_epoch is not None:
         checks.integer("until_epoch", until_epoch, 1)
-    run = RunFolder.open(out)
-    run.check_writable("run")
+    ranks = start()
+    run = RunFolder.open(out, writes=ranks.rank == 0)
+    if run.writes:
+        run.check_writable("run")
     if run.adopted:
         raise ValueError(f"resume: {run.path} holds a model that was trained elsewhere, of which there is no course")
     settings = run.settings()
     settings.check()
-    return _Job(settings, run, None if path is None else str(path)).work_in(run, quiet, until_epoch)
+    return _Job(settings, ranks, run, None if path is None else str(path)).work_in(run.path, quiet, until_epoch)
 
 
-def _new_folder(settings: TrainSettings) -> RunFolder:
-    """runs/DATASET-METHOD-seedN, or the first of -2, -3, ... that is free."""
+def _new_folder(settings: TrainSettings, out: str | Path | None) -> Path:
+    """Of a new run: `out`, else runs/DATASET-METHOD-seedN, or the first of -2, -3, ... that is free."""
+    if out is not None:
+        return RunFolder.create(out, settings).path
     stem = f"{settings.data.source}-{settings.method.name}-seed{settings.run.seed}"
     for name in itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
-            return RunFolder.create(Path("runs") / name, settings)
+            return RunFolder.create(Path("runs") / name, settings).path
     raise AssertionError("unreachable")
 
 
@@ -87,18 +97,19 @@ class _Paused(Exception):
 class _Job:
     """Everything a run is made of."""
 
-    def __init__(self, settings: TrainSettings, run: RunFolder | None = None, path: str | None = None):
-        self.settings = settings
+    def __init__(self, settings: TrainSettings, ranks: Ranks, run: RunFolder | None = None, path: str | None = None):
+        self.settings, self.ranks = settings, ranks
         device = device_of(settings.run.device)
         check_before_data(settings, device)
-        images, self.facts, self.places = run_images.find(settings, run, path)
+        with ranks.first_alone("the search for the images"):  # a download, the cache
+            images, self.facts, self.places = run_images.find(settings, run, path)
         model = model_of(settings, len(images.classes), images.channels)
         fresh = run is None or not run.checkpoints.newest_first()
         self.begun = begin_with(settings, model) if settings.run.weights is not None and fresh else None
         counts = list(images.class_counts["train"].values())
         self.trainer = trainer_of(settings, model, device, counts)
         self.scheduler = scheduler_of(settings, self.trainer)
-        self.loaders = loaders_of(settings, images, device)
+        self.loaders = loaders_of(settings, images, device, ranks)
         batches, size = len(self.loaders.train), settings.data.batch_size
         if settings.data.path is not None and batches < 10:
             troubles.warn("few_batches", batches=batches, size=size, images=images.counts["train"])
@@ -106,20 +117,24 @@ class _Job:
         self.stop = StopRequest()
         self.best: dict[str, float] = {}
 
-    def work_in(self, run: RunFolder, quiet: bool, until_epoch: int | None = None) -> Trainer:
+    def work_in(self, path: Path, quiet: bool, until_epoch: int | None = None) -> Trainer:
+        run = RunFolder(path, writes=self.ranks.rank == 0)
         with run.alone(), self.stop:
             try:
-                return self._work_in(run, quiet, until_epoch)
+                return self._work_in(run, quiet or not run.writes, until_epoch)
             except Stopped as stopped:
                 stopped.run = run.path
                 raise
 
     def _work_in(self, run: RunFolder, quiet: bool, until_epoch: int | None) -> Trainer:
         self.run = run
-        run.set_data_facts(self.facts, self.places)
-        found = run.checkpoints.load_newest(set_aside=True)
-        if found is not None:
-            self._take_over(found[1])
+        with self.ranks.first_alone("the search for a checkpoint"):  # which sets damaged ones aside
+            run.set_data_facts(self.facts, self.places)
+            found = run.checkpoints.load_newest(set_aside=True)
+            if found is not None:
+                self._take_over(found[1])
+        self.ranks.check_alike(self.trainer.model)
+        self._reseed()
         trainer, epochs = self.trainer, self.settings.optim.epochs
         run.write_metrics(trainer.history, self.settings)
         self.until = min(epochs, until_epoch or epochs)
@@ -127,7 +142,7 @@ class _Job:
             run.set_status("finished" if trainer.epoch >= epochs else "interrupted", trainer.epoch, epochs)
             if not quiet:
                 say(f"{run.path}: {trainer.epoch} of {epochs} epochs are done already")
-            if behind(run, self.settings, trainer.epoch):
+            if run.writes and behind(run, self.settings, trainer.epoch):
                 logs = Logs(run, self.settings, self.facts["classes"])
                 logs.write(trainer.history)
                 logs.close(trainer.epoch >= epochs)
@@ -144,8 +159,9 @@ class _Job:
         self.logs: Logs | None = None
         self._saved_at = time.monotonic()
         try:
-            self.logs = Logs(run, self.settings, self.facts["classes"])
-            self.logs.write(trainer.history)  # what a killed process did not come to
+            if run.writes:
+                self.logs = Logs(run, self.settings, self.facts["classes"])
+                self.logs.write(trainer.history)  # what a killed process did not come to
             self._fit(epochs)
         except _Paused:
             run.set_status("interrupted", trainer.epoch, epochs, "paused as asked")
@@ -172,7 +188,7 @@ class _Job:
         stopped = isinstance(error, (Stopped, KeyboardInterrupt))
         message = f"{type(error).__name__}: {error}"
         if not stopped:
-            files.write_atomically(self.run.path / "error.txt", traceback.format_exc().encode())
+            self.run.note_error(traceback.format_exc())
             message += " (error.txt has the whole way to it)"
         epochs = self.settings.optim.epochs
         self.run.set_status("interrupted" if stopped else "failed", self.trainer.epoch, epochs, message)
@@ -189,6 +205,11 @@ class _Job:
         except Stopped:
             self._save()
             raise
+        except RankError as error:
+            if not error.left:
+                raise
+            self._save()  # another process was told to stop, and all are behind the same batch
+            raise Stopped(self.stop.number or signal.SIGTERM) from error
         except RuntimeError as error:
             if self.stop.number is not None:  # a signal to all processes killed a data worker, perhaps mid-update
                 raise Stopped(self.stop.number) from error
@@ -196,6 +217,7 @@ class _Job:
 
     # ------------------------------------------------------------ callbacks
     def _batch_end(self, step: StepReport) -> None:
+        self._reseed()
         self.progress.batch(step, self.trainer.position[0])
         self.stop.check()
         if time.monotonic() - self._saved_at >= 60 * self.settings.run.checkpoint_minutes:
@@ -205,7 +227,8 @@ class _Job:
         best = self._keep_best(report)
         self.run.write_metrics(self.trainer.history, self.settings)
         self._save()
-        self.logs.write(self.trainer.history)  # behind the checkpoint, so that no epoch in it is trained again
+        if self.logs is not None:
+            self.logs.write(self.trainer.history)  # behind the checkpoint, so that no epoch in it is trained again
         self.run.set_status("running", self.trainer.epoch, self.settings.optim.epochs)
         self.progress.epoch(report, best)
         if self.trainer.epoch < self.settings.optim.epochs:
@@ -235,6 +258,13 @@ class _Job:
         return result.accuracy if self.settings.run.best_by == "robust" else result.worst_class
 
     # ------------------------------------------------------------ state
+    def _reseed(self) -> None:
+        """Of several processes each draws for its own rows what a model draws in its forward, dropout or drop-path, by
+        the number of the step: also after a resume, on however many.
+        """
+        if self.ranks.several:
+            torch.manual_seed(mixed_seed(self.settings.run.seed, self.trainer.steps_done, self.ranks.rank))
+
     def _save(self) -> None:
         state = {
             "trainer": self.trainer.state_dict(),
@@ -259,7 +289,7 @@ class _Job:
 
     def say_what(self, name: str) -> None:
         """The run in some lines."""
-        s, trainer = self.settings, self.trainer
+        s, trainer, world = self.settings, self.trainer, self.ranks.world
         images = f"{s.data.path} (preset: {s.data.dataset})" if s.data.path else s.data.dataset
         millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
         say(f"{name}: {images}, {s.model.name} ({millions:.2f} M parameters), {s.method.describe(s.warm_up.name)}")
@@ -268,5 +298,7 @@ class _Job:
             f"eps {s.attack.eps:g}, step {s.attack.step_size:g}, K {s.attack.steps}, {s.attack.norm}; {s.optim.epochs} "
             f"epochs of {len(self.loaders.train)} batches on {trainer.device}, {s.run.precision}, seed {s.run.seed}"
         )
+        if world > 1:
+            say(f"{world} processes, each {-(-s.data.batch_size // world)} rows of a batch of {s.data.batch_size}")
         if self.begun is not None:
             say(self.begun)

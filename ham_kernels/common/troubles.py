@@ -262,14 +262,10 @@ TROUBLES: dict[str, Trouble] = {
         "do not begin two runs in it at once",
     ),
     "several_processes": Trouble(
-        "WORLD_SIZE: is {world}, and one process trains and judges a model here",
-        "torchrun, or another launcher, started several processes. Each would train the same run.",
-        "start one process, without a launcher",
-    ),
-    "wrapped_model": Trouble(
-        "model: is wrapped in {wrapper}, whose processes would wait for each other where one has no row to train on",
-        "Training on several processes is not served yet.",
-        "give the model inside it, in one process",
+        "WORLD_SIZE: is {world}, and the processes are not joined",
+        "torchrun, or another launcher, started several processes. Each would train the same model by itself.",
+        "call ham_kernels.distributed.start() first, or give group=None where each is to work alone; a command that "
+        "knows no other processes is started without a launcher",
     ),
 }
 

@@ -6,15 +6,21 @@ all processes bit by bit, so that what is computed from them cannot drift apart.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ..common import troubles
+from ..common.processes import launched
 
 TIMEOUT = timedelta(hours=2)  # an attack of minutes on one process keeps the others waiting
 
@@ -60,9 +66,63 @@ class Ranks:
         parts = iter(flat.split([t.numel() for t in found]))
         return [t if t is None else next(parts).view(t.shape) for t in tensors]
 
+    def from_first(self, value: Any = None) -> Any:
+        """What process 0 gives, on each; such as a path, or what it has read."""
+        if not self.several:
+            return value
+        box = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(box, dist.get_global_rank(self.group, 0), group=self.group)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives, in their order, on each."""
+        if not self.several:
+            return [value]
+        found = [None] * self.world
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    @contextmanager
+    def first_alone(self, what: str) -> Iterator[None]:
+        """Process 0 runs the block before the others do; where it fails there, they raise RankError.
+
+        For what one process makes and the others then find: a download, a folder, a cache.
+        """
+        if self.rank:
+            with Meeting(self, 0, torch.device("cpu"), what=what) as meeting:
+                meeting.table([])
+            yield
+            return
+        with Meeting(self, 0, torch.device("cpu"), what=what) as meeting:
+            yield
+            meeting.table([])
+
+    def first_makes(self, make: Callable[[], Any]) -> Any:
+        """What process 0 makes, on each; where it fails, they raise RankError."""
+        made = None
+        with self.first_alone("what process 0 makes"):
+            if self.rank == 0:
+                made = make()
+        return self.from_first(made)
+
+    def check_alike(self, model: nn.Module) -> None:
+        """Raises: RankError where the weights or buffers of the processes differ in a bit."""
+        if not self.several:
+            return
+        tensors = [t.detach() for t in (*model.parameters(), *model.buffers()) if t.numel()]
+        digest = hashlib.sha256()
+        for t in tensors:
+            digest.update(t.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        mine = torch.frombuffer(bytearray(digest.digest()), dtype=torch.int32)[:4]  # 128 bits, exact in fp64
+        rows = self.table(mine.double().to(self.device(tensors[0].device)))
+        if wrong := [r for r, row in enumerate(rows) if not torch.equal(row, rows[0])]:
+            raise RankError(f"model: the weights of process {wrong[0]} are no longer those of process 0")
+
     def device(self, like: torch.device) -> torch.device:
         """Where small tensors lie that are sent: NCCL takes those of a GPU, gloo those of the CPU."""
-        return like if self.several and dist.get_backend(self.group) == "nccl" else torch.device("cpu")
+        if not self.several or dist.get_backend(self.group) != "nccl":
+            return torch.device("cpu")
+        return like if like.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
 
 
 ALONE = Ranks()
@@ -71,15 +131,12 @@ ALONE = Ranks()
 def ranks_of(group: str | dist.ProcessGroup | None = "auto") -> Ranks:
     """The processes of a group. "auto": of the default one, where it has been started; None: this process alone.
 
-    Raises: TypeError, ValueError naming the argument; RuntimeError where a launcher has started several processes, and
-        no group joins them.
+    Raises: TypeError, ValueError naming the argument, also where a launcher has started several processes and nothing
+        joins them.
     """
     if group is None or (group == "auto" and not _joined()):
         if group == "auto" and (world := launched()) > 1:
-            raise RuntimeError(
-                f"group: WORLD_SIZE is {world}, and the processes are not joined; call ham_kernels.distributed.start() "
-                "first, or give group=None to train in each process by itself"
-            )
+            raise troubles.error("several_processes", world=world)
         return ALONE
     if group == "auto":
         group = dist.group.WORLD
@@ -92,20 +149,15 @@ def ranks_of(group: str | dist.ProcessGroup | None = "auto") -> Ranks:
     return Ranks(rank, world, group) if world > 1 else ALONE
 
 
-def launched() -> int:
-    """How many processes a launcher such as torchrun has started."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    return int(world) if world.isdecimal() else 1
-
-
 def _joined() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def start(backend: str | None = None) -> Ranks:
+def start(backend: str | None = None, timeout: timedelta = TIMEOUT) -> Ranks:
     """Joins the processes that torchrun has started, by the variables that it sets; nothing in a single one.
 
     backend: "nccl" or "gloo"; None: NCCL where each process has a GPU, which is then its current one, else gloo.
+    timeout: how long processes wait for each other.
     Returns: the processes. A second call, or one behind init_process_group, returns those that are there.
     """
     if launched() > 1 and not _joined():
@@ -114,7 +166,7 @@ def start(backend: str | None = None) -> Ranks:
         backend = backend or ("nccl" if on_gpus else "gloo")
         if backend == "nccl":
             torch.cuda.set_device(local)
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     return ranks_of()
 
 
@@ -195,4 +247,5 @@ class Meeting:
 
     def __exit__(self, kind, error, trace) -> None:
         if error is not None:
-            self._tell(_FAILED)
+            asked = getattr(error, "ends_well", False) or not isinstance(error, Exception)
+            self._tell(_LEFT if asked else _FAILED)

@@ -87,7 +87,9 @@ def accuracies(
         y = torch.cat(labels).cpu()
         heard = meeting.table([classes, len(y)])
     if len({n for _, n in heard}) > 1:
-        raise ValueError(f"loader: gave {[int(n) for _, n in heard]} images to the processes; each must get all of them")
+        raise ValueError(
+            f"loader: gave {[int(n) for _, n in heard]} images to the processes; each must get all of them"
+        )
     classes = int(max(k for k, _ in heard))
     correct = torch.stack([torch.cat(parts) for parts in flags.values()]).to(ranks.device(device), torch.int32)
     blind = torch.tensor(list(no_gradient.values()), dtype=torch.int32, device=correct.device)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from .. import engine
 from ..common import checks
-from ..distributed import inner_model
+from ..distributed import ALONE, Meeting, Ranks, inner_model
 from .class_accuracy import Interval, intervals
 from .evaluate import tell_no_gradient
 from .named_attacks import Plan, batches, judged, plans, resolve_device, searcher, survivors
@@ -29,7 +29,7 @@ def judge(
     model: nn.Module, loader: Iterable, attacks: Sequence[str], *, classes: int, eps: float, step_size: float,
     norm: str = "linf", restarts: int = 1, device: torch.device | str | None = None, precision: str = "fp32",
     seed: int = 0, store: str | Path | None = None, identity: dict | None = None, progress: Progress | None = None,
-    search: str | engine.Engine | None = "plain",
+    search: str | engine.Engine | None = "plain", ranks: Ranks = ALONE,
 ) -> dict[str, dict]:  # fmt: skip
     """What a model is worth under each attack, with intervals, from one flag per image.
 
@@ -47,6 +47,8 @@ def judge(
         store: a file, made where it is missing; an altered one is reported by a StoreWarning and ignored. None
             keeps nothing.
         identity: what else the flags belong to, JSON-ready (sha256 of a checkpoint, name and part of a data set).
+        ranks: processes that share the work: they take batches in turn, each of which one process judges as it would
+            alone, and all have the result. The first reads and writes the store.
         progress: called as progress(attack, images done, images in all) after each batch; the last is None as long
             as it is not known. What it raises stops the run, after the flags are written.
     Returns: {attack: {"settings", "n", "seconds", "correct", "answers", "no_gradient", "accuracy", "per_class",
@@ -67,10 +69,12 @@ def judge(
     if len(wanted) > 1 and isinstance(loader, Iterator):
         raise TypeError("loader: is an iterator, which can be read once; each attack reads the data anew")
     device = resolve_device(model, device)
+    if ranks.rank:
+        store = None
     weights = None if store is None else fingerprint_of_model(model)
     shelf = FlagStore(store, {"model": weights, "identity": identity, "classes": classes})
     by = searcher(search, device)
-    run = _Run(model, loader, classes, device, precision, seed, by, shelf, progress, _images_in(loader))
+    run = _Run(model, loader, classes, device, precision, seed, by, shelf, progress, ranks, _images_in(loader))
     return {name: run.attack(plan) for name, plan in wanted.items()}
 
 
@@ -87,6 +91,7 @@ class _Run:
     search: engine.Engine | None
     shelf: FlagStore
     progress: Progress | None
+    ranks: Ranks
     images: int | None = None  # how many there are, as far as known
     order: list[str] | None = None  # fingerprints of the batches, after the first attack
     labels: Tensor | None = None
@@ -99,6 +104,8 @@ class _Run:
         if self.search is not None:
             settings["search"] = {name: served for name, served in self.search.active.items() if served}
         entry = self.shelf.entry(settings)
+        if self.ranks.several:
+            entry.update(self.ranks.from_first(entry))
         try:
             self._fill(entry, plan)
         finally:
@@ -119,27 +126,43 @@ class _Run:
         """Flags of every batch: those of the store where they fit, and new ones."""
         done, order, labels, images = entry["batches"], [], [], 0
         with judged(self.model, self.search):
+            missing = []  # batches that the processes judge next, one each
             for b, x, y in batches(self.loader, self.device):
                 order.append(fingerprint_of_batch(x, y))
                 if self.order is not None and order != self.order[: len(order)]:
                     raise _changed()
                 labels.append(y.cpu())
                 images += len(y)
-                if b >= len(done) or done[b]["data"] != order[b]:
-                    del done[b:]
-                    if not self.looked:
-                        engine.first_look(self.model, x, y)
-                        self.looked = True
-                    start = time.perf_counter()
-                    done.append({"data": order[b], **self._flags(x, y, plan, b)})
-                    entry["seconds"] = (entry["seconds"] if b else 0.0) + time.perf_counter() - start
-                    self.shelf.save()
+                if b >= len(done) + len(missing) or done[b]["data"] != order[b]:
+                    del done[b - len(missing) :]
+                    missing.append((b, order[b], x, y))
+                    if len(missing) == self.ranks.world:
+                        self._judge(entry, plan, missing)
                 if self.progress is not None:
                     self.progress(plan.name, images, self.images)
+            self._judge(entry, plan, missing)
         del done[len(order) :]
         if self.order is not None and len(order) != len(self.order):
             raise _changed()
         self.order, self.labels, self.images = order, torch.cat(labels), images
+
+    def _judge(self, entry: dict, plan: Plan, missing: list) -> None:
+        """The next batches, each by one process."""
+        if not missing:
+            return
+        start, found, mine = time.perf_counter(), None, self.ranks.rank
+        with Meeting(self.ranks, 0, self.device, what="the judgement of these batches") as meeting:
+            if mine < len(missing):
+                b, data, x, y = missing[mine]
+                if not self.looked:
+                    engine.first_look(self.model, x, y)
+                    self.looked = True
+                found = {"data": data, **self._flags(x, y, plan, b)}
+            meeting.table([])
+        entry["batches"] += [judged for judged in self.ranks.gather(found) if judged is not None]
+        entry["seconds"] = (entry["seconds"] if missing[0][0] else 0.0) + time.perf_counter() - start
+        missing.clear()
+        self.shelf.save()
 
     def _flags(self, x: Tensor, y: Tensor, plan: Plan, b: int) -> dict[str, Any]:
         how = {"seed": self.seed, "precision": self.precision, "search": self.search}

@@ -71,7 +71,9 @@ def loss(
     if examples.no_gradient and inner not in _told:
         _told.add(inner)
         troubles.warn("attack_without_gradient", attack=objective.method.title, rows=examples.no_gradient, n=len(y))
-    if examples.everywhere.n_kept == 0 and not ranks.several:  # a zero that depends on the parameters: GradScaler refuses a step without any gradient
+    if (
+        examples.everywhere.n_kept == 0 and not ranks.several
+    ):  # a zero that depends on the parameters: GradScaler refuses a step without any gradient
         return sum(
             (p.sum() * 0.0 for p in model.parameters() if p.requires_grad),
             torch.zeros((), device=x.device, requires_grad=True),

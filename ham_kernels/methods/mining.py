@@ -249,9 +249,7 @@ def _random_order(sizes: Sequence[int], counts: Sequence[int], seed: int, step: 
     return torch.cat(first + others[::-1]).int()
 
 
-def _random_here(
-    place: Place, rows: int, count: int, seed: int, step: int, device: torch.device
-) -> tuple[Tensor, int]:
+def _random_here(place: Place, rows: int, count: int, seed: int, step: int, device: torch.device) -> tuple[Tensor, int]:
     """The same of the rows of one process: `count` are chosen of the whole batch, as one process would."""
     chosen = _random_order([place.n], [count], seed, step, device)[:count].long() - place.first_row
     first = chosen[(chosen >= 0) & (chosen < rows)]

@@ -81,9 +81,7 @@ class Objective(nn.Module):
             self._fit_weights(model, x)
         pgd = self.method.attack_on(self.pgd, y, self)
         several = sizes if len(sizes) > 1 else None
-        mined = mine(
-            model, x, y, pgd, self.method, seed=seed, step=step, engine=engine, sizes=several, place=place
-        )
+        mined = mine(model, x, y, pgd, self.method, seed=seed, step=step, engine=engine, sizes=several, place=place)
         parts = split(mined, sizes)
         for part in parts:
             if part.look is not None:

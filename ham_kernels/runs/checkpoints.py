@@ -18,13 +18,15 @@ KEPT = 2  # resume points of a run: the newest, and one to fall back on
 
 
 class Checkpoints:
-    """The resume points of one run, `step_XXXXXXXXXX.pt`, of which the newest KEPT stay."""
+    """The resume points of one run, `step_XXXXXXXXXX.pt`, of which the newest KEPT stay; `writes`: see RunFolder."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, *, writes: bool = True):
+        self.folder, self.writes = Path(folder), writes
 
     def save(self, state: dict[str, Any], step: int) -> Path:
         path = self.folder / f"step_{step:010d}.pt"
+        if not self.writes:
+            return path
         save(path, state)
         for old in self.newest_first()[KEPT:]:
             old.unlink(missing_ok=True)
@@ -52,7 +54,7 @@ class Checkpoints:
                 damaged.append(path)
                 troubles.warn("damaged_checkpoint", error=error)
                 continue
-            for bad in damaged if set_aside else ():
+            for bad in damaged if set_aside and self.writes else ():
                 os.replace(bad, bad.with_suffix(".damaged"))
             return path, state, digest
         names = [p.name for p in (*damaged, *sorted(self.folder.glob("step_*.damaged")))]

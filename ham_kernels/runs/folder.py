@@ -35,11 +35,14 @@ ADOPTED = "adopted"
 
 
 class RunFolder:
-    """One run on disk. Every file is replaced as a whole, so a killed process leaves none torn."""
+    """One run on disk. Every file is replaced as a whole, so a killed process leaves none torn.
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.checkpoints = Checkpoints(self.path / "checkpoints")
+    writes: False for a process that works on a run which another writes: it reads as the other, and changes nothing.
+    """
+
+    def __init__(self, path: str | Path, *, writes: bool = True):
+        self.path, self.writes = Path(path), writes
+        self.checkpoints = Checkpoints(self.path / "checkpoints", writes=writes)
 
     # ------------------------------------------------------------ what it was told
     @classmethod
@@ -89,9 +92,9 @@ class RunFolder:
             raise PermissionError(f"{name}: {self.path} cannot be written, as {place} is read-only here; {what}")
 
     @classmethod
-    def open(cls, path: str | Path) -> RunFolder:
+    def open(cls, path: str | Path, *, writes: bool = True) -> RunFolder:
         """An existing run. Raises: FileNotFoundError naming the folder."""
-        run = cls(path)
+        run = cls(path, writes=writes)
         if not (run.path / "config.toml").is_file():
             raise FileNotFoundError(f"run: {path} is no run folder (it has no config.toml)")
         return run
@@ -102,6 +105,9 @@ class RunFolder:
 
         Raises: BlockingIOError where one still does after `patience` seconds.
         """
+        if not self.writes:
+            yield
+            return
         path = self.path / lock
         path.parent.mkdir(exist_ok=True)
         with path.open("w") as file:
@@ -172,6 +178,8 @@ class RunFolder:
     # ------------------------------------------------------------ how it goes
     def begin_session(self, from_epoch: int, from_batch: int = 0) -> None:
         """Notes versions, machine and commit, and that a process works on the run from here (batches done) on."""
+        if not self.writes:
+            return
         from ..common import provenance
 
         path = self.path / "environment.json"
@@ -189,9 +197,15 @@ class RunFolder:
         self.write_json("environment.json", facts)
 
     def end_session(self) -> None:
+        if not self.writes:
+            return
         facts = json.loads((self.path / "environment.json").read_text())
         facts["sessions"][-1]["ended"] = _now()
         self.write_json("environment.json", facts)
+
+    def note_error(self, trace: str) -> None:
+        if self.writes:
+            write_atomically(self.path / "error.txt", trace.encode())
 
     def set_status(self, state: str, epoch: int, epochs: int, message: str = "") -> None:
         self.write_json("status.json", {"state": state, "epoch": epoch, "epochs": epochs, "message": message})
@@ -206,17 +220,21 @@ class RunFolder:
 
     def write_metrics(self, history: list[Any], settings: TrainSettings) -> None:
         """The whole of metrics.jsonl anew: after a resume it holds no line of epochs that were thrown away."""
+        if not self.writes:
+            return
         lines = with_sums(dumps(metrics_of(report, settings)) for report in history)
         write_atomically(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
     def write_json(self, name: str, value: Any) -> Path:
         path = self.path / name
-        write_atomically(path, dumps(value, indent=1).encode() + b"\n")
+        if self.writes:
+            write_atomically(path, dumps(value, indent=1).encode() + b"\n")
         return path
 
     # ------------------------------------------------------------ the weights it left
     def save_best(self, weights: str, state: dict[str, Any]) -> None:
-        save(self.path / "checkpoints" / f"{weights}.pt", state)
+        if self.writes:
+            save(self.path / "checkpoints" / f"{weights}.pt", state)
 
     def load_weights(self, weights: str) -> dict[str, Any]:
         """{"model": state_dict, "epoch", "sha256", "path" of the checkpoint} of one of WEIGHTS.
@@ -250,7 +268,7 @@ class RunFolder:
 
     def drop_best_after(self, epoch: int) -> None:
         """Removes best weights of epochs that a resume from an earlier checkpoint has thrown away."""
-        for weights in ("best", "best_ema"):
+        for weights in ("best", "best_ema") if self.writes else ():
             path = self.path / "checkpoints" / f"{weights}.pt"
             try:
                 if path.exists() and load(path)["epoch"] > epoch:

@@ -32,9 +32,7 @@ def in_groups(batches: Iterator, size: int) -> Iterator[list]:
         yield group
 
 
-def check_group(
-    batches: Sequence[tuple[Tensor, Tensor]], home: torch.device | None, *, empty: bool = False
-) -> None:
+def check_group(batches: Sequence[tuple[Tensor, Tensor]], home: torch.device | None, *, empty: bool = False) -> None:
     """Pairs (x, y), images of one size and type, all on `home`; `empty`: a batch may have no row.
 
     Raises: TypeError, ValueError naming x, y, batches.

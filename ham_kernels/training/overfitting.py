@@ -135,9 +135,7 @@ class OverfittingCheck:
     def _resisting(
         self, model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, epoch: int, precision: str, first_row: int
     ) -> Tensor:
-        _, at = walk(
-            model, x, y, pgd, seed=~self.seed, batch=epoch, precision=precision, first_row=first_row
-        )
+        _, at = walk(model, x, y, pgd, seed=~self.seed, batch=epoch, precision=precision, first_row=first_row)
         return correct_rows(at[pgd.steps], y).sum()
 
     # ------------------------------------------------------------ state

@@ -44,7 +44,9 @@ class Phases:
         self._natural = objective(class_of("natural")())
         self._pgd_at = self._warm_up if warm.name == "pgd_at" else objective(class_of("pgd_at")())
         self._checks = {
-            o.method.name: OverfittingCheck(o.pgd, pgd, seed, ranks) for o in (self._warm_up, self.method) if o.method.one_step
+            o.method.name: OverfittingCheck(o.pgd, pgd, seed, ranks)
+            for o in (self._warm_up, self.method)
+            if o.method.one_step
         }
 
     @property

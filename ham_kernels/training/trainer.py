@@ -165,7 +165,9 @@ class Trainer:
         there = {bool(n) for _, n in heard}
         if len(there) > 1:
             ended = next(r for r, (_, n) in enumerate(heard) if not n)
-            raise RankError(f"train_loader: process {ended} has given its last batch, and others go on; give as many on each")
+            raise RankError(
+                f"train_loader: process {ended} has given its last batch, and others go on; give as many on each"
+            )
         if there == {True} and not sum(rows := [n for n, _ in heard]):
             raise ValueError("x: no process has a row of this batch; an empty batch cannot be trained on")
         return rows if there == {True} else []
@@ -194,9 +196,7 @@ class Trainer:
                     loss = self._update(self.model, objective, part, method.freeze_bn)
                     if self.average is not None:
                         self.average.update(self.model, self._averages)
-                reports.append(
-                    StepReport(loss, n, n_hard, stopwatch.stop(), n_kept, together, part.no_gradient)
-                )
+                reports.append(StepReport(loss, n, n_hard, stopwatch.stop(), n_kept, together, part.no_gradient))
                 stopwatch = Stopwatch(x.device)
                 if part is not examples[-1]:
                     before = Buffers(self.model, objective)
