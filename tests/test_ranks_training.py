@@ -88,7 +88,8 @@ def trained(rank: int, key: str, updates: int = 3, world: int | None = None, **f
     state = trainer.state_dict()
     return {
         "first": firsts[0],
-        "model": state["model"], "ema": state["ema"], "memory": state["memory"], "loss": [r.loss for r in trainer.history],
+        **{name: state[name] for name in ("model", "ema", "memory")},
+        "loss": [r.loss for r in trainer.history],
         "counts": [(r.n, r.n_hard, r.n_kept, r.skipped) for r in trainer.history],
         "val": {name: a.per_class for name, a in report.val.items()},
     }  # fmt: skip
@@ -253,17 +254,19 @@ def test_what_is_wrong_on_one_process_raises_on_all(tmp_path):
         "shape": "process 1 failed", "draw": "process 1 failed", "callback": "process 1 ended the training",
         "short": "process 1 has given its last batch",
     }.items():  # fmt: skip
-        assert first[name][0] == RankError.__name__ and words in first[name][1], (name, first[name])
-    assert first["callback"][2] is True and first["nan"][2] is False
-    assert second["nan"][0] == "NonFiniteError" and "labels run from" in second["label"][1]
-    assert "pixels run from" in second["pixel"][1] and second["callback"][0] == "KeyError"
+        kind, said, left = first[name]
+        assert (kind, left) == (RankError.__name__, name == "callback")
+        assert words in said, name
+    assert (second["nan"][0], second["callback"][0]) == ("NonFiniteError", "KeyError")
+    assert "labels run from" in second["label"][1]
+    assert "pixels run from" in second["pixel"][1]
 
 
 # ---------------------------------------------------------------- judging
 def judged(rank: int, world: int | None = None) -> dict:
     model = net(2)
     found = ham.evaluate(
-        nn.parallel.DistributedDataParallel(model) if world is None else model, [b for b in batches(5, 11)],
+        nn.parallel.DistributedDataParallel(model) if world is None else model, batches(5, 11),
         ("clean", "pgd3", "cw3"), eps=0.05, step_size=0.02, group="auto" if world is None else None,
     )  # fmt: skip
     return {name: (a.n, a.accuracy, a.per_class, a.no_gradient) for name, a in found.items()}

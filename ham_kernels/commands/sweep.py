@@ -71,9 +71,9 @@ def sweep(wanted: Sweep) -> int:
                 continue
             stop.check()
             say(f"[{i}/{len(plan)}] {cell.name} ...")
-            start = time.monotonic()
+            since = time.monotonic()
             problem = worker.bring_to_end(cell)
-            took = duration(time.monotonic() - start)
+            took = duration(time.monotonic() - since)
             _note(folder, wanted.experiment, cell.name, problem)
             say(f"[{i}/{len(plan)}] {cell.name}: {problem or _summary(folder / cell.name, wanted.attacks)}  ({took})")
             failed += bool(problem)

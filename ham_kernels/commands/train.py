@@ -34,8 +34,9 @@ def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool
     """Trains a new run in the folder `out` (None: runs/DATASET-METHOD-seedN) and returns the trainer.
 
     SIGINT, SIGTERM or SIGHUP end it after the batch at hand, with a checkpoint; `resume(out)` goes on, also after a
-    kill. Under torchrun all processes call this, and train one run, which process 0 writes. Raises: FileExistsError if there is a run in `out`; ValueError, TypeError, FileNotFoundError naming the
-    setting, before anything is written; Stopped after a signal.
+    kill. Under torchrun all processes call this, and train one run, which process 0 writes.
+    Raises: FileExistsError if there is a run in `out`; ValueError, TypeError, FileNotFoundError naming the setting,
+        before anything is written; Stopped after a signal.
     """
     job = prepared(settings, out)
     return job.work_in(job.ranks.first_makes(lambda: _new_folder(job.settings, out)), quiet)

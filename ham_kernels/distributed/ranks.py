@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -237,10 +237,8 @@ class Meeting:
     def _tell(self, how: float) -> None:
         if self._held:
             return
-        try:
+        with suppress(RankError):  # both fail, each with its own message
             self._hear(how, torch.zeros(self._width, dtype=torch.float64, device=self._device))
-        except RankError:  # both fail, each with its own message
-            pass
 
     def __enter__(self) -> Meeting:
         return self

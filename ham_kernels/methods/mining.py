@@ -38,11 +38,14 @@ class Place:
     meeting: Meeting | None = None  # where the processes meet when they have looked
 
 
+WHOLE = Place()  # of a batch that this process has alone
+
+
 @contextmanager
 def place_of(ranks: Ranks, rows: Sequence[float], device: torch.device) -> Iterator[Place]:
     """The place of this process in a batch of which process r has rows[r]; an error within is told to the others."""
     if not ranks.several:
-        yield Place()
+        yield WHOLE
         return
     sizes = [int(n) for n in rows]
     with Meeting(ranks, WIDTH, device) as meeting:
@@ -108,7 +111,7 @@ class Examples:
 
 def mine(
     model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, method: Method, *, seed: int, step: int,
-    engine: Engine = PLAIN, sizes: Sequence[int] | None = None, place: Place = Place(),
+    engine: Engine = PLAIN, sizes: Sequence[int] | None = None, place: Place = WHOLE,
 ) -> Examples:  # fmt: skip
     """Makes the adversarial examples of one batch, without weights, as `method` screens them.
 

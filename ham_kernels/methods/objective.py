@@ -15,7 +15,7 @@ from ..distributed import ALONE, Ranks, synced_batchnorm
 from ..engine import PLAIN, Engine, attack_mode
 from .awp import Gradients
 from .class_weights import for_rows
-from .mining import Examples, Place, mine, split
+from .mining import WHOLE, Examples, Place, mine, split
 from .settings import Method
 
 
@@ -66,7 +66,7 @@ class Objective(nn.Module):
 
     def group_examples(
         self, model: nn.Module, x: Tensor, y: Tensor, sizes: Sequence[int], *, seed: int, step: int,
-        engine: Engine = PLAIN, place: Place = Place(),
+        engine: Engine = PLAIN, place: Place = WHOLE,
     ) -> list[Examples]:  # fmt: skip
         """Of several batches that are attacked as one: x and y hold them one after the other, `sizes` rows each.
 

@@ -20,7 +20,7 @@ from ..distributed import ALONE, Meeting, Ranks
 from ..engine import PRECISIONS, attack_mode
 from ..evaluation.class_accuracy import correct_rows
 from ..evaluation.named_attacks import walk
-from ..methods.mining import Place
+from ..methods.mining import WHOLE, Place
 
 ROWS = 256  # of a batch, at most
 STEPS = 10  # of PGD, at least: fewer may not leave the region that a one-step attack has seen
@@ -99,7 +99,7 @@ class OverfittingCheck:
         self._ranks = ranks
 
     def __call__(
-        self, model: nn.Module, x: Tensor, y: Tensor, *, epoch: int, precision: str = "fp32", place: Place = Place()
+        self, model: nn.Module, x: Tensor, y: Tensor, *, epoch: int, precision: str = "fp32", place: Place = WHOLE
     ) -> Reading:
         """Measures and judges.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..attack.pgd import PGD
 from ..common import checks, troubles
 from ..distributed import ALONE, Ranks
-from ..methods.mining import Place
+from ..methods.mining import WHOLE, Place
 from ..methods.objective import Objective
 from ..methods.registry import class_of, warm_up_of
 from ..methods.settings import Method
@@ -73,7 +73,7 @@ class Phases:
         return self.objective(epoch).method.one_step
 
     def watch(
-        self, model: nn.Module, batch: tuple[Tensor, Tensor], epoch: int, precision: str, place: Place = Place()
+        self, model: nn.Module, batch: tuple[Tensor, Tensor], epoch: int, precision: str, place: Place = WHOLE
     ) -> Reading:
         """Looks at the model after a watched epoch. Warns, and goes over to PGD-AT, where it has overfitted."""
         method = self.objective(epoch).method

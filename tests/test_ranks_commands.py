@@ -1,0 +1,146 @@
+"""The commands under torchrun: one run folder, the same flags, ends and restarts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ham_kernels.common.files import load
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = "--dataset digits --train-images 256 --val-images 40 --test-images 60 --batch-size 64 --epochs 3 --lr 0.02"
+HAM = [*SETTINGS.split(), "--start-epoch", "2", "--ema-decay", "0.5"]
+
+
+def ham(world: int, *arguments: str, cwd: Path, wait: bool = True, status: int | None = 0):
+    """`ham ...` in `world` processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "-m", "ham_kernels", *map(str, arguments)], cwd=cwd, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    if not wait:
+        return process
+    said, _ = process.communicate(timeout=240)
+    assert status is None or process.returncode == status, said
+    return said
+
+
+def newest(run: Path) -> dict:
+    return load(sorted((run / "checkpoints").glob("step_*.pt"))[-1])
+
+
+def far(a: dict, b: dict) -> float:
+    ours, theirs = a["trainer"]["model"], b["trainer"]["model"]
+    return max(float((ours[k].double() - theirs[k].double()).abs().max()) for k in ours)
+
+
+def until(what, process, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """one: of one process; two: of two."""
+    folder = tmp_path_factory.mktemp("ranks")
+    ham(1, "train", *HAM, "--out", "one", "--quiet", cwd=folder)
+    said = ham(2, "train", *HAM, "--out", "two", cwd=folder)
+    assert said.count("two: digits") == 1  # the second process says nothing
+    assert "2 processes, each 32 rows of a batch of 64" in said
+    return folder
+
+
+def test_one_folder_as_of_one_process(runs):
+    assert sorted(p.name for p in (runs / "one").iterdir()) == sorted(p.name for p in (runs / "two").iterdir())
+    assert (runs / "one/config.toml").read_text() == (runs / "two/config.toml").read_text()
+    lines = [[json.loads(line) for line in (runs / name / "metrics.jsonl").open()] for name in ("one", "two")]
+    for one, two in zip(*lines, strict=True):
+        assert one["n"] == two["n"] == 256
+        assert abs(one["n_hard"] - two["n_hard"]) <= 3
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-2)
+    assert json.loads((runs / "two/status.json").read_text())["state"] == "finished"
+
+
+def test_the_same_flags_by_any_number_of_processes(runs):
+    flags = {}
+    for world in (1, 2, 3):
+        ham(world, "evaluate", "one", "--attacks", "clean", "pgd5", "cw3", "--batch-size", "16", "--no-analyses",
+            "--eps", f"0.2{world}", "--step-size", "0.05", "--quiet", cwd=runs)  # fmt: skip
+    for world in (1, 2, 3):
+        ham(world, "evaluate", "one", "--attacks", "clean", "pgd5", "cw3", "--batch-size", "16", "--no-analyses",
+            "--seed", "7", "--quiet", cwd=runs)  # fmt: skip
+        (path,) = (runs / "one/evaluation").glob("*seed7.json")
+        flags[world] = {name: a["correct"] for name, a in json.loads(path.read_text())["attacks"].items()}
+        path.unlink()
+        for store in (runs / "one/evaluation").glob(".*.flags.json"):
+            store.unlink()
+    assert flags[1] == flags[2] == flags[3]
+    assert len(flags[1]["clean"]) == 60
+
+
+def test_a_run_goes_on_with_another_number_of_processes(runs):
+    import shutil
+
+    for name, world in (("four", 4), ("back", 1)):
+        shutil.copytree(runs / "two", runs / name)
+        text = (runs / name / "config.toml").read_text()
+        (runs / name / "config.toml").write_text(re.sub(r"(?m)^epochs = 3$", "epochs = 4", text))
+        ham(world, "train", "--resume", name, "--quiet", cwd=runs)
+    four, back = newest(runs / "four"), newest(runs / "back")
+    assert four["trainer"]["steps_done"] == back["trainer"]["steps_done"] == 16
+    assert far(four, back) < 5e-3
+
+
+def test_sigterm_to_the_launcher_ends_with_a_checkpoint(runs, tmp_path):
+    process = ham(2, "train", *HAM, "--epochs", "200", "--out", "long", cwd=tmp_path, wait=False)
+    until(lambda: (tmp_path / "long/metrics.jsonl").exists() and (tmp_path / "long/metrics.jsonl").read_text(), process)
+    os.kill(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert json.loads((tmp_path / "long/status.json").read_text())["state"] == "interrupted", said
+    assert newest(tmp_path / "long")["trainer"]["steps_done"] > 0
+
+
+def test_one_process_killed_ends_all_and_loses_nothing(runs, tmp_path):
+    process = ham(2, "train", *HAM, "--epochs", "4", "--out", "hit", cwd=tmp_path, wait=False)
+    until(lambda: (tmp_path / "hit/metrics.jsonl").exists() and (tmp_path / "hit/metrics.jsonl").read_text(), process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    began = time.monotonic()
+    process.communicate(timeout=60)
+    assert time.monotonic() - began < 60
+    assert process.returncode != 0
+    ham(2, "train", "--resume", "hit", "--quiet", cwd=tmp_path)
+    ham(2, "train", *HAM, "--epochs", "4", "--out", "whole", "--quiet", cwd=tmp_path)
+    assert far(newest(tmp_path / "hit"), newest(tmp_path / "whole")) == 0.0
+
+
+def test_a_sweep_is_shared_out(tmp_path):
+    said = ham(2, "sweep", "ham", "--seeds", "0", "1", *SETTINGS.split(), "--attacks", "clean", "pgd5", cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    noted = json.loads((folder / "sweep.json").read_text())
+    assert set(noted["runs"].values()) == {"finished"}, said
+    assert len(noted["runs"]) == 2
+    assert (folder / "report/index.html").exists()
+
+
+def test_what_cannot_be_is_said_once_by_each(tmp_path):
+    said = ham(2, "train", *HAM, "--round-to", "8", "--out", "no", cwd=tmp_path, status=None)
+    assert "round_to: got 8 on several processes" in said
+    assert not (tmp_path / "no").exists()
+    assert torch.distributed.is_available()
