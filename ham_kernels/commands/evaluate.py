@@ -54,7 +54,7 @@ def evaluate_run(
     states = {kind: run.load_weights(kind) for kind in _kinds(settings, run)}
     if settings.part not in run.data_facts()["counts"]:
         raise ValueError(f"part: got {settings.part!r}, but {run.path} was trained without validation images")
-    images, *_ = run_images.find(told, run, settings.path)  # not others, which would be split anew
+    images, *_ = run_images.find(told, run, settings.path, generated=False)  # not others, which would be split anew
     with run.alone("evaluation/.lock"):
         judges = [
             _Judge(run, kind, state, told, what, under, images, model, other, device, quiet)

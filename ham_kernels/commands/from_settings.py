@@ -108,7 +108,7 @@ def loaders_of(settings: TrainSettings, images: data.ImageSet | data.FileSet, de
     d = settings.data
     return data.loaders(
         images, d.batch_size, seed=settings.run.seed, augment=d.augment, balanced=d.balance == "sampler", device=device,
-        workers=d.workers,
+        workers=d.workers, generated_share=d.generated_share,
     )  # fmt: skip
 
 
