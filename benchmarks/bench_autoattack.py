@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     told = run.settings()
     device = device_of(args.device)
     model = load_model(args.run, "last" if told.run.ema_decay is None else "ema", device).eval()
-    images, *_ = run_images.find(told, run)
+    images, *_ = run_images.find(told, run, generated=False)
     loader = data.part_loader(images.limit("test", args.images), "test", args.images, device=device, workers=0)
     ((x, y),) = [(x.to(device), y.to(device)) for x, y in loader]
     attack = told.attack

@@ -59,7 +59,7 @@ def evaluate_run(
     if settings.part not in run.data_facts()["counts"]:
         raise ValueError(f"part: got {settings.part!r}, but {run.path} was trained without validation images")
     with ranks.first_alone("the search for the images"):
-        images, *_ = run_images.find(told, run, settings.path)  # not others, which would be split anew
+        images, *_ = run_images.find(told, run, settings.path, generated=False)  # not others, which would be split anew
     quiet = quiet or not run.writes
     with run.alone("evaluation/.lock"):
         judges = [

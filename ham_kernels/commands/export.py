@@ -108,7 +108,7 @@ def about_of(run: RunFolder, kind: str, state: dict[str, Any]) -> dict[str, Any]
 
 def _first_shape(told: TrainSettings, run: RunFolder) -> tuple[int, ...]:
     """Of runs that did not note it: from the images."""
-    images, *_ = run_images.find(told, run)
+    images, *_ = run_images.find(told, run, generated=False)
     return run_images.shape_of(images)
 
 

@@ -113,7 +113,7 @@ def loaders_of(
     d = settings.data
     return data.loaders(
         images, d.batch_size, seed=settings.run.seed, augment=d.augment, balanced=d.balance == "sampler", device=device,
-        workers=d.workers, rank=ranks.rank, world=ranks.world,
+        workers=d.workers, generated_share=d.generated_share, rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ def model_card(about: dict[str, Any], judged: dict[str, Any], run: RunFolder) ->
         "## Data",
         "",
         f"{about['dataset']}, images: {counts}. Classes: {', '.join(map(str, about['classes']))}.",
+        *_generated(run, facts),
         "",
         "## Threat model",
         "",
@@ -66,6 +67,13 @@ def _settings(about: dict[str, Any], run: RunFolder) -> list[str]:
         f"augmentation {s.data.augment}.",
         f"Attack: K = {a.steps}, step {a.step_size:g}. {s.run.precision}, seed {s.run.seed}.",
     ]
+
+
+def _generated(run: RunFolder, facts: dict[str, Any]) -> list[str]:
+    if facts.get("generated") is None:
+        return []
+    share, images = run.settings().data.generated_share, facts["generated"]["images"]
+    return [f"Of each training batch a share of {share:g} was drawn from {images} generated images."]
 
 
 def _epoch(about: dict[str, Any]) -> str:

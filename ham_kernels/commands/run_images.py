@@ -17,13 +17,13 @@ from ..common import troubles
 from ..runs.folder import RunFolder
 from ..runs.settings import TrainSettings
 
-_PLACES = ("path", "root")  # settings that say where images lie
+_PLACES = ("path", "root", "generated")  # settings that say where images lie
 
 
 def images_of(settings: TrainSettings) -> data.ImageSet | data.FileSet:
     """The data set, cut to size, with its validation images set aside (the same ones for every seed)."""
     d = settings.data
-    images = data.load(d.dataset, d.path, root=d.root, download=d.download, size=d.size)
+    images = data.load(d.dataset, d.path, root=d.root, download=d.download, size=d.size, generated=d.generated)
     if images.y_val is not None:  # a part of its own
         images = images.subset(d.train_images, d.test_images)
     else:
@@ -42,13 +42,14 @@ def images_of(settings: TrainSettings) -> data.ImageSet | data.FileSet:
 
 
 def find(
-    settings: TrainSettings, run: RunFolder | None = None, path: str | None = None
+    settings: TrainSettings, run: RunFolder | None = None, path: str | None = None, *, generated: bool = True
 ) -> tuple[data.ImageSet | data.FileSet, dict[str, Any], dict[str, Any]]:
     """Images, what a run notes of them (`facts_of`), and where they lie.
 
     Args:
         run: one that goes on or is judged: its images are looked for where they were, then where its config.toml says.
         path: where they lie now instead.
+        generated: those of a generated file too, which only a training needs.
     Raises: FileNotFoundError naming the line of config.toml and the flag; ValueError where they are not the run's.
     """
     before = {} if run is None else run.places()
@@ -60,6 +61,8 @@ def find(
         now["path"] = path
     elif run is not None and now["path"] is not None and not Path(now["path"]).exists():
         raise FileNotFoundError(_gone(run, now["path"], before))
+    if not generated:
+        now["generated"] = None
     images = images_of(replace(settings, data=replace(settings.data, **now)))
     # by the name that the run first knew it by: a data set may move as a whole
     named = before.get("path", {}).get("named", settings.data.path) or now["path"]
@@ -89,7 +92,8 @@ def _gone(run: RunFolder, path: str, before: dict[str, Any]) -> str:
 def facts_of(images: data.ImageSet | data.FileSet, path: str | None = None, named: str | None = None) -> dict[str, Any]:
     """What a run notes of its images: classes, shape, counts, and a digest of pixels (or file names) and labels.
 
-    Of files also one of the sizes of all and the bytes of some, since reading all takes as long as an epoch.
+    Of files also one of the sizes of all and the bytes of some, since reading all takes as long as an epoch; of
+    generated images the checksums that their file tells.
 
     Args:
         path: where class folders were read.
@@ -112,7 +116,11 @@ def facts_of(images: data.ImageSet | data.FileSet, path: str | None = None, name
         "class_counts": {part: list(counts.values()) for part, counts in images.class_counts.items()},
         "sha256": digest.hexdigest(),
     }  # fmt: skip
-    return facts if isinstance(images, data.ImageSet) else {**facts, "files_sha256": held.hexdigest()}
+    if isinstance(images, data.FileSet):
+        return {**facts, "files_sha256": held.hexdigest()}
+    if (made := images.generated) is not None:
+        facts["generated"] = {"images": len(made), "crc32": [f"{value:08x}" for value in made.crc32]}
+    return facts
 
 
 def shape_of(images: data.ImageSet | data.FileSet) -> tuple[int, int, int]:

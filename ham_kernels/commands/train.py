@@ -15,6 +15,7 @@ import torch
 from ..common import checks, troubles
 from ..common.one_class import answers_one_class
 from ..data.batches import mixed_seed
+from ..data.table import generated_rows
 from ..distributed import RankError, Ranks, start
 from ..runs.checkpoints import random_states, set_random_states
 from ..runs.folder import RunFolder
@@ -295,6 +296,9 @@ class _Job:
         millions = sum(p.numel() for p in trainer.model.parameters()) / 1e6
         say(f"{name}: {images}, {s.model.name} ({millions:.2f} M parameters), {s.method.describe(s.warm_up.name)}")
         say(run_images.task_in_words(self.facts))
+        if (made := self.facts.get("generated")) is not None:
+            rows = generated_rows(s.data.batch_size, s.data.generated_share)
+            say(f"{rows} of {s.data.batch_size} rows of a batch are of {made['images']} images of {s.data.generated}")
         say(
             f"eps {s.attack.eps:g}, step {s.attack.step_size:g}, K {s.attack.steps}, {s.attack.norm}; {s.optim.epochs} "
             f"epochs of {len(self.loaders.train)} batches on {trainer.device}, {s.run.precision}, seed {s.run.seed}"

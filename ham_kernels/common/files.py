@@ -11,6 +11,7 @@ import hashlib
 import io
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ def checksum(data: bytes | memoryview, path: str | Path) -> str:
 
 def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
     """After this returns, `path` holds the parts on the disk; if it does not return, it is as it was before."""
+    write_parts(path, parts)
+
+
+def write_parts(path: str | Path, parts: Iterable[bytes | memoryview]) -> None:
+    """As `write_atomically`, of parts that need not be in memory together."""
     path = Path(path)
     try:
         _write_atomically(path, parts)
@@ -90,7 +96,7 @@ def write_atomically(path: str | Path, *parts: bytes | memoryview) -> None:
         raise type(error)(error.errno, f"{error.strerror}, writing", str(path)) from error
 
 
-def _write_atomically(path: Path, parts: tuple[bytes | memoryview, ...]) -> None:
+def _write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from .files import FileBatches
     from .folders import class_folders
     from .loading import Loaders, loaders, part_loader
+    from .mixed import MixedBatches
     from .named import digits
-    from .sets import FileSet, ImageSet
+    from .sets import FileSet, GeneratedImages, ImageSet
     from .sources import load
     from .table import SETS, SetFacts
 
@@ -26,8 +27,10 @@ _HOMES = {
     "Batches": "batches",
     "FileBatches": "files",
     "FileSet": "sets",
+    "GeneratedImages": "sets",
     "ImageSet": "sets",
     "Loaders": "loading",
+    "MixedBatches": "mixed",
     "SETS": "table",
     "SetFacts": "table",
     "class_folders": "folders",
@@ -42,8 +45,10 @@ __all__ = [
     "Batches",
     "FileBatches",
     "FileSet",
+    "GeneratedImages",
     "ImageSet",
     "Loaders",
+    "MixedBatches",
     "SetFacts",
     "class_folders",
     "digits",

@@ -130,33 +130,36 @@ class Batches(EpochLoader):
         # a tensor: divided by a number, a GPU multiplies by its inverse, which rounds differently
         self._white = torch.tensor(255.0, device=self.device)
         most = -(-min(batch_size, len(x)) // self.world)
-        self._windows = None if augment == "none" else _Windows(x.shape, most, self.device)
+        self._windows = None if augment == "none" else Windows(x.shape, most, self.device)
 
     def _batches(self, first: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order, top, left, step = self._draws(epoch)
+        generator = epoch_generator(self.seed, epoch)
+        order = self._order(generator).to(self.device)
+        draws = self._draws(generator)
         for b in range(first, len(self)):
             here = self._places(b)
             if self.shuffle or self.balanced:
                 x, y = self._x.index_select(0, order[here]), self._y.index_select(0, order[here])
             else:
                 x, y = self._x[here], self._y[here]
-            if self._windows is not None:
-                x = self._windows.read(x, top[here], left[here], step[here])
-            yield torch.div(x, self._white), y
+            yield self._seen(x, draws[:, here]), y
 
-    def _draws(self, epoch: int) -> Tensor:
-        """(4, n) int64: order; and by position in it the window's top line, its first column, and the step from a
-        column to the next: 1, or -1 where the window is read from right to left."""
-        generator, n, width = epoch_generator(self.seed, epoch), self.rows, self._x.shape[3]
-        order = self._order(generator)
+    def _draws(self, generator: torch.Generator) -> Tensor:
+        """(3, rows) int64, by place in the order: the window's top line, its first column, and the step from a column
+        to the next: 1, or -1 where the window is read from right to left."""
+        n, width = self.rows, self._x.shape[3]
         top, left = torch.randint(0, 2 * PAD + 1, (2, n), generator=generator)
         mirrored = torch.randint(0, 2, (n,), generator=generator)
         if self.augment != "crop+flip":
             mirrored = torch.zeros_like(mirrored)
-        return torch.stack([order, top, left + (width - 1) * mirrored, 1 - 2 * mirrored]).to(self.device)
+        return torch.stack([top, left + (width - 1) * mirrored, 1 - 2 * mirrored]).to(self.device)
+
+    def _seen(self, x: Tensor, draws: Tensor) -> Tensor:
+        """uint8 (b, C, H, W) -> its windows in [0, 1]; draws (3, b)."""
+        return torch.div(x if self._windows is None else self._windows.read(x, *draws), self._white)
 
 
-class _Windows:
+class Windows:
     """Windows of padded images, in bytes: whole lines are gathered first, then columns within them."""
 
     def __init__(self, shape: torch.Size, batch_size: int, device: torch.device):

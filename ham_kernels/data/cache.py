@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torch import Tensor
 
-from ..common import files, troubles
+from ..common import files, locks, troubles
 from .sets import ImageSet
 
 VERSION = 4  # of what a file holds, and of how class folders are read and resized
@@ -40,6 +41,38 @@ def cached(folder: Path | None, source: Path, size: int | None, state: list, bui
             if old != file:
                 old.unlink(missing_ok=True)
     return images
+
+
+def cached_file(folder: Path, source: Path, suffix: str, state: list, size: int, parts: Iterable[bytes]) -> Path:
+    """The file of `size` bytes that `parts` are: written where there is none yet, and to be mapped where it lies.
+
+    Args:
+        folder: of the cache files.
+        source, state: as for `cached`.
+        parts: what the file holds; read only where it is not there.
+    A file of another size is reported with one warning and written anew. Of several processes one writes, and the
+    others wait for it. Raises: OSError.
+    """
+    where = _digest([VERSION, str(source.resolve()), suffix])
+    file = folder / f"{source.name[:60]}-{where[:12]}-{_digest(state)[:20]}{suffix}"
+    if _is_whole(file, size):
+        return file
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f".{where[:12]}.lock").open("w") as lock:
+        while not locks.take(lock):
+            time.sleep(0.1)
+        if not _is_whole(file, size):
+            if file.exists():
+                troubles.warn("cache_damaged", file=file, error=f"{file.stat().st_size} bytes of {size}")
+            files.write_parts(file, parts)
+        for old in folder.glob(f"*-{where[:12]}-*{suffix}"):
+            if old != file:
+                old.unlink(missing_ok=True)  # a process that has it mapped keeps it
+    return file
+
+
+def _is_whole(file: Path, size: int) -> bool:
+    return file.exists() and file.stat().st_size == size
 
 
 def _digest(value: list) -> str:

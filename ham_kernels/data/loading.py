@@ -10,17 +10,19 @@ import torch
 from ..common import checks
 from .batches import Batches
 from .files import FileBatches
+from .mixed import MixedBatches
 from .sets import FileSet, ImageSet
-from .table import AUGMENTATIONS
+from .table import AUGMENTATIONS, GENERATED_SHARE
 
 EVAL_BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
 class Loaders:
-    """Training batches, shuffled and augmented; validation (None without hold_out) and test batches, in order."""
+    """Training batches, shuffled and augmented, those of generated images mixed in; validation (None without hold_out)
+    and test batches, in order."""
 
-    train: Batches | FileBatches
+    train: Batches | FileBatches  # MixedBatches are Batches
     val: Batches | FileBatches | None
     test: Batches | FileBatches
 
@@ -32,7 +34,7 @@ class Loaders:
 def loaders(
     images: ImageSet | FileSet, batch_size: int, *, seed: int = 0, augment: str, balanced: bool = False,
     device: torch.device | str = "cpu", workers: int = 0, size: int | None = None,
-    eval_batch_size: int = EVAL_BATCH_SIZE, rank: int = 0, world: int = 1,
+    eval_batch_size: int = EVAL_BATCH_SIZE, generated_share: float = GENERATED_SHARE, rank: int = 0, world: int = 1,
 ) -> Loaders:  # fmt: skip
     """Loaders of (x float32 in [0, 1], y int64) on `device` for all parts of a data set.
 
@@ -50,6 +52,8 @@ def loaders(
         workers: processes that decode a FileSet's images; an ImageSet needs none.
         size: height and width that a FileSet's images are cropped to; None: what it was loaded with, else 224.
         eval_batch_size: of the other parts.
+        generated_share: in (0, 1): of a training batch, where the set has generated images; `mixed.MixedBatches` says
+            what an epoch then is. It cannot be `balanced` too.
         rank, world: which of how many processes this is; 0 <= rank < world. Its training batches are rows
             `batches.slice_of(b, rank, world)` of each global batch of b rows, perhaps none. Validation and test batches
             are whole on every rank.
@@ -57,10 +61,20 @@ def loaders(
     """
     checks.choice("augment", augment, AUGMENTATIONS)
     how, mine = {"device": device, "workers": workers, "size": size}, {"rank": rank, "world": world}
+    if isinstance(images, ImageSet) and images.generated is not None:
+        if checks.flag("balanced", balanced):
+            raise ValueError(
+                "balanced: got True with generated images, which a batch has a fixed share of; leave it out"
+            )
+        train = MixedBatches(
+            images.x_train, images.y_train, batch_size, generated=images.generated, generated_share=generated_share,
+            augment=augment, seed=seed, device=device, **mine,
+        )  # fmt: skip
+    else:
+        shuffled = {"shuffle": True, "augment": augment, "seed": seed, "balanced": balanced}
+        train = _loader(images, "train", batch_size, **shuffled, **how, **mine)
     return Loaders(
-        _loader(
-            images, "train", batch_size, shuffle=True, augment=augment, seed=seed, balanced=balanced, **how, **mine
-        ),
+        train,
         None if images.y_val is None else part_loader(images, "val", eval_batch_size, **how),
         part_loader(images, "test", eval_batch_size, **how),
     )

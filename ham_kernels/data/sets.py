@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,6 +77,23 @@ class _Parts:
         return {f"{self._kind}_{into}": pick(images, rows), f"y_{into}": labels[rows]}
 
 
+@dataclass(frozen=True)
+class GeneratedImages:
+    """Images of a generative model, to train on beside a set's own; `npz.read` gives them.
+
+    images: uint8 (n, H, W, C), mapped from a file, so that a batch reads its rows and nothing else.
+    labels: (n,) unsigned.  path: of the .npz.  crc32: of the two arrays, as the file tells them.
+    """
+
+    path: Path
+    images: np.memmap
+    labels: np.ndarray
+    crc32: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
 @dataclass
 class ImageSet(_Parts):
     """A data set in memory: uint8 images (n, C, H, W) and int64 labels."""
@@ -91,6 +110,7 @@ class ImageSet(_Parts):
     y_val: Tensor | None = None
     left_out: dict[str, int] = field(default_factory=dict)  # files where it was read that are no images, by kind
     empty: tuple[str, ...] = ()  # folders where it was read without an image
+    generated: GeneratedImages | None = None  # beside x_train, and in none of the counts
 
     def __post_init__(self):
         for part in self.counts:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..common import checks
+from . import npz
 from .folders import class_folders
 from .named import digits, from_torchvision, is_files
 from .sets import FileSet, ImageSet
-from .table import SETS
+from .table import IN_MEMORY, SETS
 
 
 def load(
     dataset: str, path: str | Path | None = None, *, root: str | Path = "data", download: bool = True,
-    size: int | None = None, cache: bool = True,
+    size: int | None = None, cache: bool = True, generated: str | Path | None = None,
 ) -> ImageSet | FileSet:  # fmt: skip
     """A data set by name, or a folder or tar of class folders.
 
@@ -25,11 +27,32 @@ def load(
         size: of images that come as files (path, "imagenette", "imagenette32"). Up to 64 they are resized to
             size x size and kept in memory ("imagenette32" is 32 by itself); above, loaders crop them to it.
         cache: keep decoded images in root/cache.
+        generated: an .npz of generated images to train on beside the training part, as DeepMind and Wang et al. publish
+            them: image uint8 (n, H, W, C) of the set's size, label (n,) in the order of its classes. They stay on the
+            disk (see `npz.read`), and are in none of the set's parts; `loaders` mixes them into training batches.
     Returns: an ImageSet, or a FileSet where the files differ in size or are large.
-    Raises: FileNotFoundError where a data set is missing and not to be had, saying what to put where; TypeError,
-        ValueError naming the argument.
+    Raises: FileNotFoundError where a data set is missing and not to be had, saying what to put where; OSError,
+        TypeError, ValueError naming the argument.
     """
     checks.flag("download", download)
+    if generated is not None:
+        npz.check_there(Path(generated))  # before a data set is fetched
+    images = _load(dataset, path, root, download, size, cache)
+    if generated is None:
+        return images
+    if isinstance(images, FileSet):
+        raise ValueError(
+            f"generated: got {generated}, but the images of {images.name} stay files, and it is mixed with images in "
+            f"memory only; resize them to at most {IN_MEMORY} pixels (size=)"
+        )
+    folder = Path(root) / "cache" if cache else None
+    found = npz.read(Path(generated), tuple(images.x_train.shape[1:]), len(images.classes), folder)
+    return replace(images, generated=found)
+
+
+def _load(
+    dataset: str, path: str | Path | None, root: str | Path, download: bool, size: int | None, cache: bool
+) -> ImageSet | FileSet:
     if path is not None:
         return class_folders(path, root=root, size=size, cache=cache)
     if dataset not in SETS:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 AUGMENTATIONS = ("none", "crop", "crop+flip")
 CROP_SIZE = 224  # of files, ImageNet's usual one
 IN_MEMORY = 64  # pixels per side up to which images of one size are kept as tensors
+GENERATED_SHARE = 0.7  # of a batch, as Rebuffi et al. and Wang et al. have it with a million generated images
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,17 @@ SETS: dict[str, SetFacts] = {
     "imagenette": SetFacts("Imagenette", 10, 3, 224, "crop+flip", in_memory=False),
     "imagenette32": SetFacts("Imagenette 32x32", 10, 3, 32, "crop+flip"),
 }
+
+
+def generated_rows(batch_size: int, share: float) -> int:
+    """Rows of a batch that are generated images: the integer nearest to share * batch_size (of two the even one).
+
+    Raises: ValueError naming generated_share where no generated or no real row would be left.
+    """
+    rows = round(share * batch_size)
+    if not 1 <= rows < batch_size:
+        raise ValueError(
+            f"generated_share: got {share:g} with batch_size={batch_size}, so {rows} rows of a batch would be "
+            "generated; there must be at least one, and one real"
+        )
+    return rows

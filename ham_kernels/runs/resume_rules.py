@@ -11,7 +11,7 @@ from .config_file import merge, to_dict
 from .settings import TrainSettings, lr_factor
 
 _FREE = {
-    "data": ("path", "root", "download", "workers"),  # data.json tells whether the images are the same
+    "data": ("path", "root", "download", "workers", "generated"),  # data.json tells whether the images are the same
     "optim": ("epochs",),  # as far as the learning rate of the epochs done stays
     "run": ("device", "label", "checkpoint_minutes", "log"),
     "engine": ("channels_last", "compile", "cuda_graphs", "winograd", "keep_memory"),  # how, not what
@@ -55,11 +55,13 @@ def _same(name: str, then: Any, now: Any) -> None:
 
 
 def _fixed(settings: TrainSettings) -> dict[str, dict]:
-    return {
+    fixed = {
         section: {k: v for k, v in values.items() if k not in _FREE.get(section, ())}
         for section, values in to_dict(settings).items()
         if section != "method"
     }
+    fixed["data"]["generated"] = settings.data.generated is not None  # the file may move
+    return fixed
 
 
 def _decides(method: Method, epoch: int, settings: TrainSettings) -> Any:

@@ -17,6 +17,7 @@ from annotated_types import Ge, Gt, Lt
 
 from ..common import field_types
 from ..common.field_types import Words
+from ..data.table import GENERATED_SHARE, generated_rows
 from ..methods.ham import HAM
 from ..methods.registry import warm_up_of
 from ..methods.settings import Method
@@ -65,6 +66,25 @@ class DataSettings(ImageSettings):
     ] = "none"
     """For classes with unlike many images. weights: rows weigh by how few their class has, 1 on average, on top of the
     method's weights. sampler: rows are drawn with replacement, all classes equally often."""
+    generated: Annotated[str | None, Words("with {}")] = None
+    """An .npz of generated images to train on too: arrays image, uint8 (n, height, width, channels), and label (n,)."""
+    generated_share: Annotated[float, Gt(0), Lt(1), Words("{} generated")] = GENERATED_SHARE
+    """Of the rows of each training batch; an epoch has as many batches as without."""
+
+    def check(self) -> None:
+        """Raises: ValueError naming the field."""
+        if self.generated is None:
+            if self.generated_share != GENERATED_SHARE:
+                raise ValueError(
+                    f"generated_share: got {self.generated_share:g}, which has no effect without generated"
+                )
+            return
+        generated_rows(self.batch_size, self.generated_share)
+        if self.balance != "none":
+            raise ValueError(
+                f"balance: got {self.balance!r} with generated images, which a batch has a fixed share of; it must be "
+                "'none'"
+            )
 
 
 @dataclass(frozen=True)
@@ -215,6 +235,7 @@ class TrainSettings:
         check_step(self.attack.step_size, self.attack.norm)
         optim, method = self.optim, self.method
         method.attack_steps(self.attack.steps)
+        self.data.check()
         self.model.check()
         self.optim.check()
         if len(optim.milestones) != len(optim.lr_decay):

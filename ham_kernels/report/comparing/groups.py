@@ -103,6 +103,8 @@ def settings_of(run: Run) -> dict[str, Any]:
     usual = to_dict(TrainSettings())
     younger = {f"{section}.{key}": usual[section][key] for section, keys in _YOUNGER.items() for key in keys}
     flat = {key: value for key, value in ((younger if flat else {}) | flat).items() if key not in NOT_SETTINGS}
+    if "data.generated" not in flat:
+        flat.pop("data.generated_share", None)
     method = run.method
     if method is None:
         return flat

@@ -18,7 +18,9 @@ _SETTINGS = {
     "epochs": "optim.epochs", "learning rate": "optim.lr", "K": "attack.steps", "step size": "attack.step_size",
     "first epoch that mines": "method.start_epoch", "M": "method.screen_steps", "λ": "method.lam",
     "decay of the weight average": "run.ema_decay", "precision": "run.precision",
+    "generated images": "data.generated", "their share of a batch": "data.generated_share",
 }  # fmt: skip
+_OFF_IF_MISSING = ("data.train_images", "data.generated", "data.generated_share")  # others are unknown then
 _TABLES = {
     "table": paper_table, "worth": worth_table, "accuracies": all_accuracies, "confusions": confusion_table,
     "by_class": class_tables,
@@ -69,6 +71,8 @@ def _shared_settings(groups: Sequence[dict]) -> list[str]:
     found = []
     for words, key in _SETTINGS.items():
         asked = [g["settings"] for g in groups if g["mines_hard_rows"] or not key.startswith("method.")]
-        values = {str(settings[key]) for settings in asked if settings.get(key) is not None}
-        found += [f"{words} {value}" for value in values if len(values) == 1]
+        values = {None if settings.get(key) is None else str(settings[key]) for settings in asked}
+        if key not in _OFF_IF_MISSING:
+            values.discard(None)
+        found += [f"{words} {value}" for value in values if len(values) == 1 and value is not None]
     return found
