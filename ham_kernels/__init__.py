@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from .common.lazy import names_of
 
 if TYPE_CHECKING:
-    from . import data, methods, models, ops
+    from . import data, distributed, methods, models, ops
     from .attack.pgd import PGD, pgd_attack
     from .commands.adopt import adopt
     from .commands.from_settings import load_model
@@ -52,7 +52,7 @@ _HOMES = {
     "resume": "commands.train",
     "train": "commands.train",
 }
-_MODULES = ("data", "methods", "models", "ops", "recipes")
+_MODULES = ("data", "distributed", "methods", "models", "ops", "recipes")
 
 __all__ = [
     "PGD",
@@ -69,6 +69,7 @@ __all__ = [
     "Trainer",
     "adopt",
     "data",
+    "distributed",
     "evaluate",
     "ham_loss",
     "load_model",

@@ -146,7 +146,7 @@ def check_moves(rank: int, world: int, store: str, seed: int) -> None:
             row for tensors in every for row in as_rows(tensors)
         )
 
-        home = [back(t, even, rank, dist.group.WORLD) for t in moved]
+        home = back(moved, even, rank, dist.group.WORLD)
         assert all(map(torch.equal, home, copies))
         assert all(t.is_contiguous(memory_format=order) for t in home[:2])
 

@@ -27,6 +27,8 @@ SWITCHES = {
     "gairat": {"start_epoch": 1},
     "dafa": {"class_from": 2},
     "trades_stop": {"early_drop": True, "easy": "stop", "screen_steps": 2},
+    "gairat_stop": {"start_epoch": 1, "early_drop": True, "easy": "stop", "screen_steps": 2, "reweight": True},
+    "ham_at_home": {"start_epoch": 1, "screen_steps": 2},  # hard rows do not move
 }
 
 
@@ -96,7 +98,7 @@ def trained(rank: int, key: str, updates: int = 3, world: int | None = None, **f
 
 
 def all_trained(rank: int, keys, world: int | None = None) -> dict:
-    return {key: trained(rank, key, world=world) for key in keys}
+    return {key: trained(rank, key, world=world, rebalance=key != "ham_at_home") for key in keys}
 
 
 def far(a, b) -> float:

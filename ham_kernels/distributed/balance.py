@@ -4,7 +4,7 @@
     if pays(counts, rows=128):
         x, x_adv, y = move([x, x_adv, y], even, rank, group)
         ...                                    # attack, targets[rank] rows
-        x_adv = back(x_adv, even, rank, group) # only where every rank updates on its own rows
+        (x_adv,) = back([x_adv], even, rank, group)  # only where every rank updates on its own rows
 
 Rows move before the update and no gradient goes with them.
 """
@@ -90,6 +90,8 @@ def pays(counts: Sequence[int], rows: int) -> bool:
 def move(tensors: Sequence[Tensor], plan: Plan, rank: int, group: dist.ProcessGroup | None) -> list[Tensor]:
     """The rows that `rank` has after the plan: first its own that stay, then those that arrive, by rank of origin.
 
+    All tensors of a row travel as one string of bytes, in one message to each rank that gets some.
+
     Args:
         tensors: (counts[rank], ...) each, of any dtype, on this rank's device. Ranks give the same number of tensors
             of the same dtypes and row shapes; memory formats may differ, and each rank's stays as it is.
@@ -98,18 +100,18 @@ def move(tensors: Sequence[Tensor], plan: Plan, rank: int, group: dist.ProcessGr
     Returns: (targets[rank], ...) each, without gradient. On a rank that gets nothing they are views of `tensors`.
     """
     table = plan.counts[rank], plan.targets[rank], plan.sends(rank), plan.receives(rank)
-    return [_exchange(tensor, *table, anyone=plan.moved > 0, group=group) for tensor in tensors]
+    return _exchange(tensors, *table, anyone=plan.moved > 0, group=group)
 
 
-def back(tensor: Tensor, plan: Plan, rank: int, group: dist.ProcessGroup | None) -> Tensor:
+def back(tensors: Sequence[Tensor], plan: Plan, rank: int, group: dist.ProcessGroup | None) -> list[Tensor]:
     """Undoes `move` for what was made of each row: (targets[rank], ...) to (counts[rank], ...), in the first order."""
     table = plan.targets[rank], plan.counts[rank], plan.receives(rank), plan.sends(rank)
-    return _exchange(tensor, *table, anyone=plan.moved > 0, group=group)
+    return _exchange(tensors, *table, anyone=plan.moved > 0, group=group)
 
 
 @torch.no_grad()
 def _exchange(
-    tensor: Tensor,
+    tensors: Sequence[Tensor],
     have: int,
     want: int,
     sends: list[int],
@@ -117,29 +119,40 @@ def _exchange(
     *,
     anyone: bool,  # on any rank sends; without, no rank waits for this one
     group: dist.ProcessGroup | None,
-) -> Tensor:
-    """The first rows of `tensor`, and behind them those that arrive: `want` rows for `have`."""
-    kept, tensor = min(have, want), tensor.detach()
-    if tensor.shape[:1] != (have,):
-        raise ValueError(f"tensor: got shape {tuple(tensor.shape)}; by the plan this rank has {have} rows")
+) -> list[Tensor]:
+    """The first rows of each tensor, and behind them those that arrive: `want` rows for `have`."""
+    kept, tensors = min(have, want), [t.detach() for t in tensors]
+    for t in tensors:
+        if t.shape[:1] != (have,):
+            raise ValueError(f"tensors: got shape {tuple(t.shape)}; by the plan this rank has {have} rows")
     assert (kept + sum(sends), kept + sum(receives)) == (have, want), "rows would be lost or made"
     if not anyone:
-        return tensor
-    # Images travel in NHWC order, whatever their format here: a rank without rows may have another than the senders.
-    images = tensor.dim() == 4
-    leaving = tensor[kept:].permute(0, 2, 3, 1) if images else tensor[kept:]
-    arriving = leaving.new_empty(want - kept, *leaving.shape[1:])
-    dist.all_to_all_single(_bytes(arriving), _bytes(leaving.contiguous()), receives, sends, group=group)
+        return tensors
+    leaving = [_bytes(t[kept:]) for t in tensors]
+    packed = torch.cat(leaving, 1)
+    arriving = packed.new_empty(want - kept, packed.shape[1])
+    dist.all_to_all_single(arriving, packed, receives, sends, group=group)
     if want == kept:
-        return tensor[:kept]
-    nhwc = images and tensor.stride(1) < tensor.stride(3)  # strides tell it even of a tensor without rows
-    order = torch.channels_last if nhwc else torch.contiguous_format
-    whole = torch.empty((want, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device, memory_format=order)
-    whole[:kept] = tensor[:kept]
-    whole[kept:] = arriving.permute(0, 3, 1, 2) if images else arriving
-    return whole
+        return [t[:kept] for t in tensors]
+    parts = arriving.split([part.shape[1] for part in leaving], 1)
+    return [_joined(t, kept, part) for t, part in zip(tensors, parts, strict=True)]
 
 
 def _bytes(rows: Tensor) -> Tensor:
-    """(n, bytes of a row) of a contiguous tensor, in its memory: backends know few dtypes, but all know bytes."""
-    return rows.view(len(rows), math.prod(rows.shape[1:])).view(torch.uint8)
+    """(n, bytes of a row), uint8. Images are in NHWC order, whatever their format: a rank without rows may have another
+    than the senders."""
+    rows = rows.permute(0, 2, 3, 1) if rows.dim() == 4 else rows
+    return rows.reshape(len(rows), math.prod(rows.shape[1:])).contiguous().view(torch.uint8)
+
+
+def _joined(tensor: Tensor, kept: int, arrived: Tensor) -> Tensor:
+    """The first `kept` rows of a tensor and those in `arrived`, as `_bytes` has them, in the tensor's own format."""
+    n, shape = kept + len(arrived), tensor.shape[1:]
+    images = tensor.dim() == 4
+    rows = arrived.clone(memory_format=torch.contiguous_format).view(tensor.dtype)  # of one row too, aligned anew
+    rows = rows.view(-1, *shape[1:], shape[0]).permute(0, 3, 1, 2) if images else rows.view(-1, *shape)
+    nhwc = images and tensor.stride(1) < tensor.stride(3)  # strides tell it even of a tensor without rows
+    order = torch.channels_last if nhwc else torch.contiguous_format
+    whole = torch.empty((n, *shape), dtype=tensor.dtype, device=tensor.device, memory_format=order)
+    whole[:kept], whole[kept:] = tensor[:kept], rows
+    return whole

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..attack.pgd import PGD, ActiveSet, Attack
 from ..distributed import ALONE, Meeting, Ranks
+from ..distributed.balance import Plan, back, move, pays, plan
 from ..engine import PLAIN, Engine
 from ..engine.host_reads import WIDTH
 from ..ops._philox import ROWS, philox_uniform
@@ -36,20 +37,21 @@ class Place:
     first_row: int = 0
     n: int | None = None  # rows of the whole batch; None: as many as are here
     meeting: Meeting | None = None  # where the processes meet when they have looked
+    rebalances: bool = True  # hard rows move to processes that have fewer, for the rest of the attack and the update
 
 
 WHOLE = Place()  # of a batch that this process has alone
 
 
 @contextmanager
-def place_of(ranks: Ranks, rows: Sequence[float], device: torch.device) -> Iterator[Place]:
+def place_of(ranks: Ranks, rows: Sequence[float], device: torch.device, rebalances: bool = True) -> Iterator[Place]:
     """The place of this process in a batch of which process r has rows[r]; an error within is told to the others."""
     if not ranks.several:
         yield WHOLE
         return
     sizes = [int(n) for n in rows]
     with Meeting(ranks, WIDTH, device) as meeting:
-        yield Place(ranks, sum(sizes[: ranks.rank]), sum(sizes), meeting)
+        yield Place(ranks, sum(sizes[: ranks.rank]), sum(sizes), meeting, rebalances)
 
 
 @dataclass
@@ -138,8 +140,9 @@ def mine(
         look = _look(method, attack, ranks)
         order, count = _ops.compact(hard)
         counts = attack.guard.read(count if sizes is None else _of_each(hard, sizes))  # the one read of the step
-        n_hard = sum(counts)
+        n_hard, even = sum(counts), None
         if ranks.several:  # they are those of each process
+            even = _even(counts, place, method)
             counts = [counts[ranks.rank]]
         if ranks.several and method.rows == "random":
             order, n_finished = _random_here(place, len(y), n_hard, seed, step, y.device)
@@ -150,20 +153,47 @@ def mine(
             _jump(whole, before, _flags_of(index, hard), pgd, method)
         if n_finished or (ranks.several and n_hard):  # no row here, but a sharded model's forward takes all processes
             attack.keep(index)
+            if even is not None:
+                attack.rows = _moved(attack.rows, even, ranks)
             attack.steps(pgd.steps - method.screen_steps)
     found = {"n_hard": sum(counts), "hard": hard, "hard_counts": counts, "no_gradient": attack.guard.no_gradient}
     found["look"] = look
     if method.easy != "drop":
+        if even is not None:
+            attack.rows = _moved(attack.rows, even, ranks, home=True)
         if whole.right is not None:
             whole.right.fill_(pgd.steps)  # what a row resists at M it mostly resists to the end
         if n_finished:
             _put_back(whole, attack.rows, index.long())
         return _placed(replace(_examples(whole, len(y)), **found), method, place, n_hard)
-    kept = attack.rows if n_finished else whole.named(index)
+    kept = attack.rows if n_finished or even is not None else whole.named(index)
     if method.bn_rows == "all":
         left = order[n_finished:].long()
         found |= {"rest": whole.x_adv[left], "rest_x": whole.x[left]}
+    index = index if even is None else None  # rows of other processes may be among them, and some of these with others
     return _placed(replace(_examples(kept, len(y)), index=index, **found), method, place, n_hard)
+
+
+# ---------------------------------------------------------------- hard rows on several processes
+def _even(counts: Sequence[int], place: Place, method: Method) -> Plan | None:
+    """The plan by which hard rows move, the same on each process; None where they stay. No process is left without one
+    where there are enough: not every model takes a batch of none.
+    """
+    if not place.rebalances or method.rows == "random":
+        return None
+    starved = 0 in counts and sum(counts) >= len(counts)
+    return plan(counts) if starved or pays(counts, place.n // len(counts)) else None
+
+
+_TRAVELS = ("x_adv", "x", "y", "eps_rows", "step_rows", "max_step", "target", "right")
+
+
+def _moved(rows: ActiveSet, even: Plan, ranks: Ranks, home: bool = False) -> ActiveSet:
+    """The hard rows that are here after the move; with `home`, those that were here before it, as they have become."""
+    have = {name: t for name in _TRAVELS if (t := getattr(rows, name)) is not None}
+    go = back if home else move
+    arrived = go(list(have.values()), even, ranks.rank, ranks.group)
+    return replace(rows, **dict(zip(have, arrived, strict=True)), largest=None, z=None, prev=None)
 
 
 def _placed(examples: Examples, method: Method, place: Place, n_hard: int | None) -> Examples:

@@ -67,6 +67,8 @@ class Trainer:
             every batch, one behind the other in the order of the processes, and none where there are too few; the
             training is then that of one process on whole batches. A model given in DistributedDataParallel trains
             through that wrapper; another one is wrapped.
+        rebalance: hard rows move to processes that have fewer of them, where that is worth it, for the rest of the
+            attack and the update; the training is the same.
 
     A batch that leaves one row to train on uses BatchNorm's running statistics, since one row has none of its own.
     A batch without a row to train on makes no update; it is counted in the reports.
@@ -83,11 +85,11 @@ class Trainer:
         natural_epochs: int = 0, grad_clip: float = 0.0, loss_weights: Sequence[float] | Tensor | None = None,
         channels_last: bool | str = False, compile: bool | str = False,
         cuda_graphs: bool | str = False, winograd: bool | str = False, keep_memory: bool = True,
-        group: Any = "auto",
+        group: Any = "auto", rebalance: bool = True,
     ):  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: got {type(model).__name__}; it must be a torch.nn.Module")
-        self.ranks = ranks_of(group)
+        self.ranks, self._rebalances = ranks_of(group), checks.flag("rebalance", rebalance)
         given, model = model, inner_model(model)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: got {type(optimizer).__name__}; it must be a torch.optim.Optimizer")
@@ -182,7 +184,7 @@ class Trainer:
         sizes = [len(y)] if method.group_updates == "one" else [len(labels) for _, labels in batches]
         reports, before = [], Buffers(self.model, objective)
         try:
-            with place_of(self.ranks, rows, self.device) as place:
+            with place_of(self.ranks, rows, self.device, self._rebalances) as place:
                 x = self.engine.place(self.model, x, self.ema_model)
                 if objective.pgd.steps and len(y):
                     look_once(self.model, x, y)
