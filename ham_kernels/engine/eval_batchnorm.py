@@ -34,7 +34,8 @@ class _Affine(torch.autograd.Function):
 def fast_eval_batchnorm(model: nn.Module) -> Iterator[None]:
     """Inside, BatchNorm layers of a model in eval mode on the CPU run as above; afterwards they are as they were.
 
-    Left alone: layers without running statistics, subclasses, layers with a forward of their own, compiled models.
+    Left alone: layers without running statistics, subclasses, layers with a forward of their own, sharded weights,
+    compiled models.
     """
     layers = [] if _is_compiled(model) else [m for m in model.modules() if _can_serve(m)]
     try:
@@ -49,6 +50,7 @@ def fast_eval_batchnorm(model: nn.Module) -> Iterator[None]:
 def _can_serve(m: nn.Module) -> bool:
     return (
         type(m) in _KINDS
+        and not hasattr(m.weight, "placements")  # a DTensor
         and "forward" not in m.__dict__
         and m.running_mean is not None
         and m.running_mean.device.type == "cpu"
