@@ -49,6 +49,7 @@ CASES = [
     case("fair", fast=True),
     case("fair", fast=True, **SCREENED, easy="jump", awp=0.01),
     case("wat", eta=0.5, beta=2.0),
+    case("fsr", share=0.7, lowered=0.5, class_weights="hard_share"),
 ]
 
 
