@@ -9,6 +9,7 @@ from .cfa import CFA
 from .dafa import DAFA
 from .faal import FAAL
 from .fair import FAIR
+from .frl import FRL
 from .fsr import FSR
 from .gairat import GAIRAT
 from .ham import HAM
@@ -20,7 +21,8 @@ from .wat import WAT
 
 METHODS = {
     "pgd_at": PGDAT, "ham": HAM, "trades": TRADES, "mart": MART, "gairat": GAIRAT, "faal": FAAL, "dafa": DAFA,
-    "cfa": CFA, "wat": WAT, "fair": FAIR, "fsr": FSR,
+    "cfa": CFA, "wat": WAT, "fair": FAIR, "fsr": FSR, "frl": FRL,
+
 }  # fmt: skip
 """Training methods by name: made with the number of classes and the attack, they have `step` and `end_epoch`."""
 
