@@ -14,6 +14,7 @@ from ham_reference.fsr import spectral_weights
 
 # by method: settings, and which of the reference's attributes each buffer is
 STATES = [
+    ("cfol", {"eta": 3.0}, {"cfol_scores": "scores"}),
     ("frl", {"rate": 0.5, "eps_rate": 2.0, "slack": 0.02}, {"frl_multipliers": "multipliers"}),
     ("fsr", {}, {"fsr_weights": "g"}),
 ]

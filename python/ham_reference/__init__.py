@@ -6,6 +6,7 @@ ham_kernels, which tests and benchmarks compare against it; public names, signat
 
 from .base import PGDAT
 from .cfa import CFA
+from .cfol import CFOL
 from .dafa import DAFA
 from .faal import FAAL
 from .fair import FAIR
@@ -21,8 +22,7 @@ from .wat import WAT
 
 METHODS = {
     "pgd_at": PGDAT, "ham": HAM, "trades": TRADES, "mart": MART, "gairat": GAIRAT, "faal": FAAL, "dafa": DAFA,
-    "cfa": CFA, "wat": WAT, "fair": FAIR, "fsr": FSR, "frl": FRL,
-
+    "cfa": CFA, "wat": WAT, "fair": FAIR, "fsr": FSR, "frl": FRL, "cfol": CFOL,
 }  # fmt: skip
 """Training methods by name: made with the number of classes and the attack, they have `step` and `end_epoch`."""
 
