@@ -9,12 +9,15 @@ import torch
 from nets import sgd
 from test_reference_methods import CLASSES, L2, SEED, end_epoch, epochs, reference_of, smooth_net, trainer_of  # noqa: F401
 
-from ham_kernels.methods import fsr
+from ham_kernels.attack.pgd import PGD, Attack
+from ham_kernels.engine import PLAIN
+from ham_kernels.methods import fair_tat, fsr
 from ham_reference.fsr import spectral_weights
 
 # by method: settings, and which of the reference's attributes each buffer is
 STATES = [
     ("cfol", {"eta": 3.0}, {"cfol_scores": "scores"}),
+    ("fair_tat", {"temperature": 9.0}, {"tat_odds": "odds", "tat_eps": "factors"}),
     ("frl", {"rate": 0.5, "eps_rate": 2.0, "slack": 0.02}, {"frl_multipliers": "multipliers"}),
     ("fsr", {}, {"fsr_weights": "g"}),
 ]
@@ -55,3 +58,29 @@ def test_without_a_confusion_all_weigh_alike():
     weights = fsr.confusion_weights(one)
     assert weights[2, 1].item() == pytest.approx(2.01)
     assert (weights > 0.1).sum() == 1
+
+
+# ---------------------------------------------------------------- FAIR-TAT
+def test_targets_are_drawn_by_their_odds_and_are_no_labels(seed):
+    odds, y = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.arange(4).repeat(5000)
+    targets = fair_tat.drawn_targets(odds, y, seed, 3)
+    assert targets.sum(1).eq(1).all()
+    drawn = targets.argmax(1)
+    assert not (drawn == y).any()
+    for label in range(4):
+        share = torch.bincount(drawn[y == label], minlength=4) / 5000
+        wanted = odds.clone()
+        wanted[label] = 0
+        torch.testing.assert_close(share, wanted / wanted.sum(), rtol=0, atol=0.04)  # more than 5 standard deviations
+
+
+def test_an_attack_towards_a_class_raises_its_probability(epochs):  # noqa: F811
+    model, (x, y) = smooth_net().eval(), epochs[0][0]
+    target = torch.nn.functional.one_hot((y + 1) % CLASSES, CLASSES).float()
+    pgd = PGD(**L2, loss="target", target=target)
+    with PLAIN.attacking(model):
+        attack = Attack(model, x, y, pgd, seed=SEED, step=0)
+        attack.steps(4)
+        assert (model(attack.rows.x_adv).softmax(1) > model(x).softmax(1))[target.bool()].all()
+        with pytest.raises(ValueError, match="target: got None"):
+            Attack(model, x, y, PGD(**L2, loss="target"), seed=SEED, step=0)

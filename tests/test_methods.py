@@ -167,6 +167,7 @@ def test_screening(name, easy, switches, batches):
     model.train()
     method = method_of(name, early_drop=True, easy=easy, **{"reweight": False} | switches)
     objective = methods.Objective(method, PGD(**ATTACK))
+    objective._prepare(model, x)  # one row, once in a training
     model.forward_rows = model.input_backward_rows = 0
     mined = objective.examples(model, x, y, seed=1, step=2)
     h, k, n = mined.n_hard / mined.n, objective.pgd.steps, mined.n
@@ -270,9 +271,12 @@ def test_step_sizes(name, easy, batches):
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     short = method_of(name, step_sizes=(1.0, 0.5, 0.25), early_drop=True, easy=easy, screen_steps=1)
     counted = Counting(small_cnn())
-    mined = methods.Objective(short, PGD(**ATTACK)).examples(counted, x, y, seed=1, step=2)
+    objective = methods.Objective(short, PGD(**ATTACK))
+    objective._prepare(counted, x)
+    counted.forward_rows = counted.input_backward_rows = 0
+    mined = objective.examples(counted, x, y, seed=1, step=2)
     assert ((mined.x_adv - mined.x).abs() <= ATTACK["eps"] + 1e-6).all()
-    clean = methods.Objective(short, PGD(**ATTACK)).pgd.loss == "kl"
+    clean = objective.pgd.loss == "kl"
     assert counted.full_batch_forwards(mined.n) == pytest.approx(clean + 2 + 1 + 2 * 2 * mined.n_hard / mined.n)
     with pytest.raises(ValueError, match="screen_steps: got 3 with steps=3"):
         methods.Objective(dataclasses.replace(short, screen_steps=3), PGD(**ATTACK))

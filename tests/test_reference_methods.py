@@ -49,6 +49,8 @@ CASES = [
     case("fair", fast=True),
     case("fair", fast=True, **SCREENED, easy="jump", awp=0.01),
     case("wat", eta=0.5, beta=2.0),
+    case("fair_tat", temperature=20.0, lam_eps=0.2),
+    case("fair_tat", adaptive_eps=False, class_weights="hard_share"),
     case("cfol", gamma=0.2, eta=3.0, loss="boosted_ce", step_sizes=(1.0, 0.5)),
     case("frl", rate=0.5, eps_rate=2.0, slack=0.0),
     case("frl", remargin=False, rate=2.0, slack=0.02, most=0.3, class_weights="chi2"),

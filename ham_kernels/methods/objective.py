@@ -50,6 +50,7 @@ class Objective(nn.Module):
         self.loss_weights = loss_weights
         self._weights_fit = loss_weights is None  # not known before the model has told how many classes there are
         self.epoch = 1  # under way; a trainer sets it, a loop of one's own does so by `end_epoch`
+        self.noise = 0, 0  # seed and step of the batch under way, which name its random numbers
         self.memories = 0  # how often the buffers were made anew: what was captured with others must not be replayed
         self._remembers = bool(method.remembers(2))
 
@@ -67,10 +68,11 @@ class Objective(nn.Module):
         rounds = self.method.round_to
         if rounds > 1 and len(sizes) > 1:
             raise ValueError(f"round_to: got {rounds} for {len(sizes)} updates; rows are rounded for one")
-        if not self.method.looks_at_classes:
+        if not self.method.looks_at_classes or self.method.remembers_first:
             self._prepare(model, x)
         if not self._weights_fit:
             self._fit_weights(model, x)
+        self.noise = seed, step
         pgd = self.method.attack_on(self.pgd, y, self)
         several = sizes if len(sizes) > 1 else None
         mined = mine(model, x, y, pgd, self.method, seed=seed, step=step, engine=engine, sizes=several)

@@ -55,6 +55,8 @@ class Method:
     title: ClassVar[str]  # in tables and figures
     counts_right: ClassVar[bool] = False  # the attack counts at how many of its points a row is right
     scales_weights: ClassVar[bool] = True  # weights have mean 1 over the rows in the loss; else they are used as made
+    # `attack_on` needs its memory for the first batch too; else the first attack tells how many classes there are
+    remembers_first: ClassVar[bool] = False
     target_forwards: ClassVar[float] = 0  # of the full batch, before the attack
     update_forwards: ClassVar[float] = 3  # cost of an update, in forwards of its rows
     course: ClassVar[int] = 120  # epochs of the training that its defaults are from

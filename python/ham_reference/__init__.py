@@ -10,6 +10,7 @@ from .cfol import CFOL
 from .dafa import DAFA
 from .faal import FAAL
 from .fair import FAIR
+from .fair_tat import FAIRTAT
 from .frl import FRL
 from .fsr import FSR
 from .gairat import GAIRAT
@@ -22,7 +23,7 @@ from .wat import WAT
 
 METHODS = {
     "pgd_at": PGDAT, "ham": HAM, "trades": TRADES, "mart": MART, "gairat": GAIRAT, "faal": FAAL, "dafa": DAFA,
-    "cfa": CFA, "wat": WAT, "fair": FAIR, "fsr": FSR, "frl": FRL, "cfol": CFOL,
+    "cfa": CFA, "wat": WAT, "fair": FAIR, "fsr": FSR, "frl": FRL, "cfol": CFOL, "fair_tat": FAIRTAT,
 }  # fmt: skip
 """Training methods by name: made with the number of classes and the attack, they have `step` and `end_epoch`."""
 
