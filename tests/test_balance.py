@@ -38,7 +38,8 @@ def test_the_loss_of_every_method_is_weighed(name):
     weights = torch.arange(1.0, 11.0)
 
     def of(loss_weights):
-        model, objective = small_cnn(), Objective(kind(), PGD, loss_weights)
+        model, teacher = small_cnn(), small_cnn(seed=1) if kind.needs_teacher else None
+        objective = Objective(kind(), PGD, loss_weights, teacher)
         objective.epoch = 100  # behind every start of class weights
         examples = objective.examples(model, x, y, seed=0, step=0)
         return examples, objective.loss(model, examples).item()

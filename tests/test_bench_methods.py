@@ -64,6 +64,7 @@ WRONG = {
     "cfa_trades": lambda: methods.CFA(class_from=2, gate=0.0, lam_beta=0.2),
     "dafa": lambda: methods.DAFA(class_from=2, strength=0.5),
     "wat": lambda: methods.WAT(eta=0.3),
+    "fsr": lambda: methods.FSR(lowered=0.3),
     "faal": lambda: methods.FAAL(class_strength=0.3),
 }
 

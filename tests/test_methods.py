@@ -43,7 +43,15 @@ def plain(name: str, **changes) -> methods.Method:
 
 def trainer_of(method, model=None, **options) -> ham.Trainer:
     model = small_cnn() if model is None else model
-    return ham.Trainer(model, sgd(model), method, **ATTACK | options)
+    return ham.Trainer(model, sgd(model), method, **teacher_of(method), **ATTACK | options)
+
+
+def objective_of(method, pgd: PGD) -> methods.Objective:
+    return methods.Objective(method, pgd, **teacher_of(method))
+
+
+def teacher_of(method) -> dict:
+    return {"teacher": small_cnn()} if method.needs_teacher else {}
 
 
 @pytest.fixture
@@ -135,7 +143,10 @@ def test_one_row(name, batches):
 @every_method
 def test_a_loss_in_somebodys_loop(name, batches):
     model = small_cnn()
-    loss = ham.loss(method_of(name, easy="stop"), model, *batches[0], **ATTACK)
+    method = method_of(name, easy="stop")
+    loss = ham.loss(
+        objective_of(method, PGD(**ATTACK)) if method.needs_teacher else method, model, *batches[0], **ATTACK
+    )
     loss.backward()
     assert loss.dim() == 0
     assert loss.isfinite()
@@ -166,13 +177,14 @@ def test_screening(name, easy, switches, batches):
     y = torch.where(torch.arange(len(y)) < 12, model.eval()(x).argmax(1), y)  # some are right on clean images
     model.train()
     method = method_of(name, early_drop=True, easy=easy, **{"reweight": False} | switches)
-    objective = methods.Objective(method, PGD(**ATTACK))
+    objective = objective_of(method, PGD(**ATTACK))
+    objective._prepare(model, x)  # one row, once in a training
     model.forward_rows = model.input_backward_rows = 0
     mined = objective.examples(model, x, y, seed=1, step=2)
     h, k, n = mined.n_hard / mined.n, objective.pgd.steps, mined.n
     assert 0 < mined.n_hard < n
     screening = 1 if switches.get("screen") else 2
-    clean = objective.pgd.loss == "kl"  # the prediction of the clean images
+    clean = method.target_forwards  # the prediction of the clean images
     assert model.full_batch_forwards(n) == pytest.approx(clean + 2 * screening + 1 + 2 * h * (k - 2))
     assert mined.n_kept == (mined.n_hard if easy == "drop" else n)
     weighs = method.reweight or method.counts_right or method.looks_at_classes
@@ -194,15 +206,15 @@ def test_hard_rows_are_the_same_however_easy_ones_go_on(name, batches):
     found = {}
     for easy in ("drop", "stop", "jump"):
         method = method_of(name, early_drop=True, easy=easy, reweight=False)
-        found[easy] = methods.Objective(method, PGD(**ATTACK)).examples(model, x, y, seed=1, step=2)
+        found[easy] = objective_of(method, PGD(**ATTACK)).examples(model, x, y, seed=1, step=2)
     hard = found["stop"].hard
     assert torch.equal(found["drop"].x_adv, found["stop"].x_adv[hard])
     assert torch.equal(found["drop"].x_adv, found["jump"].x_adv[hard])
-    screened = methods.Objective(plain(name), PGD(**ATTACK | {"steps": 2}))
+    screened = objective_of(plain(name), PGD(**ATTACK | {"steps": 2}))
     early = screened.examples(model, x, y, seed=1, step=2).x_adv
     assert torch.equal(found["stop"].x_adv[~hard], early[~hard])
     # what three repetitions of the last step lead to, each projected and clipped
-    before = methods.Objective(plain(name), PGD(**ATTACK | {"steps": 1}))
+    before = objective_of(plain(name), PGD(**ATTACK | {"steps": 1}))
     step = early - before.examples(model, x, y, seed=1, step=2).x_adv
     point = early
     for _ in range(3):
@@ -244,7 +256,7 @@ def test_a_group_is_its_batches(name, batches):
     model = small_cnn()
     y = torch.where(torch.arange(len(y)) < 12, model.eval()(x).argmax(1), y)
     model.train()
-    objective = methods.Objective(method_of(name, early_drop=True, reweight=True), PGD(**ATTACK))
+    objective = objective_of(method_of(name, early_drop=True, reweight=True), PGD(**ATTACK))
     both = torch.cat([x, x2]), torch.cat([y, y2])
     whole = objective.examples(model, *both, seed=1, step=2)
     parts = objective.group_examples(model, *both, (len(y), len(y2)), seed=1, step=2)
@@ -263,25 +275,28 @@ def test_a_group_is_its_batches(name, batches):
 def test_step_sizes(name, easy, batches):
     """One step per size, in units of eps; screening and jumping count in them."""
     x, y = batches[0]
-    sized = methods.Objective(plain(name, step_sizes=(0.25,) * 5), PGD(**ATTACK))
-    usual = methods.Objective(plain(name), PGD(**ATTACK))
+    sized = objective_of(plain(name, step_sizes=(0.25,) * 5), PGD(**ATTACK))
+    usual = objective_of(plain(name), PGD(**ATTACK))
     model = small_cnn()
     a, b = (o.examples(model, x, y, seed=1, step=2).x_adv for o in (sized, usual))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     short = method_of(name, step_sizes=(1.0, 0.5, 0.25), early_drop=True, easy=easy, screen_steps=1)
     counted = Counting(small_cnn())
-    mined = methods.Objective(short, PGD(**ATTACK)).examples(counted, x, y, seed=1, step=2)
+    objective = objective_of(short, PGD(**ATTACK))
+    objective._prepare(counted, x)
+    counted.forward_rows = counted.input_backward_rows = 0
+    mined = objective.examples(counted, x, y, seed=1, step=2)
     assert ((mined.x_adv - mined.x).abs() <= ATTACK["eps"] + 1e-6).all()
-    clean = methods.Objective(short, PGD(**ATTACK)).pgd.loss == "kl"
+    clean = short.target_forwards
     assert counted.full_batch_forwards(mined.n) == pytest.approx(clean + 2 + 1 + 2 * 2 * mined.n_hard / mined.n)
     with pytest.raises(ValueError, match="screen_steps: got 3 with steps=3"):
-        methods.Objective(dataclasses.replace(short, screen_steps=3), PGD(**ATTACK))
+        objective_of(dataclasses.replace(short, screen_steps=3), PGD(**ATTACK))
 
 
 @pytest.mark.parametrize("name", NO_STEPS)
 def test_screening_needs_steps(name):
     with pytest.raises(ValueError, match=r"screen_steps: got 3 with steps=1|early_drop: got True"):
-        methods.Objective(class_of(name)(early_drop=True), PGD(**ATTACK))
+        objective_of(class_of(name)(early_drop=True), PGD(**ATTACK))
     with pytest.raises(ValueError, match="step_sizes: got"):
         class_of(name)(step_sizes=(1.0,))
 

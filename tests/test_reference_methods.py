@@ -25,6 +25,10 @@ SCREENED = {"early_drop": True, "screen_steps": 2}
 RULES = ("hard_share", "kl_ball", "chi2", "exponentiated", "hedge", "dafa")
 
 
+def distils(name: str) -> bool:
+    return class_of(name).needs_teacher
+
+
 def case(method: str, **switches):
     told = ", ".join(f"{name}={value}" for name, value in switches.items())
     return pytest.param(method, switches, id=f"{method}({told})")
@@ -32,7 +36,7 @@ def case(method: str, **switches):
 
 CASES = [
     *(case(name) for name in METHODS),
-    *(case(name, loss="boosted_ce", label_smoothing=0.1) for name in METHODS),
+    *(case(name, loss="boosted_ce", label_smoothing=0.1) for name in METHODS if not distils(name)),
     *(case(name, awp=0.01) for name in METHODS),
     *(case(name, **SCREENED, easy=easy) for name in METHODS for easy in ("drop", "stop", "jump")),
     *(case("pgd_at", class_weights=rule, class_from=2) for rule in RULES),
@@ -49,6 +53,16 @@ CASES = [
     case("fair", fast=True),
     case("fair", fast=True, **SCREENED, easy="jump", awp=0.01),
     case("wat", eta=0.5, beta=2.0),
+    case("rslad", clean_share=0.5, class_weights="hard_share", reweight=True),
+    case("fair_ard", base="rslad", power=1.0),
+    case("fair_ard", temperature=2.0, **SCREENED, easy="stop"),
+    case("absld", rate=0.4),
+    case("fair_tat", temperature=20.0, lam_eps=0.2),
+    case("fair_tat", adaptive_eps=False, class_weights="hard_share"),
+    case("cfol", gamma=0.2, eta=3.0, loss="boosted_ce", step_sizes=(1.0, 0.5)),
+    case("frl", rate=0.5, eps_rate=2.0, slack=0.0),
+    case("frl", remargin=False, rate=2.0, slack=0.02, most=0.3, class_weights="chi2"),
+    case("fsr", share=0.7, lowered=0.5, class_weights="hard_share"),
 ]
 
 
@@ -81,11 +95,24 @@ def epochs(seed):
 def trainer_of(model: nn.Module, name: str, switches: dict, **how) -> ham.Trainer:
     """Ours, by the method from the first epoch on; class-wise methods begin in the second."""
     fields = {"start_epoch": 1, **early(name), **switches}
-    return ham.Trainer(model, sgd(model), class_of(name)(**fields), **L2, seed=SEED, **how)
+    teacher = teacher_of(name)
+    return ham.Trainer(model, sgd(model), class_of(name)(**fields), **L2, seed=SEED, **teacher, **how)
 
 
 def reference_of(name: str, switches: dict):
-    return METHODS[name](CLASSES, **L2, **{**early(name), **switches})
+    return METHODS[name](CLASSES, **L2, **teacher_of(name), **{**early(name), **switches})
+
+
+def teacher_of(name: str) -> dict:
+    """The same one for all, sure enough to have something to say."""
+    if not distils(name):
+        return {}
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        teacher = smooth_net()
+        teacher[-1].weight.data.mul_(8)
+        teacher(torch.rand(30, 1, 6, 6))
+    return {"teacher": teacher}
 
 
 def early(name: str) -> dict:

@@ -102,7 +102,7 @@ def test_settings_are_what_the_trainer_takes():
     taken = inspect.signature(ham.Trainer.__init__).parameters
     told = {f.name for section in (TrainSettings().attack, TrainSettings().engine) for f in dataclasses.fields(section)}
     told |= {"ema_decay", "precision", "seed", "warm_up", "natural_epochs", "grad_clip", "loss_weights"}
-    assert told == set(taken) - {"self", "model", "optimizer", "method", "device"}
+    assert told == set(taken) - {"self", "model", "optimizer", "method", "device", "teacher"}
 
 
 def test_ham_from_flat_arguments():
@@ -152,7 +152,7 @@ def test_a_method_is_named_in_toml(tmp_path):
 @pytest.mark.parametrize("name", ham.methods.names())
 def test_an_unknown_key_names_the_methods_own(name, tmp_path):
     own = [f.name for f in dataclasses.fields(class_of(name))]
-    assert ("beta" in own) == (name in ("trades", "mart", "cfa", "dafa", "wat"))
+    assert ("beta" in own) == (name in ("trades", "mart", "cfa", "dafa", "wat", "fsr", "frl"))
     assert ("noise" in own) == (name == "n_fgsm")
     (tmp_path / "c.toml").write_text(f'[method]\nname = "{name}"\nlambda = 1.0')
     with pytest.raises(ValueError, match=r"c\.toml: ") as error:

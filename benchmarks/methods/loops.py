@@ -377,6 +377,72 @@ class WAT(Loop):
         self.costs = []
 
 
+class FSR(Loop):
+    """TRADES behind a pass of its own, which attacks all images once more, each batch on a copy of the model.
+
+    Of that pass, made before each epoch, a step has one batch. The update's clean and attacked passes are made twice.
+    """
+
+    forwards = 3 * K + 12 + 3 * K + 2
+    gaussian_start = True
+    differs = (START, "confusions are counts, of a pass of its own by PGD on the cross entropy")
+    gradient = TRADES.gradient
+    share, lowered = 0.3, 0.1
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self.counts, self.rows = torch.zeros(CLASSES, CLASSES), torch.zeros(CLASSES)
+        self.confusion = torch.ones(CLASSES, CLASSES)
+
+    def train_batch(self, x: Tensor, y: Tensor) -> None:
+        if not self.like_ours:
+            self.count(self.pgd_pass(x, y), y)
+        x_adv = self.attack(x, y)
+        if self.like_ours:
+            self.count(self.seen.detach().clone(), y)
+        self.model.train()
+        self.learn(lambda: self.loss_of(x, x_adv, y))
+
+    def pgd_pass(self, x: Tensor, y: Tensor) -> Tensor:
+        """Logits of a copy of the model under PGD, whose backward() makes the copy's gradients too."""
+        copied = copy.deepcopy(self.model).eval()
+        copied(x)
+        x_adv = x + (2 * torch.rand_like(x) - 1) * self.eps
+        for _ in range(K):
+            x_adv = x_adv.detach().requires_grad_()
+            F.cross_entropy(copied(x_adv), y).backward()
+            x_adv = (x + (x_adv + self.step_size * x_adv.grad.sign() - x).clamp(-self.eps, self.eps)).clamp(0, 1)
+        with torch.no_grad():
+            return self.model.eval()(x_adv)
+
+    def count(self, z: Tensor, y: Tensor) -> None:
+        for i in range(len(y)):
+            z[i, y[i]] -= self.lowered * (z[i, y[i]].abs() if self.like_ours else z[i, y[i]])
+        predicted = z.argmax(1)
+        for i in range(len(y)):
+            if predicted[i] != y[i]:
+                self.counts[predicted[i], y[i]] += 1
+        if self.like_ours:
+            self.rows += torch.bincount(y.cpu(), minlength=CLASSES)
+
+    def loss_of(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        natural = F.cross_entropy(self.model(x), y)
+        robust = kl(self.model(x_adv), F.softmax(self.model(x), 1)).mean()
+        z = self.model(x_adv)
+        predicted, weights = z.argmax(1), torch.zeros(len(y))
+        for i in range(len(y)):
+            weights[i] = self.confusion[predicted[i], y[i]]
+        confused = (weights.to(y.device) * F.cross_entropy(z, y, reduction="none")).mean()
+        return (1 - self.share) * natural + BETA * robust + self.share * confused
+
+    def end_epoch(self) -> None:
+        u, _, v = torch.svd(self.counts / self.rows.clamp_min(1) if self.like_ours else self.counts)
+        g = torch.outer(u[:, 0], v[:, 0])
+        if g.max() > g.min():
+            self.confusion = 2 * (g - g.min()) / (g.max() - g.min()) + 0.01
+        self.counts, self.rows = torch.zeros_like(self.counts), torch.zeros_like(self.rows)
+
+
 class FAAL(Loop):
     """PGD-AT whose class weights solve a convex problem, built and solved for every batch by cvxpy."""
 

@@ -33,20 +33,22 @@ METHODS: dict[str, Callable[[], Method]] = {
     "cfa_trades": lambda: methods.CFA(base="trades", class_from=2, gate=0.0),
     "dafa": lambda: methods.DAFA(class_from=2),
     "wat": lambda: methods.WAT(),
+    "fsr": lambda: methods.FSR(),
     "faal": lambda: methods.FAAL(),
     "fair": lambda: methods.Fair(),
     "fair_fast": lambda: methods.Fair(fast=True),
 }
 TITLES = {
     PGD_AT: "PGD-AT", "trades": "TRADES", "mart": "MART", "at_awp": "AT-AWP", "gairat": "GAIRAT",
-    "cfa_at": "CFA on AT", "cfa_trades": "CFA on TRADES", "dafa": "DAFA", "wat": "WAT", "faal": "FAAL",
-    "fair": "Fair", "fair_fast": "Fair, fast",
+    "cfa_at": "CFA on AT", "cfa_trades": "CFA on TRADES", "dafa": "DAFA", "wat": "WAT", "fsr": "FSR",
+    "faal": "FAAL", "fair": "Fair", "fair_fast": "Fair, fast",
 }  # fmt: skip
 LOOPS: dict[str, type[loops.Loop]] = {
     PGD_AT: loops.Loop, "trades": loops.TRADES, "mart": loops.MART, "at_awp": loops.AWP, "gairat": loops.GAIRAT,
-    "cfa_at": loops.CFA, "cfa_trades": loops.CFATRADES, "dafa": loops.DAFA, "wat": loops.WAT, "faal": loops.FAAL,
+    "cfa_at": loops.CFA, "cfa_trades": loops.CFATRADES, "dafa": loops.DAFA, "wat": loops.WAT, "fsr": loops.FSR,
+    "faal": loops.FAAL,
 }  # fmt: skip
-SCREENED = (PGD_AT, "trades", "mart", "at_awp", "wat", "dafa", "faal", "fair")
+SCREENED = (PGD_AT, "trades", "mart", "at_awp", "wat", "dafa", "fsr", "faal", "fair")
 
 
 def arms_of(names: list[str]) -> list[str]:

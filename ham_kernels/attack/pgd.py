@@ -42,7 +42,11 @@ class Attack:
         if only is not None:
             self.rows = self.rows.named(only)
         self.done = 0
-        if pgd.loss == "kl":
+        if pgd.target is not None:
+            self.rows.target = pgd.target if only is None else pgd.target[only]
+        elif pgd.loss == "target":
+            raise ValueError("target: got None; an attack towards a target needs one distribution per row")
+        elif pgd.loss == "kl":
             self.rows.target, z = clean_prediction(model, self.rows.x, engine)
             self.guard.logits(z)
 

@@ -14,7 +14,7 @@ from ..ops import random_start
 
 _ops = torch.ops.ham_kernels
 
-LOSSES = ("ce", "cw", "kl")
+LOSSES = ("ce", "cw", "kl", "target")
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,10 @@ class PGD:
     """Settings of an attack: budget eps and step size in units of the images (floats, or one value per row).
 
     loss is what the attack raises: "ce", the cross entropy; "cw", the margin max_{j != y} z_j - z_y (Carlini and
-    Wagner, arXiv 1608.04644), whose gradient does not vanish where softmax saturates; or "kl", the divergence
-    KL(q || p) from the prediction q of the clean image (TRADES, arXiv 1901.08573), whose gradient is p - q.
+    Wagner, arXiv 1608.04644), whose gradient does not vanish where softmax saturates; "kl", the divergence
+    KL(q || p) from the prediction q of the clean image (TRADES, arXiv 1901.08573), whose gradient is p - q; or
+    "target", which lowers the cross entropy to a target, q - p. `target` is that target, or q in place of the clean
+    prediction: one distribution per row.
     step_sizes replaces steps and step_size: one size per step, in units of eps.
     """
 
@@ -35,6 +37,7 @@ class PGD:
     loss: str = "ce"
     start_eps: float | None = None  # radius of the random start, where it is not eps
     step_sizes: tuple[float, ...] = ()
+    target: Tensor | None = None  # (n, classes)
 
     def __post_init__(self):
         if self.step_sizes:
@@ -75,7 +78,7 @@ class ActiveSet:
     z: Tensor | None = None  # (n, classes), logits at the last point that was looked at
     prev: Tensor | None = None  # z, where steps are tracked and the next look is a step away
     max_step: Tensor | None = None  # (n,), maximum adversarial step size so far
-    target: Tensor | None = None  # (n, classes), q of the loss "kl"
+    target: Tensor | None = None  # (n, classes), q of the losses "kl" and "target"
     right: Tensor | None = None  # (n,) fp32, at how many of its steps' points a row was right; None: not counted
     largest: Tensor | None = None  # (n,), largest |gradient| of the first step
 
@@ -148,6 +151,8 @@ def take_step(model: nn.Module, rows: ActiveSet, pgd: PGD, engine: Engine, measu
         z_grad = cw_gradient(z, rows.y)
     elif pgd.loss == "kl":
         z_grad = (torch.softmax(z.float(), 1) - rows.target).to(z.dtype)
+    elif pgd.loss == "target":
+        z_grad = (rows.target - torch.softmax(z.float(), 1)).to(z.dtype)
     if half:
         z_grad = _lifted(z_grad).to(logits.dtype)
     if not logits.requires_grad:

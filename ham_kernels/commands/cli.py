@@ -139,9 +139,10 @@ def _report(argv: list[str]) -> int:
 
 def _sweep(argv: list[str]) -> int:
     from . import flags
+    from .experiments import without_idle_teacher
 
     wanted = flags.parse_sweep(argv)
-    wanted.settings.check()
+    without_idle_teacher(wanted.settings).check()
     from .signals import Stopped
     from .sweep import sweep
 

@@ -70,7 +70,14 @@ def _method(base: TrainSettings, /, **changes) -> TrainSettings:
 
 
 def _named(base: TrainSettings, name: str) -> TrainSettings:
-    return replace(base, method=with_name(base.method, name, base.optim.epochs))
+    return without_idle_teacher(replace(base, method=with_name(base.method, name, base.optim.epochs)))
+
+
+def without_idle_teacher(settings: TrainSettings) -> TrainSettings:
+    """A sweep's teacher is for the methods that learn from one."""
+    if settings.method.needs_teacher:
+        return settings
+    return replace(settings, run=replace(settings.run, teacher=None, teacher_digest=None))
 
 
 def _ham(base: TrainSettings, **changes) -> tuple[str, TrainSettings]:

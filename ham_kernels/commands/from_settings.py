@@ -47,7 +47,7 @@ def check_before_data(settings: TrainSettings, device: torch.device) -> None:
         model_of(replace(settings, model=bare), 2, 3)  # tells which names are close
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # given when the trainer is made
-        trainer_of(settings, nn.Linear(1, 1), device)
+        trainer_of(settings, nn.Linear(1, 1), device, teacher=nn.Identity() if settings.run.teacher else None)
 
 
 def check_takes(model: nn.Module, name: str, loader, classes: int) -> None:
@@ -125,8 +125,9 @@ def optimizer_of(settings: TrainSettings, model: nn.Module) -> torch.optim.Optim
 
 
 def trainer_of(
-    settings: TrainSettings, model: nn.Module, device: torch.device, counts: Sequence[int] | None = None
-) -> Trainer:
+    settings: TrainSettings, model: nn.Module, device: torch.device, counts: Sequence[int] | None = None,
+    teacher: nn.Module | None = None,
+) -> Trainer:  # fmt: skip
     """counts: training images of each class, for balance="weights"."""
     model, run = model.to(device), settings.run
     weights = count_weights(counts) if counts is not None and settings.data.balance == "weights" else None
@@ -134,6 +135,7 @@ def trainer_of(
         model, optimizer_of(settings, model), settings.method, **asdict(settings.attack), **asdict(settings.engine),
         device=device, ema_decay=run.ema_decay, precision=run.precision, seed=run.seed, warm_up=settings.warm_up.name,
         natural_epochs=settings.warm_up.natural_epochs, grad_clip=settings.optim.grad_clip, loss_weights=weights,
+        teacher=teacher,
     )  # fmt: skip
 
 

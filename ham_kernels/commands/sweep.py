@@ -23,13 +23,14 @@ from ..report.strength import CLEAN, strongest
 from ..runs.folder import RunFolder
 from ..runs.judge_settings import EvaluateSettings
 from ..runs.settings import TrainSettings
-from .experiments import STRONG, Cell, planned
+from .experiments import STRONG, Cell, planned, without_idle_teacher
 from .first_weights import with_their_normalisation
 from .flags import Sweep
 from .from_settings import device_of, model_of
 from .progress import duration, say
 from .run_images import images_of
 from .signals import StopRequest
+from .teacher import with_its_digest
 
 ATTACKS = ("clean", "pgd20", "cw20")  # unless others are asked for
 WARM_UPS = "warm-ups"  # one level deeper than the runs, so that reports of the folder leave them out
@@ -45,8 +46,8 @@ def sweep(wanted: Sweep) -> int:
         FileNotFoundError, ImportError naming what would fail in every run.
     """
     ranks = start("gloo", timedelta(days=365))  # others may have runs of days left
-    wanted.settings.check()
-    wanted = replace(wanted, settings=with_their_normalisation(wanted.settings))
+    without_idle_teacher(wanted.settings).check()
+    wanted = replace(wanted, settings=with_its_digest(with_their_normalisation(wanted.settings)))
     folder = wanted.out or Path("runs") / f"sweep-{wanted.settings.data.source}"
     plan, left_out = planned(wanted.experiment, wanted.settings, wanted.seeds, wanted.only)
     for cell in plan:
@@ -196,6 +197,8 @@ def _starts_behind_pgd_at(settings: TrainSettings) -> bool:
 
     Not where a method starts at once, or is its own warm-up with another loss or schedule: it trains all its epochs.
     """
+    if settings.method.needs_teacher:  # its checkpoints tell which
+        return False
     method, shared = settings.method, _warm_up_settings(settings).method
     own, others = (warm_up_of(m, settings.warm_up.name).in_effect() for m in (method, shared))
     alike = own | {"start_epoch": 1} == others | {"start_epoch": 1}

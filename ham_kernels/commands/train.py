@@ -29,6 +29,7 @@ from .from_settings import check_before_data, check_takes, device_of, loaders_of
 from .logs import Logs, behind
 from .progress import TrainProgress, duration, say
 from .signals import Stopped, StopRequest
+from .teacher import teacher_of, with_its_digest
 
 
 def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool = False) -> Trainer:
@@ -48,7 +49,7 @@ def prepared(settings: TrainSettings, out: str | Path | None = None) -> _Job:
     if not isinstance(settings, TrainSettings):
         raise TypeError(f"settings: got {settings!r}; it must be TrainSettings, such as ham_kernels.preset('digits')")
     settings.check()
-    settings = with_their_normalisation(settings)
+    settings = with_its_digest(with_their_normalisation(settings))
     ranks = start()
     with ranks.first_alone("the look at the run's folder"):
         if ranks.rank == 0:
@@ -109,7 +110,8 @@ class _Job:
         fresh = run is None or not run.checkpoints.newest_first()
         self.begun = begin_with(settings, model) if settings.run.weights is not None and fresh else None
         counts = list(images.class_counts["train"].values())
-        self.trainer = trainer_of(settings, model, device, counts)
+        teacher = teacher_of(settings, len(images.classes), images.channels, device)
+        self.trainer = trainer_of(settings, model, device, counts, teacher)
         self.scheduler = scheduler_of(settings, self.trainer)
         self.loaders = loaders_of(settings, images, device, ranks)
         batches, size = len(self.loaders.train), settings.data.batch_size

@@ -55,6 +55,11 @@ def weighted_ce(model: nn.Module, examples: Examples) -> Tensor:
     return weighted_cross_entropy(logits[: examples.n_kept], examples.y, examples.weights)
 
 
+def softened(z: Tensor, temperature: float | Tensor) -> Tensor:
+    """(n, classes): log softmax of logits divided by a temperature, or by one for each row."""
+    return F.log_softmax(z / (temperature[:, None] if isinstance(temperature, Tensor) else temperature), 1)
+
+
 def divergence(clean: Tensor, adversarial: Tensor) -> Tensor:
     """(n,): KL(softmax(clean) || softmax(adversarial)), whose gradient stays finite where a clean probability is 0."""
     return F.kl_div(F.log_softmax(adversarial, 1), F.log_softmax(clean, 1), reduction="none", log_target=True).sum(1)

@@ -85,6 +85,7 @@ class Examples:
     hard_counts: Sequence[int] | None = None  # of each batch, where several were attacked as one
     no_gradient: int = 0  # rows whose attack began without a gradient to follow
     look: Look | None = None  # where the method looks at classes
+    teacher: Tensor | None = None  # (n_kept, classes) fp32, logits of the teacher at x, where there is one
     right: Tensor | None = None  # (n_kept,) fp32, at how many of the attack's K points a row was right, where counted
     ranks: Ranks = field(default=ALONE, repr=False)  # each has some of the rows; n and n_hard are of this one
     of_all: Everywhere | None = None  # where there are others

@@ -37,14 +37,27 @@ class Objective(nn.Module):
         pgd: the attack that the training was told.
         loss_weights: (classes,), multiplied with the method's own weights of the rows, by label; None for ones. They
             are settings, and no memory.
+        teacher: a classifier of as many classes, for methods that learn from one (`needs_teacher`). It is put in eval
+            mode for its forward of each batch, is never trained, and is no part of the state.
         ranks: processes that each give some rows of every batch. What it remembers is then the same on all of them.
     Raises: TypeError, ValueError naming the argument.
     """
 
-    def __init__(self, method: Method, pgd: PGD, loss_weights: Tensor | None = None, ranks: Ranks = ALONE):
+    def __init__(
+        self, method: Method, pgd: PGD, loss_weights: Tensor | None = None, teacher: nn.Module | None = None,
+        ranks: Ranks = ALONE,
+    ):  # fmt: skip
         super().__init__()
         if not isinstance(method, Method):
             raise TypeError(f"method: got {method!r}; it must be a method, such as ham_kernels.methods.HAM()")
+        if teacher is not None and not isinstance(teacher, nn.Module):
+            raise TypeError(f"teacher: got {type(teacher).__name__}; it must be a torch.nn.Module")
+        if method.needs_teacher != (teacher is not None):
+            raise ValueError(
+                f"teacher: got None; {method.title} learns from one: give Trainer or Objective teacher=MODEL"
+                if teacher is None
+                else f"teacher: got one, and {method.title} learns from none"
+            )
         if method.schedule:
             pgd = replace(pgd, step_sizes=method.schedule)
         method.attack_steps(pgd.steps)
@@ -53,8 +66,11 @@ class Objective(nn.Module):
         self.ranks = ranks
         self.method, self.pgd = method, method.attack(pgd)
         self.loss_weights = loss_weights
+        self._teacher = (teacher,)  # a tuple keeps it out of the state
+        self._teacher_fits = teacher is None
         self._weights_fit = loss_weights is None  # not known before the model has told how many classes there are
         self.epoch = 1  # under way; a trainer sets it, a loop of one's own does so by `end_epoch`
+        self.noise = 0, 0, 0  # seed, step and first row of the batch under way, which name its random numbers
         self.memories = 0  # how often the buffers were made anew: what was captured with others must not be replayed
         self._remembers = bool(method.remembers(2))
 
@@ -75,14 +91,22 @@ class Objective(nn.Module):
         rounds = self.method.round_to
         if rounds > 1 and len(sizes) > 1:
             raise ValueError(f"round_to: got {rounds} for {len(sizes)} updates; rows are rounded for one")
-        if not self.method.looks_at_classes:
+        if not self.method.looks_at_classes or self.method.remembers_first or not self._teacher_fits:
             self._prepare(model, x)
         if not self._weights_fit:
             self._fit_weights(model, x)
-        pgd = self.method.attack_on(self.pgd, y, self)
+        self.noise = seed, step, place.first_row
+        pgd, taught = self.method.attack_on(self.pgd, y, self), None
+        if self.teacher is not None:
+            taught = self._teacher_logits(x, engine)
+            pgd = replace(pgd, target=self.method.teacher_target(taught, y, self))
+            place = replace(place, rebalances=False)  # what the teacher says of a row stays where it is
         several = sizes if len(sizes) > 1 else None
         mined = mine(model, x, y, pgd, self.method, seed=seed, step=step, engine=engine, sizes=several, place=place)
         parts = split(mined, sizes)
+        if taught is not None:
+            for part, own in zip(parts, taught.split(list(sizes)), strict=True):
+                part.teacher = own if part.index is None else taught[part.index.long()]
         for part in parts:
             if part.look is not None:
                 self._remember(part.look.z)
@@ -117,9 +141,26 @@ class Objective(nn.Module):
         """Whether the updates of its next epoch enter the weight average."""
         return self.method.keeps_average(end, self)
 
+    # ------------------------------------------------------------ the teacher
+    @property
+    def teacher(self) -> nn.Module | None:
+        return self._teacher[0]
+
+    def _teacher_logits(self, x: Tensor, engine: Engine) -> Tensor:
+        """(n, classes) fp32 at the clean images."""
+        with attack_mode(self.teacher), torch.no_grad(), engine.autocast(x.device):
+            z = self.teacher(x.detach())
+        checks.model_output(z, len(x))
+        return z.float()
+
     # ------------------------------------------------------------ what it remembers
     def _prepare(self, model: nn.Module, x: Tensor) -> None:
         """Buffers for as many classes as the model knows, before the first batch."""
+        if not self._teacher_fits:
+            own, taught = (_logits_of_one(net, x).shape[1] for net in (model, self.teacher))
+            if own != taught:
+                raise ValueError(f"teacher: it knows {taught} classes, and the model {own}")
+            self._teacher_fits = True
         if self._remembers and not self.has_memory:
             self._remember(_logits_of_one(model, x))
 

@@ -51,7 +51,8 @@ def warm_up_of(method: Method, name: str) -> Method:
     if name not in _registry:
         raise ValueError(f"warm_up: got {name!r}; allowed are {', '.join(map(repr, _registry))}")
     warm = _registry[name]()
-    if warm.mines or name == "natural":
-        why = "for clean images give natural_epochs" if name == "natural" else "it would mine"
+    if warm.mines or warm.needs_teacher or name == "natural":
+        why = "it would mine" if warm.mines else "it learns from a teacher"
+        why = "for clean images give natural_epochs" if name == "natural" else why
         raise ValueError(f"warm_up: got {name!r}; {why}")
     return dataclasses.replace(warm, start_epoch=1)

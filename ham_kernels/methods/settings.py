@@ -55,6 +55,9 @@ class Method:
     title: ClassVar[str]  # in tables and figures
     counts_right: ClassVar[bool] = False  # the attack counts at how many of its points a row is right
     scales_weights: ClassVar[bool] = True  # weights have mean 1 over the rows in the loss; else they are used as made
+    # `attack_on` needs its memory for the first batch too; else the first attack tells how many classes there are
+    remembers_first: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False  # learns from another classifier, whose forward `cost` does not count
     target_forwards: ClassVar[float] = 0  # of the full batch, before the attack
     update_forwards: ClassVar[float] = 3  # cost of an update, in forwards of its rows
     course: ClassVar[int] = 120  # epochs of the training that its defaults are from
@@ -223,6 +226,13 @@ class Method:
     def attack_on(self, pgd: PGD, y: Tensor, memory: Objective) -> PGD:
         """The same for one batch: eps and step_size may be tensors, one value per row."""
         return pgd
+
+    def teacher_target(self, z: Tensor, y: Tensor, memory: Objective) -> Tensor | None:
+        """(n, classes) what the attack on the divergence goes away from, of a teacher's logits at the clean images.
+
+        None where it attacks by the label.
+        """
+        return None
 
     def in_course(self, epochs: int) -> Method:
         """Epochs that it names, start_epoch apart, from its published course to one of so many epochs."""

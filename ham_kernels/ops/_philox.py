@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ._library import jit, tl
 
-# streams, the last counter word: noise of a random start, radius of an L2 start, choice of random rows
-START, RADIUS, ROWS = 0, 1, 2
+# streams, the last counter word: noise of a random start, radius of an L2 start, choice of random rows, of targets
+START, RADIUS, ROWS, TARGETS = 0, 1, 2, 3
 _LOW = 0xFFFFFFFF
 
 

@@ -13,7 +13,7 @@ from .settings import TrainSettings, lr_factor
 _FREE = {
     "data": ("path", "root", "download", "workers", "generated"),  # data.json tells whether the images are the same
     "optim": ("epochs",),  # as far as the learning rate of the epochs done stays
-    "run": ("device", "label", "checkpoint_minutes", "log"),
+    "run": ("device", "label", "checkpoint_minutes", "log", "teacher"),  # its digest tells whether it is the same
     "engine": ("channels_last", "compile", "cuda_graphs", "winograd", "keep_memory"),  # how, not what
 }
 

@@ -202,6 +202,10 @@ class RunSettings:
     weights: str | None = None
     """Begin with the weights of a FILE, of a RUN's folder, or of imagenet (torchvision's and timm's models): by a
     tenth of the learning rate, with a new head for other classes."""
+    teacher: str | None = None
+    """The classifier that a distilling method learns from: a RUN's folder, or a CHECKPOINT of the same model."""
+    teacher_digest: str | None = None
+    """Of the teacher's weights; written by ham train, so that the run does not go on with another."""
     val_attack: str = "pgd10"
     """Judges the validation images after each epoch, beside clean accuracy."""
     best_by: Literal["robust", "worst_class"] = "robust"
@@ -254,6 +258,12 @@ class TrainSettings:
             raise ValueError(
                 f"class_from: got {method.class_from} with epochs={optim.epochs}, so {method.name} would never tell "
                 "classes apart"
+            )
+        if method.needs_teacher != (self.run.teacher is not None):
+            raise ValueError(
+                f"teacher: got None; {method.title} learns from one: give a run's folder or a checkpoint"
+                if method.needs_teacher
+                else f"teacher: got {self.run.teacher!r}, and {method.title} learns from none"
             )
         if method.gate and self.run.ema_decay is not None and not self.data.val_images:
             raise ValueError(f"gate: got {method.gate:g} with val_images=0; it is judged by validation images")

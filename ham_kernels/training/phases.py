@@ -27,15 +27,16 @@ class Phases:
         natural_epochs: so many epochs of the warm-up, the first, train on clean images.
         seed: of the training.
         loss_weights, ranks: of all of them; see Objective.
+        teacher: of those that learn from one.
     Raises: TypeError, ValueError naming the argument.
     """
 
     def __init__(
         self, method: Method, pgd: PGD, warm_up: str, natural_epochs: int, seed: int,
-        loss_weights: Tensor | None = None, ranks: Ranks = ALONE,
+        loss_weights: Tensor | None = None, teacher: nn.Module | None = None, ranks: Ranks = ALONE,
     ):  # fmt: skip
         def objective(of: Method) -> Objective:
-            return Objective(of, pgd, loss_weights, ranks)
+            return Objective(of, pgd, loss_weights, teacher if of.needs_teacher or of is method else None, ranks)
 
         self.method = objective(method)
         self.natural_epochs = checks.integer("natural_epochs", natural_epochs, 0, method.start_epoch - 1)

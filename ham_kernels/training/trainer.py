@@ -53,6 +53,8 @@ class Trainer:
         natural_epochs: so many epochs of the warm-up, the first, train on clean images.
         grad_clip: >= 0. Gradients of an update whose norm over all of the optimiser's weights is larger are scaled down
             to it, as torch.nn.utils.clip_grad_norm_ does; 0: off.
+        teacher: a classifier of as many classes, for methods that learn from one; moved to `device`, never trained, no
+            part of the state.
         loss_weights: >= 0, one per class: the weight of its rows in the loss, multiplied with the method's own; such as
             methods.count_weights(images of each class). None: ones.
         channels_last: weights and images in NHWC order.
@@ -83,6 +85,7 @@ class Trainer:
         step_size: float = 2 / 255, steps: int = 10, norm: str = "linf", ema_decay: float | None = None,
         device: torch.device | str | None = None, precision: str = "fp32", seed: int = 0, warm_up: str = "pgd_at",
         natural_epochs: int = 0, grad_clip: float = 0.0, loss_weights: Sequence[float] | Tensor | None = None,
+        teacher: nn.Module | None = None,
         channels_last: bool | str = False, compile: bool | str = False,
         cuda_graphs: bool | str = False, winograd: bool | str = False, keep_memory: bool = True,
         group: Any = "auto", rebalance: bool = True,
@@ -100,11 +103,13 @@ class Trainer:
         self._pgd = PGD(checks.real("eps", eps), checks.real("step_size", step_size), steps, norm)
         self.seed = checks.integer("seed", seed, 0, 2**63 - 1)
         loss_weights = None if loss_weights is None else checks.class_values("loss_weights", loss_weights)
-        self.phases = Phases(method, self._pgd, warm_up, natural_epochs, self.seed, loss_weights, self.ranks)
+        self.phases = Phases(method, self._pgd, warm_up, natural_epochs, self.seed, loss_weights, teacher, self.ranks)
         options = EngineOptions(precision, channels_last, compile, cuda_graphs, winograd, keep_memory)
         if ema_decay is not None and checks.real("ema_decay", ema_decay, 0.0, 1.0) == 1.0:
             raise ValueError("ema_decay: got 1.0; it must be below 1, or the average would never move")
         self.model = model if device is None else model.to(device)
+        if teacher is not None and device is not None:
+            teacher.to(device)
         note_resting(model)  # before a first evaluation of the user's puts all of it into eval mode
         self.device = torch.device(device) if device is not None else model_device(model) or torch.device("cpu")
         self.engine = Engine(options, self.device)

@@ -6,9 +6,14 @@ ham_kernels, which tests and benchmarks compare against it; public names, signat
 
 from .base import PGDAT
 from .cfa import CFA
+from .cfol import CFOL
 from .dafa import DAFA
+from .distillation import ABSLD, RSLAD, FairARD
 from .faal import FAAL
 from .fair import FAIR
+from .fair_tat import FAIRTAT
+from .frl import FRL
+from .fsr import FSR
 from .gairat import GAIRAT
 from .ham import HAM
 from .mart import MART
@@ -19,8 +24,11 @@ from .wat import WAT
 
 METHODS = {
     "pgd_at": PGDAT, "ham": HAM, "trades": TRADES, "mart": MART, "gairat": GAIRAT, "faal": FAAL, "dafa": DAFA,
-    "cfa": CFA, "wat": WAT, "fair": FAIR,
+    "cfa": CFA, "wat": WAT, "fair": FAIR, "fsr": FSR, "frl": FRL, "cfol": CFOL, "fair_tat": FAIRTAT,
+    "rslad": RSLAD, "fair_ard": FairARD, "absld": ABSLD,
 }  # fmt: skip
-"""Training methods by name: made with the number of classes and the attack, they have `step` and `end_epoch`."""
+"""Training methods by name: made with the number of classes and the attack, they have `step` and `end_epoch`.
+
+Those that distil have a `teacher` besides."""
 
 __all__ = ["METHODS", "HAMTrainer", "ham_loss", "hard_examples", "pgd_attack", "step_size_weights", "trades_loss"]

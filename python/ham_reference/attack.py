@@ -29,22 +29,24 @@ class Attacked:
 
 def attack(
     model, x, y, *, eps, step_size, steps, norm, seed, step, step_sizes=(), raises="ce", early_drop=False,
-    easy="drop", screen_steps=3,
+    easy="drop", screen_steps=3, target=None,
 ):  # fmt: skip
-    """K steps of PGD in eval mode that raise the cross entropy ("ce") or KL(q || p) ("kl").
+    """K steps of PGD in eval mode that raise the cross entropy ("ce") or KL(q || p) ("kl"), or lower it to a "target".
+
+    target (n, classes) is that target; with "kl" it is q, in place of the prediction of the clean images.
 
     All rows take all steps: rows do not meet in eval mode, so those that would have left are put back to where they
     leave. eps and step_size are numbers, or (n,); step_sizes, in units of eps, replace steps and step_size.
     """
     sizes = [size * eps for size in step_sizes] or [step_size] * steps
     with evaluating(model):
-        q = None
-        if raises == "kl":
+        q = target
+        if raises == "kl" and target is None:
             with torch.no_grad():
                 q = F.softmax(model(x).float(), 1)
         points, looks = [start_point(x, eps, norm, seed, step)], []  # x^0, ..., x^K; f(x^0), ..., f(x^(K-1))
         for size in sizes:
-            z, gradient = gradient_of(model, points[-1], y, q)
+            z, gradient = gradient_of(model, points[-1], y, q, raises)
             looks.append(z)
             points.append(pgd_step(points[-1], x, gradient, eps, size, norm))
     moves = [(after - before).abs().sum(1) for before, after in pairwise(looks)] or [x.new_zeros(len(x))]
@@ -67,11 +69,16 @@ def attack(
     )  # fmt: skip
 
 
-def gradient_of(model, x_adv, y, q):
+def gradient_of(model, x_adv, y, q, raises):
     """(logits, gradient of the attack's loss with respect to the images)."""
     x_adv = x_adv.detach().requires_grad_()
     logits = model(x_adv).float()
-    of_rows = F.cross_entropy(logits, y, reduction="none") if q is None else row_divergence(q, logits)
+    if raises == "kl":
+        of_rows = row_divergence(q, logits)
+    elif raises == "target":
+        of_rows = (q * F.log_softmax(logits, 1)).sum(1)
+    else:
+        of_rows = F.cross_entropy(logits, y, reduction="none")
     (gradient,) = torch.autograd.grad(of_rows.sum(), x_adv)
     return logits.detach(), gradient
 
