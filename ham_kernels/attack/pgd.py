@@ -26,15 +26,17 @@ class Attack:
         model: classifier in attack mode.  x: images (n, ...) in [0, 1].  y: (n,) int64.
         seed, step: name the noise of the random start.
         only: restricts the attack to some rows (int64); they start where they would start among all.
+        first_row: place of x's first row in the global batch, where x is a slice of one; rows start as they would in
+            the attack on the whole.
     """
 
     def __init__(
         self, model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, *, seed: int, step: int, engine: Engine = PLAIN,
-        track: bool = False, count_right: bool = False, only: Tensor | None = None,
+        track: bool = False, count_right: bool = False, only: Tensor | None = None, first_row: int = 0,
     ):  # fmt: skip
         self._model, self._pgd, self._engine = model, pgd, engine
         self.guard = BatchGuard(x, y)
-        self.rows = begin(x, y, pgd, seed, step, track, count_right)
+        self.rows = begin(x, y, pgd, seed, step, track, count_right, first_row)
         if only is not None:
             self.rows = self.rows.named(only)
         self.done = 0
