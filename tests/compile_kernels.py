@@ -54,10 +54,12 @@ def jump(dtype=torch.float32, shape=(8, 3, 32, 32), *, rows=False, l2=False):
     jump_launch(x, x, x, torch.zeros(shape[0], dtype=torch.bool), 7.0, 0.1, per_row, 0.0, 1.0, l2)
 
 
-def start(dtype=torch.float32, shape=(8, 3, 32, 32), *, channels_last=False, rows=False, seed=1, l2=False):
+def start(
+    dtype=torch.float32, shape=(8, 3, 32, 32), *, channels_last=False, rows=False, seed=1, l2=False, first_row=0
+):  # fmt: skip
     x = torch.rand(shape).to(dtype)
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    random_start_launch(x, 0.1, torch.rand(shape[0]) if rows else None, seed, 3, 0.0, 1.0, l2)
+    random_start_launch(x, 0.1, torch.rand(shape[0]) if rows else None, seed, 3, 0.0, 1.0, l2, first_row)
 
 
 def margin(dtype, classes, *, prev=False, max_step=False, probs=False, n=40):
@@ -100,12 +102,15 @@ CASES = {
     "start linf one pixel": lambda: start(F32, (8, 1, 1, 1)),
     "start linf long seed": lambda: start(F32, seed=2**60),
     "start linf negative seed": lambda: start(BF16, seed=-1),
+    "start linf second row": lambda: start(F32, first_row=1),
+    "start linf last row": lambda: start(F32, first_row=2**31 - 1),
     "start l2 fp32": lambda: start(F32, l2=True),
     "start l2 large": lambda: start(F32, (2, 3, 224, 224), l2=True),
     "start l2 large channels_last rows bf16": lambda: start(
         BF16, (2, 3, 224, 224), channels_last=True, rows=True, l2=True
     ),
     "start l2 channels_last rows bf16": lambda: start(BF16, channels_last=True, rows=True, seed=2**60, l2=True),
+    "start l2 second row": lambda: start(F32, l2=True, first_row=1),
     "start l2 one pixel": lambda: start(F32, (8, 1, 1, 1), l2=True),
     "margin fp32 10": lambda: margin(F32, 10),
     "margin fp32 10 prev": lambda: margin(F32, 10, prev=True),

@@ -110,9 +110,10 @@ def jump_target(x_adv, x, before, stays, factor, eps, lo, hi, norm) -> tuple[Ten
     return tuple(a.where(stays, side) for side in new)
 
 
-def start_target(x, eps, seed: int, step: int, lo, hi, norm) -> tuple[Tensor, Tensor]:
-    numel, c, eps = math.prod(x.shape[1:]), x.double(), fp32(eps, x)
-    a, b, d, e = (u.double() for u in uniform(len(x), math.ceil(numel / 4), seed, step, stream=0))
+def start_target(x, eps, seed: int, step: int, lo, hi, norm, first_row=0) -> tuple[Tensor, Tensor]:
+    numel, c, eps, n = math.prod(x.shape[1:]), x.double(), fp32(eps, x), first_row + len(x)
+    planes = uniform(n, math.ceil(numel / 4), seed, step, stream=0)
+    a, b, d, e = (u[first_row:].double() for u in planes)
     if norm == "linf":
         noise = (2 * torch.cat((a, b, d, e), 1)[:, :numel] - 1).view(x.shape) * eps
         slack = ONE * (c.abs() + eps)
@@ -123,7 +124,8 @@ def start_target(x, eps, seed: int, step: int, lo, hi, norm) -> tuple[Tensor, Te
             planes += [far * torch.cos(2 * math.pi * v), far * torch.sin(2 * math.pi * v)]
         gaussian = torch.cat(planes, 1)[:, :numel].view(x.shape)
         size = length(gaussian).clamp_min(1e-12)
-        radius = length(uniform(len(x), 1, seed, step, stream=1)[0].double().view(c[:, :1].flatten(1)[:, :1].shape))
+        radius = uniform(n, 1, seed, step, stream=1)[0][first_row:].double()
+        radius = length(radius.view(c[:, :1].flatten(1)[:, :1].shape))
         radius = radius.view(size.shape) ** (1 / numel) * eps
         noise = gaussian / size * radius
         # cosine and sine are off by some 1e-6 of the largest number, which is at most 5.8

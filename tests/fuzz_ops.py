@@ -179,10 +179,12 @@ def start_call(case: Case):
     shape, (lo, hi), norm = case.shape(), case.one(*LIMITS), case.one("linf", "l2")
     x, eps = case.images(shape, case.one(*DTYPES), lo, hi), case.radius(shape[0])
     seed, step = case.one(0, -1, case.random.randint(-(2**63), 2**63 - 1)), case.one(0, case.random.getrandbits(31))
-    wanted, there = start_target(x, eps, seed, step, lo, hi, norm), case.laid(x)
-    yield "op", ends(ops.random_start(there, eps, seed=seed, step=step, lo=lo, hi=hi, norm=norm), *wanted)
+    first_row = case.one(0, 0, 1, 7, 100)
+    wanted, there = start_target(x, eps, seed, step, lo, hi, norm, first_row), case.laid(x)
+    named = {"seed": seed, "step": step, "first_row": first_row}
+    yield "op", ends(ops.random_start(there, eps, **named, lo=lo, hi=hi, norm=norm), *wanted)
     if in_interpreter(case, x):
-        launched = random_start_launch(there, *numbers(eps), seed, step, lo, hi, norm == "l2")
+        launched = random_start_launch(there, *numbers(eps), seed, step, lo, hi, norm == "l2", first_row)
         yield "kernel", ends(launched, *wanted)
 
 

@@ -90,6 +90,7 @@ def refusals(case) -> dict[str, tuple[Bad, type, str]]:
         "random_start, eps": (start(eps=bad_number), ValueError, "eps"),
         "random_start, seed": (start(seed=case.one(2**63, -(2**63) - 1)), ValueError, "seed"),
         "random_start, step": (start(step=case.one(-1, 2**31)), ValueError, "step"),
+        "random_start, first_row": (start(first_row=case.one(-1, 2**31)), ValueError, "first_row"),
         "margin_stats, prev": (margin(prev=z[1:]), ValueError, "prev"),
         "margin_stats, labels": (margin(y=y.int()), TypeError, "y"),
         "margin_stats, rows of max_step": (margin(max_step=steps[1:]), ValueError, "max_step"),

@@ -87,6 +87,11 @@ def test_offsets_inside_a_row_fit_32_bits(report):
             assert row["types"]["numel"] in ("i32", "constexpr"), row
 
 
+def test_one_kernel_starts_every_slice(report):
+    """Else each place of a slice in the global batch might be compiled anew."""
+    assert {row["types"]["first_row"] for row in rows_of(report, "start ")} == {"i32"}
+
+
 def test_nothing_spills(report):
     known = [row for row in report if row.get("spilled_bytes") is not None]
     if not known:

@@ -43,6 +43,7 @@ SAMPLES = {  # name of the op: arguments
         lambda: (LAST, 0.0, ROWS, 7, 3, 0.0, 1.0, True),
         lambda: (in_layout(X.bfloat16(), "every other channel"), 0.1, None, 7, 3, 0.0, 1.0, False),
         lambda: (X[:0], 0.1, None, 7, 3, 0.0, 1.0, False),
+        lambda: (X[1:], 0.1, None, 7, 3, 0.0, 1.0, True, 1),  # a slice of a global batch
     ],
     "margin_stats": [
         lambda: (Z, Y, None, None, False),
@@ -100,6 +101,7 @@ WRAPPERS = {
     "jump, rows": lambda x, g, z, y: ops.jump(x.clone(), x, x * 0.9, y > 1, 3.0, z[:, 0].abs(), norm="l2"),
     "random_start": lambda x, g, z, y: ops.random_start(x, 0.1, seed=3, step=1),
     "random_start, rows": lambda x, g, z, y: ops.random_start(x, z[:, 0].abs(), seed=3, norm="l2"),
+    "random_start, slice": lambda x, g, z, y: ops.random_start(x, 0.1, seed=3, first_row=5),
     "margin_stats": lambda x, g, z, y: ops.margin_stats(z, y)[:2],
     "margin_stats, step": lambda x, g, z, y: ops.margin_stats(z, y, z * 2, z[:, 0].abs(), space="probs"),
     "step_size_weights": lambda x, g, z, y: ops.step_size_weights(z[:, 0].abs(), 1.0),

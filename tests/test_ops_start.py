@@ -86,18 +86,19 @@ def test_the_first_known_answer():
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**31, 2**40 + 5, 2**63 - 1, -(2**63)])
-@pytest.mark.parametrize("step", [0, 2**31 - 1])
-def test_the_numbers_are_philox(seed, step, device):
+@pytest.mark.parametrize(("step", "first_row"), [(0, 0), (2**31 - 1, 0), (1, 2**31 - 2)])
+def test_the_numbers_are_philox(seed, step, first_row, device):
     numel, rows, stream = 4 * 6, 3, start.START
     key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
     expected = [
         [philox_4x32_10((c, row, step, stream), key)[lane] >> 8 for lane in range(4) for c in range(numel // 4)]
-        for row in range(rows)
+        for row in range(first_row, first_row + rows)
     ]
     expected = torch.tensor(expected) / 2.0**24
-    assert torch.equal(torch.cat(philox_uniform(rows, numel // 4, seed, step, stream, "cpu"), 1), expected)
+    by_torch = philox_uniform(rows, numel // 4, seed, step, stream, "cpu", first_row)
+    assert torch.equal(torch.cat(by_torch, 1), expected)
     half = torch.full((rows, numel), 0.5, device=device)
-    by_kernel = start.random_start_launch(half, 0.5, None, seed, step, 0.0, 1.0, False)
+    by_kernel = start.random_start_launch(half, 0.5, None, seed, step, 0.0, 1.0, False, first_row)
     assert torch.equal(by_kernel.cpu(), 0.5 + (2 * expected - 1) * 0.5)
 
 
@@ -110,7 +111,7 @@ def test_any_block_size_gives_the_same_numbers(norm, block, device):
     if norm == "l2":
         grid, kernel = (3,), start._random_start_l2_kernel
     kernel[grid](
-        out, x, None, numel, numel, numel, quarter, 1, numel, 0.25, 7, 9, 0.0, 1.0, EPS_ROWS=False,
+        out, x, None, numel, numel, numel, quarter, 1, numel, 0.25, 7, 9, 0.0, 1.0, 0, EPS_ROWS=False,
         CHANNELS_LAST=False, BLOCK_SIZE=block, enable_fp_fusion=False,
     )  # fmt: skip
     check(out, random_start_reference(x.cpu(), 0.25, None, 7, 9, 0.0, 1.0, norm == "l2"), norm)

@@ -26,6 +26,7 @@ SWITCHES = {
     "pgd_at_awp": {"start_epoch": 1, "awp": 0.01},
     "gairat": {"start_epoch": 1},
     "dafa": {"class_from": 2},
+    "cfa": {"class_from": 2},
     "trades_stop": {"early_drop": True, "easy": "stop", "screen_steps": 2},
     "gairat_stop": {"start_epoch": 1, "early_drop": True, "easy": "stop", "screen_steps": 2, "reweight": True},
     "ham_at_home": {"start_epoch": 1, "screen_steps": 2},  # hard rows do not move
@@ -74,9 +75,11 @@ def trained(rank: int, key: str, updates: int = 3, world: int | None = None, **f
     world = world or dist.get_world_size()
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    method = method_of(key)
     trainer = ham.Trainer(
-        model, optimizer, method_of(key), **ATTACK, ema_decay=0.9, seed=3, group=None if alone else "auto", **further
-    )
+        model, optimizer, method, **ATTACK, ema_decay=0.9, seed=3, group=None if alone else "auto",
+        teacher=net(9) if method.needs_teacher else None, **further,
+    )  # fmt: skip
     loader = [mine(batch, rank, world) for batch in batches(updates)]
     firsts = []
 

@@ -101,16 +101,16 @@ def begin(
     x: Tensor, y: Tensor, pgd: PGD, seed: int, step: int, track: bool = False, count_right: bool = False,
     first_row: int = 0,
 ) -> ActiveSet:  # fmt: skip
-    """The starting points x0: random in the ball, or the images themselves."""
+    """The starting points x0: random in the ball, or the images themselves.
+
+    `first_row`: place of the first image in the global batch, whose rows' noise is named by their place there.
+    """
     x = x.detach()
     eps, eps_rows = checks.per_row("eps", pgd.eps, x)
     step_size, step_rows = checks.per_row("step_size", pgd.step_size, x)
     if pgd.random_start:
         radius = pgd.eps if pgd.start_eps is None else pgd.start_eps
-        if isinstance(radius, Tensor):
-            radius = torch.cat([radius.new_zeros(first_row), radius])
-        pad = torch.cat([x.new_zeros(first_row, *x.shape[1:]), x])
-        x_adv = random_start(pad, radius, seed=seed, step=step, norm=pgd.norm)[first_row:]
+        x_adv = random_start(x, radius, seed=seed, step=step, norm=pgd.norm, first_row=first_row)
     else:
         x_adv = x.clone()
     right = torch.zeros(len(y), device=x.device) if count_right else None

@@ -1,7 +1,8 @@
 """Philox-4x32-10, the counter-based generator behind every random number drawn here.
 
 Key: the 64-bit seed. Counter: (position, row, step, stream). A number depends on its place and on nothing else, so
-it is the same on CPU and GPU, for any block size, launch or order of work.
+it is the same on CPU and GPU, for any block size, launch or order of work. Rows count in the global batch, so it is
+the same for any number of processes that share the batch, too.
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
 
@@ -17,11 +18,16 @@ START, RADIUS, ROWS, TARGETS = 0, 1, 2, 3
 _LOW = 0xFFFFFFFF
 
 
-def philox_uniform(n: int, positions: int, seed: int, step: int, stream: int, device) -> tuple[Tensor, ...]:
-    """Four planes of shape (n, positions), fp32, uniform on the multiples of 2**-24 in [0, 1)."""
+def philox_uniform(
+    n: int, positions: int, seed: int, step: int, stream: int, device, first_row: int = 0
+) -> tuple[Tensor, ...]:
+    """Four planes of shape (n, positions), fp32, uniform on the multiples of 2**-24 in [0, 1).
+
+    They are those of the rows first_row, ..., first_row + n - 1, all below 2**32.
+    """
     # int64 holds the unsigned 32-bit words; a product may wrap, but its bits are those of the unsigned product
     c0 = torch.arange(positions, device=device).expand(n, positions)
-    c1 = torch.arange(n, device=device)[:, None].expand(n, positions)
+    c1 = torch.arange(first_row, first_row + n, device=device)[:, None].expand(n, positions)
     # filled on the device: torch.tensor would copy from the host and wait
     c2, c3 = (torch.full((), word, dtype=torch.int64, device=device) for word in (step & _LOW, stream))
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW

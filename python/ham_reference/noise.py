@@ -39,7 +39,10 @@ def in_cube(x: torch.Tensor, eps: float | torch.Tensor, seed: int, step: int) ->
 
 
 def in_ball(x: torch.Tensor, eps: float | torch.Tensor, seed: int, step: int) -> torch.Tensor:
-    """Noise uniform in the L2 ball of radius eps, shape of x: Gaussian direction, radius eps * u^(1/dimension)."""
+    """Noise uniform in the L2 ball of radius eps, shape of x: Gaussian direction, radius eps * u^(1/dimension).
+
+    Length and power are rounded once, from double precision, so that they are the same among any other rows.
+    """
     numel = x[0].numel()
     a, b, c, d = uniform(len(x), math.ceil(numel / 4), seed, step, stream=0)
     planes = []
@@ -47,8 +50,9 @@ def in_ball(x: torch.Tensor, eps: float | torch.Tensor, seed: int, step: int) ->
         length = torch.sqrt(-2 * torch.log(1 - u))
         planes += [length * torch.cos(2 * math.pi * v), length * torch.sin(2 * math.pi * v)]
     gaussian = torch.cat(planes, dim=1)[:, :numel]
-    radius = uniform(len(x), 1, seed, step, stream=1)[0] ** (1 / numel) * _of_rows(eps)
-    return (gaussian * (radius / gaussian.norm(dim=1, keepdim=True).clamp_min(1e-12))).reshape(x.shape).to(x.device)
+    size = gaussian.double().norm(dim=1, keepdim=True).float()
+    radius = (uniform(len(x), 1, seed, step, stream=1)[0].double() ** (1 / numel)).float() * _of_rows(eps)
+    return (gaussian * (radius / size.clamp_min(1e-12))).reshape(x.shape).to(x.device)
 
 
 def _of_rows(eps: float | torch.Tensor) -> float | torch.Tensor:
