@@ -169,6 +169,20 @@ def test_a_normalisation_of_the_checkpoint_goes_before_the_model(tmp_path, seed)
 
 
 # ---------------------------------------------------------------- what a training begins with
+def test_a_normalisation_is_told_in_one_flag_or_in_two(capsys):
+    def model(*more):
+        return flags.parse_evaluate(["--model", "resnet18", "--dataset", "cifar10", *more]).model
+
+    mean, std = ["0.1", "0.2", "0.3"], ["0.4", "0.5", "0.6"]
+    both = model("--normalize", *mean, *std)
+    assert both == model("--mean", *mean, "--std", *std)
+    assert (both.mean, both.std, both.normalize) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), False)
+    assert model("--normalize", "--checkpoint", "F").normalize
+    assert flags.parse_train(["--normalize", "0.5", "1/4", "--quiet"]).settings.model.std == (0.25,)
+    assert cli.main(["evaluate", "--model", "resnet18", "--normalize", "0.1", "0.2", "0.3"]) == 2
+    assert "normalize: got 0.1 0.2 0.3; give a mean, then a std" in capsys.readouterr().err
+
+
 def test_a_training_begins_with_weights(run, checkpoint, tmp_path, capsys):
     for name, source in (("file", checkpoint), ("run", run)):
         wanted = flags.parse_train([*TINY, "--method", "natural", "--weights", str(source)])

@@ -254,6 +254,8 @@ def test_masking_is_checked_by_default_where_it_costs_no_more_than_the_attacks(r
     (path,) = evaluate_run(tmp_path / "run", cheap)
     assert "masking" not in json.loads(path.read_text())
     assert "gradient masking: not checked; --masking does, with some 350" in capsys.readouterr().out
+    evaluate_run(tmp_path / "run", replace(cheap, attacks=("pgd400",), images=20), quiet=True)  # 350 of 60 images
+    assert "masking" not in json.loads(path.read_text())
     evaluate_run(tmp_path / "run", replace(cheap, attacks=("pgd400",)), quiet=True)  # 401 of each against 350
     assert json.loads(path.read_text())["masking"]["n"] == 60
 

@@ -15,6 +15,7 @@ import ham_kernels as ham
 from ham_kernels import models
 from ham_kernels.commands import cli, flags
 from ham_kernels.commands import train as train_command
+from ham_kernels.commands.model_card import model_card, robustbench_entry
 from ham_kernels.models.weights import lay, read_weights
 from ham_kernels.runs.folder import RunFolder
 
@@ -88,6 +89,23 @@ def test_the_card_says_what_was_measured(run, exported):
         "",
     )
     assert entry["eps"] == "51/255"
+
+
+def judged_by(attack: dict, images: int) -> dict:
+    """An evaluation with one attack on 60 of so many images."""
+    interval = {"value": 0.5, "low": 0.4, "high": 0.6}
+    found = {"n": 60, "accuracy": interval, "worst_class": interval, "std": interval, "per_class": [interval] * 10}
+    return {"part": "test", "images": images, "attacks": {"autoattack": {**found, "settings": attack}}}
+
+
+def test_a_figure_of_some_images_is_no_entry_and_a_fast_search_is_told(run, exported):
+    about = json.loads((exported / "about.json").read_text())
+    assert robustbench_entry(about, judged_by({}, 60))["autoattack_acc"] == "50.00"
+    part = judged_by({"search": {"compile": True}}, 61)
+    assert robustbench_entry(about, part)["autoattack_acc"] == robustbench_entry(about, part)["reported"] == ""
+    card = model_card(about, part, RunFolder.open(run))
+    assert "AutoAttack saw 60 of 61 images." in card
+    assert "AutoAttack: examples looked for on a rounded, compiled form of the model, each judged by the" in card
 
 
 def test_weights_that_were_not_judged_say_so(run, tmp_path):

@@ -21,6 +21,10 @@ THEIRS = {
         lambda: TheirPreActResNet18(False),
         lambda **how: models.create("preact_resnet18_kuangliu", 10, **how),
     ),
+    "preact_resnet18_wong": (
+        lambda: TheirPreActResNet18(False, raw=True),
+        lambda **how: models.create("preact_resnet18_wong", 10, **how),
+    ),
     "wide": (lambda: TheirWideResNet(16, 2), lambda **how: models.WideResNet(16, 2, **how)),
 }
 
@@ -130,7 +134,7 @@ def test_what_does_not_fit_is_named(seed):
     ):
         lay(models.SmallCNN(1, 4), wrong, source="F")
     without = TheirPreActResNet18(False).state_dict()
-    with pytest.raises(ValueError, match=r"missing 10.weight.* give --model preact_resnet18_kuangliu"):
+    with pytest.raises(ValueError, match=r"missing 10.weight.* give --model preact_resnet18_kuangliu, or _wong"):
         lay(models.create("preact_resnet18", 10), without, source="F")
     state["1.weight"][0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"F: 1.weight holds NaN or infinite values"):

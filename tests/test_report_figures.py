@@ -151,6 +151,20 @@ def test_bands_end_at_0_and_100_percent(tmp_path, monkeypatch):
     assert heights(loss) == pytest.approx((-0.2, 1.2))
 
 
+@pytest.mark.parametrize("value", [0.0, 0.3, 0.9])
+def test_axes_of_accuracies_begin_at_0(tmp_path, monkeypatch, value):
+    section, styles = section_of(methods_of(tmp_path, 2), tmp_path / "out", monkeypatch)
+    for group in section["groups"]:
+        for name, curve in group["curves"].items():
+            if name not in ("epoch", "phase", "mines"):
+                curve |= {key: [value] * 4 for key in ("mean", "low", "high")}
+    *validation, _ = [axes for axes in curves.training(section, styles).axes if axes.lines]
+    for axes in validation:
+        low, high = axes.get_ylim()
+        assert low == 0
+        assert high == pytest.approx(max(105 * value, 10), rel=0.1)
+
+
 def test_bands_over_many_classes_end_at_0_and_100_percent(tmp_path, monkeypatch):
     run = fake_run(tmp_path / "run", accuracy={"pgd20": [0.0, *[1.0] * 20]})
     section, styles = section_of([run], tmp_path / "out", monkeypatch)

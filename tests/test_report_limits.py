@@ -67,6 +67,16 @@ def test_an_attack_with_restarts_takes_the_place_of_the_attack(tmp_path):
     assert r"\multicolumn{3}{c}{CW-20, 3 restarts, \%}" in (tmp_path / "out" / "table.tex").read_text()
 
 
+def test_a_fast_search_is_told(tmp_path):
+    """Of which methods, where not of all; and in the command that makes the numbers again."""
+    runs, words = pair(tmp_path), "looked for examples on a rounded, compiled form of the model"
+    for run, says in ((runs[0], f"CW-20 of PGD-AT {words}"), (runs[1], f"CW-20 {words}")):
+        change_evaluation(run, lambda raw: raw["attacks"]["cw20"].update(settings={"search": {"compile": True}}))
+        page, section, _ = built(runs, tmp_path / "out")
+        assert [note for note in section["notes"] if words in note] == [f"{says}; the model itself judged each."]
+        assert "--attacks cw20 --search fast" in page
+
+
 def test_the_stronger_of_two_attacks_that_both_were_judged_with(tmp_path):
     """More restarts before fewer; but what one method alone was judged with compares nothing."""
     both = {**HAM, "pgd20-r3": [0.5, 0.4], "cw20-r3": [0.5, 0.35]}
@@ -227,4 +237,4 @@ def test_a_check_that_was_not_run_is_not_passed(tmp_path):
     assert (steps["runs"], steps["not_run"]) == (1, [])
     assert (transfer["runs"], transfer["not_run"]) == (0, ["not run: no other model"])
     assert "<td>No stronger</td><td>not run in 1</td><td>not run: no other model</td>" in page
-    assert "passed</span> of 1</td>" in page
+    assert "passed in 1</span> of 1</td>" in page

@@ -11,8 +11,9 @@ def conv(c_in: int, c_out: int, stride: int = 1, size: int = 3) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    def __init__(self, c_in: int, c_out: int, stride: int, shortcut: str):
+    def __init__(self, c_in: int, c_out: int, stride: int, shortcut: str, raw: bool = False):
         super().__init__()
+        self.raw = raw
         self.bn1, self.conv1 = nn.BatchNorm2d(c_in), conv(c_in, c_out, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(c_out), conv(c_out, c_out)
         self.by = shortcut if c_in != c_out else None
@@ -22,21 +23,21 @@ class Block(nn.Module):
 
     def forward(self, x):
         activated = F.relu(self.bn1(x))
-        aside = x if self.by is None else getattr(self, self.by)(activated)
+        aside = x if self.by is None else getattr(self, self.by)(x if self.raw else activated)
         return self.conv2(F.relu(self.bn2(self.conv1(activated)))) + aside
 
 
-def stage(c_in: int, c_out: int, stride: int, blocks: int, shortcut: str) -> nn.Sequential:
-    first = Block(c_in, c_out, stride, shortcut)
+def stage(c_in: int, c_out: int, stride: int, blocks: int, shortcut: str, raw: bool = False) -> nn.Sequential:
+    first = Block(c_in, c_out, stride, shortcut, raw)
     return nn.Sequential(first, *(Block(c_out, c_out, 1, shortcut) for _ in range(blocks - 1)))
 
 
 class TheirPreActResNet18(nn.Module):
-    def __init__(self, last_norm: bool, classes: int = 10):
+    def __init__(self, last_norm: bool, classes: int = 10, raw: bool = False):
         super().__init__()
         self.conv1, c_in = conv(3, 64), 64
         for i, width in enumerate((64, 128, 256, 512), 1):
-            setattr(self, f"layer{i}", stage(c_in, width, 1 if i == 1 else 2, 2, "shortcut"))
+            setattr(self, f"layer{i}", stage(c_in, width, 1 if i == 1 else 2, 2, "shortcut", raw))
             c_in = width
         if last_norm:
             self.bn = nn.BatchNorm2d(c_in)

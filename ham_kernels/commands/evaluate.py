@@ -266,7 +266,8 @@ class _Judge:
             return s.masking is not False
         attacks = plans(s.attacks, restarts=s.restarts, **{k: self.how[k] for k in ("eps", "step_size", "norm")})
         of_attacks = self.n * sum(plan.passes for plan in attacks.values())
-        return min(self.checked, self.n) * MASKING_COST <= of_attacks
+        checked = min(self.checked, self.images.counts[s.part])  # however few the attacks are judged on
+        return checked * MASKING_COST <= of_attacks
 
     def _masking(self) -> dict:
         """Check by check, each kept at once: they may take longer than the attacks."""

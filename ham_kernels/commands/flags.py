@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field, fields, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -325,7 +326,30 @@ def _seen(argv: list[str], flag: str) -> str | None:
 
 def _cli(kind: type[T], argv: list[str], prog: str, default: T | None = None) -> T:
     given = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=argv, prog=prog, config=(tyro.conf.OmitArgPrefixes,), registry=_REGISTRY, **given)
+    args, config = _normalized_by(argv), (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(kind, args=args, prog=prog, config=config, registry=_REGISTRY, **given)
+
+
+def _normalized_by(argv: list[str]) -> list[str]:
+    """--normalize MEAN STD as --mean MEAN --std STD; without numbers behind it, it stays the switch that it is."""
+    if "--normalize" not in argv:
+        return argv
+    at = argv.index("--normalize")
+    numbers = list(takewhile(_is_number, argv[at + 1 :]))
+    if not numbers:
+        return argv
+    half = len(numbers) // 2
+    if len(numbers) % 2:
+        raise ValueError(f"normalize: got {' '.join(numbers)}; give a mean, then a std, one value per channel each")
+    return [*argv[:at], "--mean", *numbers[:half], "--std", *numbers[half:], *argv[at + 1 + len(numbers) :]]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        number(word)
+    except ValueError:
+        return False
+    return True
 
 
 _REGISTRY = ConstructorRegistry()

@@ -118,6 +118,8 @@ def _counts(attacks: dict[str, Any], classes: int) -> list[str]:
 def _attack_settings(settings: dict[str, Any]) -> str:
     left_out = ("attack", "device", "norm", "search")
     told = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items() if k not in left_out]
+    if "search" in settings:
+        told.append("examples looked for on a rounded, compiled form of the model, each judged by the model itself")
     return ", ".join(told).replace("[", "").replace("]", "").replace("'", "")
 
 
@@ -139,11 +141,12 @@ def _limits(judged: dict[str, Any]) -> list[str]:
 
 
 def robustbench_entry(about: dict[str, Any], judged: dict[str, Any]) -> dict[str, Any]:
-    """The fields of RobustBench's model_info; what is not known here is empty."""
+    """The fields of RobustBench's model_info; what is not known here, or of some of the images alone, is empty."""
 
     def of(attack: str) -> str:
         found = judged.get("attacks", {}).get(attack)
-        return "" if found is None else f"{100 * found['accuracy']['value']:.2f}"
+        of_all = found is not None and found["n"] >= judged["images"]
+        return f"{100 * found['accuracy']['value']:.2f}" if of_all else ""
 
     eps = about["threat_model"]["eps"]
     per_255 = round(eps * 255, 6)

@@ -19,6 +19,7 @@ _OWN: dict[str, Callable[..., nn.Module]] = {
     "wrn_34_10": lambda classes, **how: WideResNet(34, 10, classes, **how),
     "wrn_28_10": lambda classes, **how: WideResNet(28, 10, classes, **how),
     "preact_resnet18_kuangliu": lambda classes, **how: PreActResNet18(classes, last_norm=False, **how),
+    "preact_resnet18_wong": lambda classes, **how: PreActResNet18(classes, last_norm=False, raw_shortcut=True, **how),
 }
 # with their auxiliary classifiers they would return three tensors; a given init_weights silences a warning
 _WITHOUT_AUXILIARIES = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}

@@ -68,10 +68,14 @@ class SmallCNN(nn.Sequential):
 
 
 class PreActBlock(nn.Module):
-    """BatchNorm - ReLU - conv, twice, around a shortcut (He et al., ECCV 2016)."""
+    """BatchNorm - ReLU - conv, twice, around a shortcut (He et al., ECCV 2016).
 
-    def __init__(self, c_in: int, c_out: int, stride: int):
+    A shortcut that projects begins behind the first ReLU; with raw_shortcut before the first BatchNorm.
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int, raw_shortcut: bool = False):
         super().__init__()
+        self.raw_shortcut = raw_shortcut
         self.bn1 = nn.BatchNorm2d(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
@@ -81,7 +85,7 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(out)
+        shortcut = x if self.shortcut is None else self.shortcut(x if self.raw_shortcut else out)
         out = self.conv1(out)
         return self.conv2(F.relu(self.bn2(out))) + shortcut
 
@@ -91,12 +95,12 @@ class PreActNet(nn.Sequential):
 
     def __init__(
         self, classes: int, stem: int, widths: Sequence[int], blocks: int, channels: int,
-        mean: Sequence[float] | None, std: Sequence[float] | None, last_norm: bool = True,
+        mean: Sequence[float] | None, std: Sequence[float] | None, last_norm: bool = True, raw_shortcut: bool = False,
     ):  # fmt: skip
         layers, c_in = [], stem
         for stage, width in enumerate(widths):
             for block in range(blocks):
-                layers.append(PreActBlock(c_in, width, 2 if stage and not block else 1))
+                layers.append(PreActBlock(c_in, width, 2 if stage and not block else 1, raw_shortcut))
                 c_in = width
         super().__init__(
             normalisation(channels, mean, std),
@@ -115,14 +119,14 @@ class PreActResNet18(PreActNet):
 
     Args: classes; channels of the images; mean, std: one value per channel, or None for no normalisation; last_norm:
     BatchNorm and ReLU before the head, as published (kuangliu's pytorch-cifar, from which many checkpoints come, has
-    neither).
+    neither); raw_shortcut: as in "Fast is better than free" (Wong et al., ICLR 2020), see PreActBlock.
     """
 
     def __init__(
         self, classes: int = 10, *, channels: int = 3, mean: Sequence[float] | None = CIFAR10_MEAN,
-        std: Sequence[float] | None = CIFAR10_STD, last_norm: bool = True,
+        std: Sequence[float] | None = CIFAR10_STD, last_norm: bool = True, raw_shortcut: bool = False,
     ):  # fmt: skip
-        super().__init__(classes, 64, (64, 128, 256, 512), 2, channels, mean, std, last_norm)
+        super().__init__(classes, 64, (64, 128, 256, 512), 2, channels, mean, std, last_norm, raw_shortcut)
 
 
 class WideResNet(PreActNet):

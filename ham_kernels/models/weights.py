@@ -191,5 +191,5 @@ def _differences(model: nn.Module, missing: list[str], unexpected: list[str]) ->
     is_preact = isinstance(model, PreActResNet18)
     norms = [i for i, layer in enumerate(model) if isinstance(layer, nn.BatchNorm2d)] if is_preact else []
     if norms and missing and not unexpected and all(k.startswith(f"{norms[-1]}.") for k in missing):
-        text += " (it has no BatchNorm before its head: give --model preact_resnet18_kuangliu)"
+        text += " (it has no BatchNorm before its head: give --model preact_resnet18_kuangliu, or _wong)"
     return text

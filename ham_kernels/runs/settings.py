@@ -92,10 +92,12 @@ class ModelSettings:
     """Classifier."""
 
     name: Annotated[str, tyro.conf.arg(name="model"), Words("{}")] = "small_cnn"
-    """small_cnn, preact_resnet18, wrn_34_10, wrn_28_10; a torchvision classifier by its name there; timm:NAME;
-    MODULE:FUNCTION, which makes one; robustbench:NAME, with its weights."""
+    """small_cnn, preact_resnet18 (for weights of others also preact_resnet18_kuangliu, preact_resnet18_wong),
+    wrn_34_10, wrn_28_10; a torchvision classifier by its name there; timm:NAME; MODULE:FUNCTION, which makes one;
+    robustbench:NAME, with its weights."""
     normalize: bool = False
-    """The data set's mean and std as the model's first layer (where its table has them)."""
+    """The data set's mean and std as the model's first layer (where its table has them). On the command line,
+    --normalize MEAN STD is --mean MEAN --std STD."""
     mean: tuple[float, ...] | None = None
     """Of a normalisation as the model's first layer, one value per channel, in place of the data set's."""
     std: tuple[float, ...] | None = None

@@ -101,8 +101,8 @@ def limits(section: Section) -> list[str]:
     shown = [(g, evaluation) for g in section.groups for evaluation in g.evaluated(g.weights)]
     trainings = [training_of(g.settings, g.counted) for g in section.groups if g.settings and not g.adopted]
     return [
-        *_limits_of_models(section), *_limits_of_evaluations(shown), *_limits_of_trainings(trainings),
-        *_limits_of_runs(counted), *_limits_of_times(section),
+        *_limits_of_models(section), *_limits_of_evaluations(shown), *_searches(shown),
+        *_limits_of_trainings(trainings), *_limits_of_runs(counted), *_limits_of_times(section),
     ]  # fmt: skip
 
 
@@ -144,6 +144,21 @@ def _limits_of_evaluations(judged: Sequence[tuple[Group, Evaluation]]) -> list[s
         if len(images) > 1:
             apart[f"images under {attack_title(attack)}"] = ", ".join(sorted(images))
     return [f"Not alike in {what}: {values}. Compare with care." for what, values in apart.items()]
+
+
+def _searches(judged: Sequence[tuple[Group, Evaluation]]) -> list[str]:
+    """Attacks that looked for examples on another form of the model, and of which groups where not of all."""
+    notes = []
+    for name in sorted({name for _, e in judged for name in e.attacks}):
+        how = [(group.title, e.attacks[name].searched_fast) for group, e in judged if name in e.attacks]
+        fast = list(dict.fromkeys(title for title, searched in how if searched))
+        if fast:
+            of = "" if all(searched for _, searched in how) else f" of {'; '.join(fast)}"
+            notes.append(
+                f"{attack_title(name)}{of} looked for examples on a rounded, compiled form of the model; the model "
+                "itself judged each."
+            )
+    return notes
 
 
 def _limits_of_trainings(trainings: Sequence[Training]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
 
 from ..reading.evaluations import Evaluation
 from ..reading.runs import Run
@@ -33,13 +32,9 @@ def _alike(shown: Evaluation) -> dict[str, list[str]]:
         base, restarts = base_attack(name)
         told = f" --images {attack.n}" if attack.n not in (None, shown.images) else ""
         told += f" --restarts {restarts}" if restarts > 1 else ""
-        told += " --search fast" if _searched(attack.settings) else ""
+        told += " --search fast" if attack.searched_fast else ""
         out.setdefault(told, []).append(base)
     return out
-
-
-def _searched(settings: Any) -> bool:
-    return "search" in settings if isinstance(settings, dict) else False
 
 
 def _quoted(run: Run, *inside: str) -> str:

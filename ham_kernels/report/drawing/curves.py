@@ -12,6 +12,8 @@ from ..comparing.over_seeds import reach
 from ..text_format import attack_title
 from .figures import MANY_GROUPS, Section, Styles, handles_of, legend_below, style_of
 
+LEAST = 10.0  # percent that an axis of accuracies reaches, where all of them are about 0
+
 
 def hard_fraction(section: Section, styles: Styles) -> Figure | None:
     """Share of the training images that each epoch trained on."""
@@ -52,6 +54,8 @@ def training(section: Section, styles: Styles) -> Figure | None:
                 band = not raw and has_bands(section)
                 _curve(axes, group, name, styles, 1 if key == "loss" else 100, band=band, pale=raw)
         axes.set(xlabel="epoch", ylabel=label)
+        if key != "loss":
+            axes.set_ylim(0, max(axes.get_ylim()[1], LEAST))
         axes.set_title(title, loc="left")
         axes.xaxis.get_major_locator().set_params(integer=True)
         _mark_start(axes, section)

@@ -53,6 +53,11 @@ class Attack:
     no_gradient: int | None = None  # images whose attack had no gradient to follow
     settings: Any = None  # of the attack
 
+    @property
+    def searched_fast(self) -> bool:
+        """Whether it looked for examples on another form of the model; none other than the model itself judges."""
+        return isinstance(self.settings, Mapping) and "search" in self.settings
+
     def __post_init__(self):
         per_class = [interval.value for interval in self.per_class]
         for name, measure in (("worst3", worst_mean), ("range", value_range), ("gini", gini)):
