@@ -73,13 +73,13 @@ def run(args: argparse.Namespace) -> dict:
     def cell(net: Net, gpus: int, batch: int, how: Training = how, links: Links = links) -> dict:
         return simulate(net, gpus, batch, how, links, args.draws, args.seed)
 
-    one = dataclasses.replace(how, messages=1)
+    apart = dataclasses.replace(how, messages=4 * how.messages)
     pairs = [(gpus, rows * gpus) for rows in ROWS for gpus in GPUS]
     changes = {
         "as above": (how, links),
         "easy rows stop": (dataclasses.replace(how, easy="stop"), links),
         "K 3, M 1, h 0.6": (dataclasses.replace(how, steps=3, screen_steps=1, hard=0.6), links),
-        "one all-to-all for a move": (one, links),
+        "x, x_adv, y and max_step moved apart": (apart, links),
         "all-gather without a ring's hops": (how, dataclasses.replace(links, hop_us=0.0)),
         "BatchNorm by each GPU, or frozen": (dataclasses.replace(how, sync_bn=False), links),
         "gradients behind the backward": (dataclasses.replace(how, overlap=True), links),
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> dict:
             for k, net in nets.items()
         },
         "rebalance": {
-            k: [{"usual": cell(net, g, b), "one_message": cell(net, g, b, one)} for g, b in pairs]
+            k: [{"usual": cell(net, g, b), "apart": cell(net, g, b, apart)} for g, b in pairs]
             for k, net in nets.items()
         },
         "what_if": {

@@ -77,6 +77,6 @@ class Training:
     screen_steps: int = _told(3, "M, those of them that screen")
     hard: float = _told(0.3, "h, the share of hard rows")
     easy: str = _told("drop", "what becomes of easy rows: drop; or stop, which trains on them as they are")
-    messages: int = _told(4, "all-to-alls of a move: one for each of x, x_adv, y, max_step")
+    messages: int = _told(1, "all-to-alls of a move: rows travel whole")
     sync_bn: bool = _told(True, "BatchNorm over all ranks")
     overlap: bool = _told(False, "hide the gradients' all-reduce behind the backward, as far as it goes")

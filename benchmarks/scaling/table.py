@@ -44,7 +44,7 @@ def sizes(cells: list[dict]) -> list[list[str]]:
 
 
 def rebalanced(result: dict) -> list[list[str]]:
-    """A line for each number of rows and GPUs: what moving is worth, in `messages` messages and in one."""
+    """A line for each number of rows and GPUs: what moving is worth, rows as a whole and tensor by tensor."""
     nets = result["rebalance"]
     head = ["rows on each", "GPUs", "fullest / mean", "steps that move %", *(NETS[name].title for name in nets)]
     rows = [head]
@@ -52,7 +52,7 @@ def rebalanced(result: dict) -> list[list[str]]:
         c = cells[0]["usual"]
         values = [
             f"{percent(cell['usual']['lost'])} → {percent(cell['usual']['lost_balanced'])} / "
-            f"{percent(cell['one_message']['lost_balanced'])}"
+            f"{percent(cell['apart']['lost_balanced'])}"
             for cell in cells
         ]
         rows.append(
@@ -120,16 +120,14 @@ def _from_where(nets: dict[str, list[dict]]) -> str:
 
 
 def rebalance(result: dict) -> str:
-    t = result["settings"]["training"]
     worse = []
     for name, cells in result["rebalance"].items():
         found = [f"{c['gpus']:,} × {c['rows']}" for c in (x["usual"] for x in cells) if c["lost_balanced"] > c["lost"]]
         worse += [f"{NETS[name].title} on {', '.join(found)}"] if found else []
-    n = t["messages"]
     said = (
-        "Time lost to imbalance, in % of a step whose GPUs all have the same: as it is → rebalanced by "
-        f"{n} all-to-alls, one for each tensor / by one, with all tensors packed into it. The time of moving is in it. "
-        f"By {n} it costs more than it saves here (GPUs × rows): {'; '.join(worse) or 'nowhere'}."
+        "Time lost to imbalance, in % of a step whose GPUs all have the same: as it is → rebalanced, rows travelling "
+        "whole in one all-to-all / were each of four tensors to travel by itself. The time of moving is in it. It costs "
+        f"more than it saves here (GPUs × rows): {'; '.join(worse) or 'nowhere'}."
     )
     return f"{said}\n\n{markdown(rebalanced(result))}"
 
