@@ -26,12 +26,12 @@ def test_table_of_facts_is_light_and_complete():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     names, heavy = out.split("\n")[:2]
-    assert names == "digits cifar10 cifar100 svhn fashion_mnist imagenette imagenette32"
+    assert names == "digits cifar10 cifar100 svhn fashion_mnist imagenette imagenette32 imagenet"
     assert heavy == ""
 
 
-def test_only_cifar10_is_normalised_as_in_the_paper():
-    assert [name for name, facts in data.SETS.items() if facts.mean or facts.std] == ["cifar10"]
+def test_cifar10_is_normalised_as_in_the_paper_and_imagenet_as_everywhere():
+    assert [name for name, facts in data.SETS.items() if facts.mean or facts.std] == ["cifar10", "imagenet"]
     assert {name: facts.augment for name, facts in data.SETS.items() if facts.augment != "crop+flip"} == {
         "digits": "none",
         "svhn": "crop",
@@ -219,6 +219,19 @@ def test_a_missing_set_says_what_to_put_where(name, tmp_path, no_network):
     with pytest.raises(FileNotFoundError, match=message):
         data.load(name, root=root)
     assert len(no_network) == 1
+
+
+def test_imagenet_is_read_where_somebody_put_it(tmp_path, no_network):
+    with pytest.raises(
+        FileNotFoundError, match=rf"root: ImageNet is not in {tmp_path}, .*put the folder imagenet with"
+    ):
+        data.load("imagenet", root=tmp_path)
+    pictures.write_imagenette(tmp_path, "imagenet")
+    images = data.load("imagenet", root=tmp_path)
+    assert (images.name, images.classes, images.size) == ("ImageNet", ("n01440764", "n03028079"), 224)
+    assert images.counts == {"train": 10, "test": 4}
+    assert isinstance(data.load("imagenet", root=tmp_path, size=32), data.ImageSet)
+    assert no_network == []
 
 
 def test_a_missing_set_is_downloaded_where_allowed(tmp_path, no_checksums, monkeypatch):

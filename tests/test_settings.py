@@ -102,7 +102,7 @@ def test_settings_are_what_the_trainer_takes():
     taken = inspect.signature(ham.Trainer.__init__).parameters
     told = {f.name for section in (TrainSettings().attack, TrainSettings().engine) for f in dataclasses.fields(section)}
     told |= {"ema_decay", "precision", "seed", "warm_up", "natural_epochs", "grad_clip", "loss_weights"}
-    assert told == set(taken) - {"self", "model", "optimizer", "method", "device", "teacher"}
+    assert told == set(taken) - {"self", "model", "optimizer", "method", "device", "teacher", "group", "rebalance"}
 
 
 def test_ham_from_flat_arguments():

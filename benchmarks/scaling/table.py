@@ -126,8 +126,8 @@ def rebalance(result: dict) -> str:
         worse += [f"{NETS[name].title} on {', '.join(found)}"] if found else []
     said = (
         "Time lost to imbalance, in % of a step whose GPUs all have the same: as it is → rebalanced, rows travelling "
-        "whole in one all-to-all / were each of four tensors to travel by itself. The time of moving is in it. It costs "
-        f"more than it saves here (GPUs × rows): {'; '.join(worse) or 'nowhere'}."
+        "whole in one all-to-all / were each of four tensors to travel by itself. The time of moving is in it. It "
+        f"costs more than it saves here (GPUs × rows): {'; '.join(worse) or 'nowhere'}."
     )
     return f"{said}\n\n{markdown(rebalanced(result))}"
 

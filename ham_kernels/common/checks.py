@@ -185,6 +185,11 @@ def step_gradient(grad, x: Tensor, index, count) -> None:
 def labels(y, x: Tensor, x_name: str = "x") -> None:
     """One int64 label per row of x; the range of the labels is data and judged elsewhere."""
     tensor("y", y)
+    if y.dim() == 2 and y.is_floating_point():
+        raise TypeError(
+            f"y: got soft labels, {y.dtype} {tuple(y.shape)}, as mixup and CutMix make them; an attack turns a row "
+            "away from one class, which is hard or easy by it: give class numbers (int64), and perhaps label_smoothing"
+        )
     if y.dtype != torch.int64:
         raise TypeError(f"y: got {y.dtype}; labels must be int64 class numbers")
     if y.shape != (x.shape[0],):

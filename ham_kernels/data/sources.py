@@ -57,6 +57,8 @@ def _load(
         return class_folders(path, root=root, size=size, cache=cache)
     if dataset not in SETS:
         raise ValueError(f"dataset: got {dataset!r}; allowed are {', '.join(SETS)}, or give path=")
+    if dataset == "imagenet":
+        return _imagenet(Path(root), size, cache)
     if dataset == "imagenette32" and size is None:
         size = SETS[dataset].size
     elif size is not None and not is_files(dataset):
@@ -64,3 +66,14 @@ def _load(
     if dataset == "digits":
         return digits()
     return from_torchvision(dataset, Path(root), download, size, cache)
+
+
+def _imagenet(root: Path, size: int | None, cache: bool) -> ImageSet | FileSet:
+    """Its files are to be had by hand alone; the published validation part is the test part."""
+    title, folder = SETS["imagenet"].title, root / "imagenet"
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"root: {title} is not in {root}, and nobody may hand it on; put the folder imagenet with train/CLASS/ "
+            "and val/CLASS/ there, or give path=, a folder or tar of class folders, instead"
+        )
+    return replace(class_folders(folder, root=root, size=size, cache=cache), name=title)

@@ -45,6 +45,9 @@ SETS: dict[str, SetFacts] = {
     "fashion_mnist": SetFacts("Fashion-MNIST", 10, 1, 28, "crop+flip"),
     "imagenette": SetFacts("Imagenette", 10, 3, 224, "crop+flip", in_memory=False),
     "imagenette32": SetFacts("Imagenette 32x32", 10, 3, 32, "crop+flip"),
+    "imagenet": SetFacts(
+        "ImageNet", 1000, 3, 224, "crop+flip", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), in_memory=False
+    ),
 }
 
 

@@ -50,6 +50,14 @@ PRESETS: dict[str, TrainSettings] = {
     # Not in the paper: its budget at the images' own size, and the budget usual for Fashion-MNIST.
     "imagenette": _natural("imagenette", val_images=500, model="resnet18"),
     "fashion_mnist": _natural("fashion_mnist", attack=AttackSettings(eps=0.1, step_size=0.02)),
+    # As robust ImageNet models are usually trained (Salman et al., arXiv 2007.08489; ARES 2.0): K 3, 90 epochs.
+    "imagenet": TrainSettings(
+        data=DataSettings("imagenet", batch_size=256, val_images=10_000, augment="crop+flip", workers=8),
+        model=ModelSettings("resnet50", normalize=True),
+        attack=AttackSettings(eps=4 / 255, step_size=8 / 3 / 255, steps=3),
+        method=HAM(start_epoch=31, screen_steps=1),
+        optim=OptimSettings(epochs=90, weight_decay=1e-4, milestones=(31, 61), lr_decay=(0.1, 0.1)),
+    ),
 }
 
 

@@ -28,8 +28,8 @@ class ImageSettings:
     """Images."""
 
     dataset: str = "digits"
-    """digits, cifar10, cifar100, svhn, fashion_mnist, imagenette, imagenette32; with --path, whose preset is used
-    as it is (without it, settings that fit the folder)."""
+    """digits, cifar10, cifar100, svhn, fashion_mnist, imagenette, imagenette32, imagenet; with --path, whose preset
+    is used as it is (without it, settings that fit the folder)."""
     path: str | None = None
     """A folder or tar of images to use instead: train/CLASS/NAME and test/CLASS/NAME, or CLASS/NAME (a fifth tests);
     or a folder of IDX files."""
