@@ -13,6 +13,11 @@ import pytest
 
 from ham_kernels.ops.native import cuda
 
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLES = ("HAM_BUILD_CUDA", "HAM_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH")
 
@@ -250,3 +255,28 @@ def test_every_change_in_csrc_changes_the_hash(tmp_path):
     (tmp_path / "csrc/compact.cuh").rename(tmp_path / "csrc/compact2.cuh")
     hashes.add(cuda.csrc_hash(tmp_path))
     assert len(hashes) == 3
+
+
+# What an installation brings
+def extras() -> dict[str, list[str]]:
+    """{extra: the names of what it asks for, extras within it resolved}."""
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+
+    def names(extra: str) -> list[str]:
+        found = []
+        for requirement in told[extra]:
+            name, inner = re.match(r"([\w.-]+)(?:\[(.*)\])?", requirement).groups()
+            found += [n for i in inner.split(",") for n in names(i)] if name == "ham_kernels" else [name]
+        return found
+
+    return {extra: names(extra) for extra in told}
+
+
+def test_only_its_own_extra_asks_for_torchattacks():
+    """It pins a requests of 2020, which drags old packages into every environment that has it."""
+    assert [extra for extra, asked in extras().items() if "torchattacks" in asked] == ["torchattacks"]
+    assert {"pyautoattack", "timm", "torchvision"} <= set(extras()["test"])
+    installs = re.findall(r"pip install .*", "\n".join((ROOT / f).read_text() for f in ("README.md", ".ci/run")))
+    asked = [line for line in installs if "torchattacks" in line]
+    assert len(asked) == 1
+    assert "column for a torchattacks loop" in asked[0]  # of the benchmark that is told where it is

@@ -368,8 +368,10 @@ def test_a_check_that_was_not_run_has_not_passed(run):
 def test_parts_of_autoattack_say_what_each_took(run):
     (path,) = evaluate_run(run, QUICK, quiet=True)
     result = json.loads(path.read_text())
-    result["attacks"]["autoattack"] = result["attacks"]["pgd3"] | {"lost": {"apgd-ce": 41, "square": 2}}
-    assert "AutoAttack took 41 by APGD-CE, 2 by SQUARE" in verdict(result, run).splitlines()
+    settings = {"parts": ["apgd-ce", "fab-t", "square"]}  # as of two classes
+    lost = {"settings": settings, "lost": {"apgd-ce": 41, "square": 2}}
+    result["attacks"]["autoattack"] = result["attacks"]["pgd3"] | lost
+    assert "AutoAttack took 41 by APGD-CE, 0 by FAB-T, 2 by SQUARE" in verdict(result, run).splitlines()
 
 
 def test_numbers_say_what_they_are_of(run):

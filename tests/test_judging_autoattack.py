@@ -113,17 +113,36 @@ def test_runs_at_the_published_strength(monkeypatch):
     assert seen["APGDAttack_targeted"].n_target_classes == 4
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("first", [0, 7])
+def test_flags_are_those_of_the_package_alone(quick, norm, first):
+    """Of its own loop over the parts, with the same seed; the second batch here has the next one."""
+    batches = list(zip(*(t.split(20) for t in batch(40)), strict=True))
+    model, pgd = robust_cnn().eval(), BALLS[norm]
+    expected = ""
+    for seed, (x, y) in enumerate(batches, first):
+        theirs = pyautoattack.AutoAttack(model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=pgd.eps, seed=seed)
+        for part in (theirs.apgd, theirs.apgd_targeted, theirs.fab):
+            part.n_iter, part.n_target_classes = autoattack.STEPS, autoattack.TARGETS
+        theirs.square.n_queries = autoattack.QUERIES
+        x_adv, _ = theirs.run_standard_evaluation(x, y, batch_size=len(y))
+        expected += "".join(str(int(right)) for right in model(x_adv).argmax(1) == y)
+    how = {"classes": 10, "eps": pgd.eps, "step_size": pgd.step_size, "norm": norm, "seed": first}
+    found = judge(model, batches, ["autoattack"], **how)["autoattack"]
+    assert found["correct"] == expected
+    assert 0 < expected.count("1") < 40
+
+
 def test_agrees_with_the_package_alone():
-    """The same images survive as in pyautoattack's own loop."""
+    """The same images survive at full strength as in pyautoattack's own loop."""
     x, y = batch(40)
     model = robust_cnn().eval()
     autoattack_of = pyautoattack.AutoAttack(model, norm="Linf", eps=EPS, seed=0)
     for name, part in (("n_queries", autoattack_of.square), ("n_target_classes", autoattack_of.fab)):
         setattr(part, name, {"n_queries": 100, "n_target_classes": 2}[name])  # parts that take long and find nothing
     x_adv, _ = autoattack_of.run_standard_evaluation(x, y, batch_size=40)
-    ours = ham.evaluate(model, [(x, y)], ["apgd"], eps=EPS)["apgd"].accuracy
-    theirs = float((model(x_adv).argmax(1) == y).float().mean())
-    assert ours == pytest.approx(theirs, abs=1e-6)
+    found = judge(model, [(x, y)], ["apgd"], classes=10, eps=EPS, step_size=STEP_SIZE)["apgd"]
+    assert found["correct"] == "".join(str(int(right)) for right in model(x_adv).argmax(1) == y)
 
 
 def test_rows_lost_anyway_are_not_attacked():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from collections import OrderedDict
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -234,6 +235,26 @@ def test_robustbench_by_name(monkeypatch, seed):
         models.create("robustbench:Far", 10)
     with pytest.raises(ValueError, match="it must be NAME or DATASET/THREAT/NAME"):
         models.create("robustbench:L2/Some", 10)
+
+
+def test_robustbench_is_imported_without_what_loading_does_not_use(tmp_path, monkeypatch):
+    """Its package on PyPI imports AutoAttack by another name than PyPI's, and a module that setuptools has no more."""
+    pytest.importorskip("pyautoattack")
+    package = tmp_path / "robustbench"
+    package.mkdir()
+    imports = "import pkg_resources\nfrom autoattack import AutoAttack\nfrom autoattack.state import EvaluationState\n"
+    (package / "__init__.py").write_text(imports)
+    (package / "utils.py").write_text("from torch import nn\ndef load_model(name, **how): return nn.Linear(1, 1)\n")
+    for name in [name for name in sys.modules if name.split(".")[0] in ("robustbench", "autoattack", "pkg_resources")]:
+        monkeypatch.delitem(sys.modules, name)
+    missing = {"autoattack", "pkg_resources"} - {name for name in ("autoattack", "pkg_resources") if find_spec(name)}
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert isinstance(models.create("robustbench:Some", 10), nn.Linear)
+        assert not missing & set(sys.modules)
+    finally:
+        for name in ("robustbench", "robustbench.utils"):
+            sys.modules.pop(name, None)
 
 
 def test_functions_of_the_user(tmp_path, monkeypatch):

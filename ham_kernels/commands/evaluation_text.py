@@ -76,12 +76,16 @@ def _limits(result: dict[str, Any]) -> list[str]:
 
 
 def _parts(result: dict[str, Any]) -> list[str]:
-    """Which part of AutoAttack took how many images; a search without gradients that takes many hints at masking."""
-    return [
-        f"{attack_title(name)} took " + ", ".join(f"{k} by {part.upper()}" for part, k in a["lost"].items())
-        for name, a in result["attacks"].items()
-        if a.get("lost")
-    ]
+    """Which part of AutoAttack took how many images; a search without gradients that takes many hints at masking.
+
+    All parts that the number of classes allows.
+    """
+    found = {}
+    for name, a in result["attacks"].items():
+        if "lost" in a:
+            parts = a["settings"].get("parts", a["lost"])
+            found[name] = ", ".join(f"{a['lost'].get(part, 0)} by {part.upper()}" for part in parts)
+    return [f"{attack_title(name)} took {told}" for name, told in found.items() if told]
 
 
 def _classes(result: dict[str, Any]) -> list[str]:

@@ -6,7 +6,10 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from types import ModuleType
 
 from torch import nn
 
@@ -116,7 +119,8 @@ def of_timm(name: str, **how) -> nn.Module:
 
 def _of_robustbench(name: str) -> nn.Module:
     try:
-        from robustbench.utils import load_model
+        with _stand_ins():
+            from robustbench.utils import load_model
     except ImportError as error:
         raise ImportError(f"name: robustbench:{name} needs RobustBench; `pip install robustbench` ({error})") from error
     dataset, threat, name = ["cifar10", "Linf", name.strip("/")] if "/" not in name else _three(name)
@@ -127,6 +131,23 @@ def _of_robustbench(name: str) -> nn.Module:
     except OSError as error:
         where = f"models/{dataset}/{threat}/{name}.pt"
         raise FileNotFoundError(f"name: {where} cannot be downloaded ({error}); put it there") from error
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    """For what RobustBench 1.1 imports and an environment of today lacks: AutoAttack under its name of before it was on
+    PyPI, and a part of old setuptools. Loading a model uses neither."""
+    found = {}
+    if find_spec("autoattack") is None:
+        found = {f"autoattack{part}": importlib.import_module(f"pyautoattack{part}") for part in ("", ".state")}
+    if find_spec("pkg_resources") is None:
+        found["pkg_resources"] = ModuleType("pkg_resources")
+    sys.modules.update(found)
+    try:
+        yield
+    finally:
+        for name in found:
+            sys.modules.pop(name, None)
 
 
 def _three(name: str) -> list[str]:
