@@ -83,7 +83,7 @@ def test_an_attack_towards_a_class_raises_its_probability(epochs):  # noqa: F811
     with PLAIN.attacking(model):
         attack = Attack(model, x, y, pgd, seed=SEED, step=0)
         attack.steps(4)
-        after, before = (model(at).softmax(1)[target.bool()].mean() for at in (attack.rows.x_adv, x))
-        assert after > before + 0.01
+        after, before = (model(at).softmax(1)[target.bool()] for at in (attack.rows.x_adv, x))
+        assert (after > before).all()
         with pytest.raises(ValueError, match="target: got None"):
             Attack(model, x, y, PGD(**L2, loss="target"), seed=SEED, step=0)

@@ -244,7 +244,14 @@ def test_cases_have_easy_and_hard_rows(easy, epochs):
     assert any(0.1 < share < 0.95 for share in shares)
 
 
-@pytest.mark.parametrize(("name", "switches"), [*(case(name) for name in METHODS), case("pgd_at", awp=0.2)])
+ROUNDED = [
+    *(case(name) for name in METHODS if name != "fair_tat"),
+    case("pgd_at", awp=0.2),
+    case("fair_tat", temperature=0.0),  # else rounding may draw another class to attack towards
+]
+
+
+@pytest.mark.parametrize(("name", "switches"), ROUNDED)
 def test_bf16_errs_at_most_twice_as_much_as_autocast(name, switches, epochs, any_half):
     """Changes of all parameters in updates from the same weights, against fp32; both errors are summed over them."""
     trainer, reference = trainer_of(smooth_net(), name, switches, precision="bf16"), reference_of(name, switches)
