@@ -27,6 +27,7 @@ SWITCHES = {
     "gairat": {"start_epoch": 1},
     "dafa": {"class_from": 2},
     "cfa": {"class_from": 2},
+    "mail": {"mail_from": 1},
     "trades_stop": {"early_drop": True, "easy": "stop", "screen_steps": 2},
     "gairat_stop": {"start_epoch": 1, "early_drop": True, "easy": "stop", "screen_steps": 2, "reweight": True},
     "ham_at_home": {"start_epoch": 1, "screen_steps": 2},  # hard rows do not move

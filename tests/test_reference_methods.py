@@ -63,6 +63,11 @@ CASES = [
     case("frl", rate=0.5, eps_rate=2.0, slack=0.0),
     case("frl", remargin=False, rate=2.0, slack=0.02, most=0.3, class_weights="chi2"),
     case("fsr", share=0.7, lowered=0.5, class_weights="hard_share"),
+    case("mail", base="pgd_at", mail_from=1, slope=3.0),
+    case("mail", base="pgd_at", reweight=True, class_weights="hard_share", **SCREENED, easy="stop", awp=0.01),
+    case("mail", base="mart"),
+    case("mail", base="mart", beta=2.0, slope=5.0, bias=-0.5, **SCREENED, easy="jump"),
+    case("mail", beta=2.0, slope=5.0, bias=-0.5, mail_from=1),
 ]
 
 
@@ -116,7 +121,7 @@ def teacher_of(name: str) -> dict:
 
 
 def early(name: str) -> dict:
-    return {"class_from": 2} if name in ("dafa", "cfa") else {}
+    return {"dafa": {"class_from": 2}, "cfa": {"class_from": 2}, "mail": {"mail_from": 2}}.get(name, {})
 
 
 def examples_of(trainer: ham.Trainer) -> list:

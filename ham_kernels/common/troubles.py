@@ -140,10 +140,10 @@ TROUBLES: dict[str, Trouble] = {
         "ham_kernels.attack.pgd.PGD(eps, step_size, steps)), give that to loss(), and after each epoch call "
         "objective.end_epoch",
     ),
-    "classes_alike": Trouble(
-        "class_from: is {first}, and {method} ends with epoch {epochs}; it treats all classes alike until then",
+    "never_begins": Trouble(
+        "{field}: is {first}, and {method} ends with epoch {epochs}; it treats all {until} alike until then",
         "The method's published course is longer than this training, and it names an epoch of that course.",
-        "give a lower class_from",
+        "give a lower {field}",
     ),
     "gate_without_validation": Trouble(
         "gate: is {gate:g}, and there are no validation images to judge by; the weight average takes all updates",

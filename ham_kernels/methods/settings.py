@@ -7,6 +7,7 @@ its keys in TOML, their bounds and their words in titles; the functions that it 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -242,6 +243,10 @@ class Method:
         }
         return dataclasses.replace(self, **now) if now else self
 
+    def begins(self) -> tuple[tuple[str, int, str], ...]:
+        """(field, epoch in which what it names begins, what is treated alike before)."""
+        return (("class_from", self.class_from, "classes"),) if self.looks_at_classes else ()
+
     @property
     def looks_at_classes(self) -> bool:
         """Whether `observe` reads the look of a batch."""
@@ -277,6 +282,11 @@ class Method:
         from .losses import adversarial_ce
 
         return adversarial_ce(self, model, examples)
+
+    def loss_form(self, memory: Objective) -> Hashable:
+        """What tells forms of `loss_of` apart that buffers do not, such as an epoch that it asks for: an update that
+        was captured in one form is not replayed in another."""
+        return None
 
     def around(
         self, model: nn.Module, examples: Examples, memory: Objective, gradients: Gradients

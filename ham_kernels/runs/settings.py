@@ -256,11 +256,11 @@ class TrainSettings:
             raise ValueError(
                 f"start_epoch: got {method.start_epoch} with epochs={optim.epochs}, so {method.name} would never start"
             )
-        if method.looks_at_classes and method.class_from > optim.epochs:
-            raise ValueError(
-                f"class_from: got {method.class_from} with epochs={optim.epochs}, so {method.name} would never tell "
-                "classes apart"
-            )
+        for name, first, until in method.begins():
+            if first > optim.epochs:
+                raise ValueError(
+                    f"{name}: got {first} with epochs={optim.epochs}, so {method.name} would never tell {until} apart"
+                )
         if method.needs_teacher != (self.run.teacher is not None):
             raise ValueError(
                 f"teacher: got None; {method.title} learns from one: give a run's folder or a checkpoint"

@@ -43,8 +43,9 @@ def check_fit(trainer: Trainer, train_loader, epochs: int, val_loader, scheduler
                 f"val_loader: is an iterator, which is spent after one of {passes} passes; give a list or a DataLoader"
             )
     for kind, last in ((trainer.phases.warm_up, min(method.start_epoch - 1, epochs)), (method, epochs)):
-        if 0 < last < kind.class_from and kind.looks_at_classes:
-            troubles.warn("classes_alike", method=kind.title, first=kind.class_from, epochs=last)
+        for name, first, until in kind.begins():
+            if 0 < last < first:
+                troubles.warn("never_begins", field=name, first=first, method=kind.title, epochs=last, until=until)
     if method.gate and trainer.average is not None and val_loader is None:
         troubles.warn("gate_without_validation", gate=method.gate)
     _check_average(trainer, train_loader, epochs)

@@ -120,7 +120,7 @@ class Updater:
         resting = frozenset(map(id, note_resting(model)))
         key = (
             "update", x.shape, x.stride(), x.dtype, examples.n, examples.weights is None, freeze_bn,
-            objective, objective.memories, learned,
+            objective, objective.memories, objective.method.loss_form(objective), learned,
             resting, ambient(x.device),
         )  # fmt: skip
         reached = graphs.shared.setdefault("reached", {})

@@ -16,6 +16,7 @@ from .frl import FRL
 from .fsr import FSR
 from .gairat import GAIRAT
 from .ham import HAM
+from .mail import MAIL
 from .mart import MART
 from .method import ham_loss, hard_examples, pgd_attack, step_size_weights
 from .trades import TRADES, trades_loss
@@ -25,7 +26,7 @@ from .wat import WAT
 METHODS = {
     "pgd_at": PGDAT, "ham": HAM, "trades": TRADES, "mart": MART, "gairat": GAIRAT, "faal": FAAL, "dafa": DAFA,
     "cfa": CFA, "wat": WAT, "fair": FAIR, "fsr": FSR, "frl": FRL, "cfol": CFOL, "fair_tat": FAIRTAT,
-    "rslad": RSLAD, "fair_ard": FairARD, "absld": ABSLD,
+    "rslad": RSLAD, "fair_ard": FairARD, "absld": ABSLD, "mail": MAIL,
 }  # fmt: skip
 """Training methods by name: made with the number of classes and the attack, they have `step` and `end_epoch`.
 
