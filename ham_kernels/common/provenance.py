@@ -8,6 +8,8 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from .processes import launched
+
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -15,9 +17,10 @@ def machine() -> dict[str, str]:
     """Processor, cores that this process may use, GPU, operating system."""
     import torch
 
+    processes = f" in each of {n} processes" if (n := launched()) > 1 else ""
     return {
         "cpu": _cpu(),
-        "cores": f"{len(os.sched_getaffinity(0))}, torch uses {torch.get_num_threads()} threads",
+        "cores": f"{len(os.sched_getaffinity(0))}, torch uses {torch.get_num_threads()} threads{processes}",
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
         "system": f"{platform.system()} {platform.release()}",
     }

@@ -320,6 +320,7 @@ class Trainer:
     def _end_epoch(self, report: EpochReport, loader: Iterable) -> None:
         """The watch and the method look at the epoch; then it is done."""
         since = _clocks()
+        self.ranks.check_alike(self.model)
         objective = self.phases.objective(report.epoch)
         if self.phases.watches(report.epoch):  # first: a stop while it draws must not end the epoch twice
             with Meeting(self.ranks, 2, self.device) as meeting:
