@@ -85,7 +85,7 @@ def test_the_course_and_what_never_begins(batches):
 
 
 def test_settings_that_do_nothing_are_refused():
-    with pytest.raises(ValueError, match="beta: got 2.0 with base='pgd_at'"):
+    with pytest.raises(ValueError, match=r"beta: got 2\.0 with base='pgd_at'"):
         MAIL(base="pgd_at", beta=2.0)
     assert MAIL(base="mart").cost(10) == 26
     assert MAIL(base="pgd_at").cost(10) == 23

@@ -63,6 +63,8 @@ CASES = [
     case("frl", rate=0.5, eps_rate=2.0, slack=0.0),
     case("frl", remargin=False, rate=2.0, slack=0.02, most=0.3, class_weights="chi2"),
     case("fsr", share=0.7, lowered=0.5, class_weights="hard_share"),
+    case("bat", beta=2.0, entropy=0.3, reweight=True, class_weights="hard_share"),
+    case("bat", **SCREENED, easy="stop", reweight=True, step_sizes=(0.1, 0.6, 0.3, 0.2), awp=0.01),
     case("mail", base="pgd_at", mail_from=1, slope=3.0),
     case("mail", base="pgd_at", reweight=True, class_weights="hard_share", **SCREENED, easy="stop", awp=0.01),
     case("mail", base="mart"),

@@ -16,8 +16,8 @@ ABOVE_ONE = 1.0001  # MART's; keeps the logarithm finite where another class has
 
 
 def logits_at(model: nn.Module, examples: Examples, x: Tensor) -> Tensor:
-    """Logits in fp32 of examples.x or examples.x_adv; the rest of the batch passes through the model beside them."""
-    rest = examples.rest if x is examples.x_adv else examples.rest_x
+    """Logits in fp32 of images of examples; the rest of the batch passes through the model beside them."""
+    rest = examples.rest_x if x is examples.x else examples.rest
     z = model(x if rest is None else torch.cat([x, rest]))
     checks.model_output(z, len(x) if rest is None else len(x) + len(rest))
     return z[: len(x)].float()

@@ -55,6 +55,7 @@ class Method:
     name: ClassVar[str]  # on the command line, in TOML, in folders
     title: ClassVar[str]  # in tables and figures
     counts_right: ClassVar[bool] = False  # the attack counts at how many of its points a row is right
+    keeps_last_right: ClassVar[bool] = False  # the attack keeps the last point before a row is wrong, for the loss
     scales_weights: ClassVar[bool] = True  # weights have mean 1 over the rows in the loss; else they are used as made
     # `attack_on` needs its memory for the first batch too; else the first attack tells how many classes there are
     remembers_first: ClassVar[bool] = False

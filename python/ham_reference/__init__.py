@@ -5,6 +5,7 @@ ham_kernels, which tests and benchmarks compare against it; public names, signat
 """
 
 from .base import PGDAT
+from .bat import BAT
 from .cfa import CFA
 from .cfol import CFOL
 from .dafa import DAFA
@@ -26,7 +27,7 @@ from .wat import WAT
 METHODS = {
     "pgd_at": PGDAT, "ham": HAM, "trades": TRADES, "mart": MART, "gairat": GAIRAT, "faal": FAAL, "dafa": DAFA,
     "cfa": CFA, "wat": WAT, "fair": FAIR, "fsr": FSR, "frl": FRL, "cfol": CFOL, "fair_tat": FAIRTAT,
-    "rslad": RSLAD, "fair_ard": FairARD, "absld": ABSLD, "mail": MAIL,
+    "rslad": RSLAD, "fair_ard": FairARD, "absld": ABSLD, "mail": MAIL, "bat": BAT,
 }  # fmt: skip
 """Training methods by name: made with the number of classes and the attack, they have `step` and `end_epoch`.
 
