@@ -20,7 +20,8 @@ class BAT(TRADES):
 
     entropy: float = 1.0
 
-    patience = 1
+    def patience(self, epoch):
+        return 1
 
     def observe(self, attacked, y, epoch):
         super().observe(attacked, y, epoch)
