@@ -28,8 +28,11 @@ SWITCHES = {
     "dafa": {"class_from": 2},
     "cfa": {"class_from": 2},
     "mail": {"mail_from": 1},
+    "fat": {"tau_from": (2,)},
     "trades_stop": {"early_drop": True, "easy": "stop", "screen_steps": 2},
     "gairat_stop": {"start_epoch": 1, "early_drop": True, "easy": "stop", "screen_steps": 2, "reweight": True},
+    "bat_drop": {"early_drop": True, "screen_steps": 2},
+    "bat_stop": {"early_drop": True, "easy": "stop", "screen_steps": 2},
     "ham_at_home": {"start_epoch": 1, "screen_steps": 2},  # hard rows do not move
 }
 

@@ -63,6 +63,10 @@ CASES = [
     case("frl", rate=0.5, eps_rate=2.0, slack=0.0),
     case("frl", remargin=False, rate=2.0, slack=0.02, most=0.3, class_weights="chi2"),
     case("fsr", share=0.7, lowered=0.5, class_weights="hard_share"),
+    case("bat", beta=2.0, entropy=0.3, reweight=True, class_weights="hard_share"),
+    case("bat", **SCREENED, easy="stop", reweight=True, step_sizes=(0.1, 0.6, 0.3, 0.2), awp=0.01),
+    case("fat", base="trades", reweight=True, class_weights="hard_share"),
+    case("fat", base="mart", beta=2.0, tau_from=(), **SCREENED, easy="stop"),
     case("mail", base="pgd_at", mail_from=1, slope=3.0),
     case("mail", base="pgd_at", reweight=True, class_weights="hard_share", **SCREENED, easy="stop", awp=0.01),
     case("mail", base="mart"),
@@ -121,7 +125,12 @@ def teacher_of(name: str) -> dict:
 
 
 def early(name: str) -> dict:
-    return {"dafa": {"class_from": 2}, "cfa": {"class_from": 2}, "mail": {"mail_from": 2}}.get(name, {})
+    return {
+        "dafa": {"class_from": 2},
+        "cfa": {"class_from": 2},
+        "mail": {"mail_from": 2},
+        "fat": {"tau_from": (2, 3)},
+    }.get(name, {})
 
 
 def examples_of(trainer: ham.Trainer) -> list:

@@ -152,7 +152,7 @@ def test_a_method_is_named_in_toml(tmp_path):
 @pytest.mark.parametrize("name", ham.methods.names())
 def test_an_unknown_key_names_the_methods_own(name, tmp_path):
     own = [f.name for f in dataclasses.fields(class_of(name))]
-    assert ("beta" in own) == (name in ("trades", "mart", "cfa", "dafa", "wat", "fsr", "frl", "mail"))
+    assert ("beta" in own) == (name in ("trades", "mart", "cfa", "dafa", "wat", "fsr", "frl", "mail", "bat", "fat"))
     assert ("noise" in own) == (name == "n_fgsm")
     (tmp_path / "c.toml").write_text(f'[method]\nname = "{name}"\nlambda = 1.0')
     with pytest.raises(ValueError, match=r"c\.toml: ") as error:

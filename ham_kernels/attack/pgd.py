@@ -21,7 +21,7 @@ class Attack:
 
     `rows` are the rows still attacked, x_adv among them; `guard` gathers what only the host can judge. With `track`
     each step also keeps the largest L1 change of the logits between consecutive points; with `count_right`, at how many
-    points a row was right.
+    points a row was right; with `keep_right`, the last point before a row was wrong for the first time.
 
     Args:
         model: classifier in attack mode.  x: images (n, ...) in [0, 1].  y: (n,) int64.
@@ -34,11 +34,11 @@ class Attack:
     def __init__(
         self, model: nn.Module, x: Tensor, y: Tensor, pgd: PGD, *, seed: int, step: int, engine: Engine = PLAIN,
         track: bool = False, count_right: bool = False, only: Tensor | None = None, first_row: int = 0,
-        meeting: Meeting | None = None,
+        meeting: Meeting | None = None, keep_right: bool = False,
     ):  # fmt: skip
         self._model, self._pgd, self._engine = model, pgd, engine
         self.guard = BatchGuard(x, y, meeting)
-        self.rows = begin(x, y, pgd, seed, step, track, count_right, first_row)
+        self.rows = begin(x, y, pgd, seed, step, track, count_right, first_row, keep_right)
         if only is not None:
             self.rows = self.rows.named(only)
         self.done = 0

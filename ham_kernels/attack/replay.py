@@ -11,7 +11,8 @@ from ..engine import BatchGuard, Engine
 from ..engine.graphs import Captured, CaptureError, ambient, no_autocast_cache
 from .step import PGD, ActiveSet, take_look, take_step
 
-_LOADED = ("x_adv", "x", "y", "eps_rows", "step_rows", "target", "right")
+_LOADED = ("x_adv", "x", "y", "eps_rows", "step_rows", "target", "right", "wrong", "last_right")
+_MOVED = ("x_adv", "right", "wrong", "last_right")  # by a step, in place
 
 
 def bucket_for(model: nn.Module, like: ActiveSet, pgd: PGD, engine: Engine, what: str) -> Bucket | None:
@@ -23,7 +24,8 @@ def bucket_for(model: nn.Module, like: ActiveSet, pgd: PGD, engine: Engine, what
     rows = graphs.rows_for(n, max(like.batch, n))
     key = (
         "attack", rows, x.shape[1:], x.stride()[1:], x.dtype, like.eps, like.step_size, like.eps_rows is None,
-        like.step_rows is None, like.right is None, pgd.norm, pgd.loss, like.track, ambient(x.device),
+        like.step_rows is None, like.right is None, like.wrong is None, like.last_right is None, pgd.patience, pgd.norm,
+        pgd.loss, like.track, ambient(x.device),
     )  # fmt: skip
     try:
         bucket = graphs.kept(key, lambda: Bucket(model, like, rows, pgd, engine))
@@ -84,9 +86,9 @@ class Bucket(Captured):
                 guard.gradient(self.largest[:count])
             if rows.track and rows.prev is None:  # what was measured is no step of these rows
                 self._load_max_step(rows, count)
-        rows.x_adv.copy_(self.rows.x_adv[:count])
-        if rows.right is not None:
-            rows.right.copy_(self.rows.right[:count])
+        for name in _MOVED:
+            if (t := getattr(rows, name)) is not None:
+                t.copy_(getattr(self.rows, name)[:count])
         self._hand_over(rows, count)
 
     def look(self, rows: ActiveSet, guard: BatchGuard) -> tuple[Tensor, Tensor]:

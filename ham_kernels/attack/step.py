@@ -27,6 +27,8 @@ class PGD:
     "target", which lowers the cross entropy to a target, q - p. `target` is that target, or q in place of the clean
     prediction: one distribution per row.
     step_sizes replaces steps and step_size: one size per step, in units of eps.
+    patience: a row stays where the look before a step finds it wrong for the time number patience + 1; None: none
+    stays. Its forwards go on, so that nothing is saved.
     """
 
     eps: float | Tensor = 8 / 255
@@ -38,6 +40,7 @@ class PGD:
     start_eps: float | None = None  # radius of the random start, where it is not eps
     step_sizes: tuple[float, ...] = ()
     target: Tensor | None = None  # (n, classes)
+    patience: int | None = None
 
     def __post_init__(self):
         if self.step_sizes:
@@ -56,6 +59,8 @@ class PGD:
         checks.choice("loss", self.loss, LOSSES)
         if self.start_eps is not None:
             checks.real("start_eps", self.start_eps)
+        if self.patience is not None:
+            checks.integer("patience", self.patience, 0)
 
     def share(self, first: int, last: int) -> float:
         """How far the steps first, ..., last - 1 (counted from 0) reach together, in step sizes; or in eps."""
@@ -80,6 +85,8 @@ class ActiveSet:
     max_step: Tensor | None = None  # (n,), maximum adversarial step size so far
     target: Tensor | None = None  # (n, classes), q of the losses "kl" and "target"
     right: Tensor | None = None  # (n,) fp32, at how many of its steps' points a row was right; None: not counted
+    wrong: Tensor | None = None  # (n,) fp32, at how many of its steps' points a row was not right; None: not counted
+    last_right: Tensor | None = None  # (n, C, H, W), the point before the first of these, x0 at least; None: not kept
     largest: Tensor | None = None  # (n,), largest |gradient| of the first step
 
     def named(self, index: Tensor) -> ActiveSet:
@@ -92,14 +99,14 @@ class ActiveSet:
         return replace(
             self, x_adv=pick(self.x_adv), x=pick(self.x), y=pick(self.y), eps_rows=pick(self.eps_rows),
             step_rows=pick(self.step_rows), max_step=pick(self.max_step), target=pick(self.target),
-            right=pick(self.right), largest=None, z=None,
+            right=pick(self.right), wrong=pick(self.wrong), last_right=pick(self.last_right), largest=None, z=None,
             prev=None,  # the next forward is at the same point: there is no step to measure yet
         )  # fmt: skip
 
 
 def begin(
     x: Tensor, y: Tensor, pgd: PGD, seed: int, step: int, track: bool = False, count_right: bool = False,
-    first_row: int = 0,
+    first_row: int = 0, keep_right: bool = False,
 ) -> ActiveSet:  # fmt: skip
     """The starting points x0: random in the ball, or the images themselves.
 
@@ -114,7 +121,11 @@ def begin(
     else:
         x_adv = x.clone()
     right = torch.zeros(len(y), device=x.device) if count_right else None
-    return ActiveSet(x_adv, x, y, eps, eps_rows, step_size, step_rows, batch=len(y), track=track, right=right)
+    wrong = torch.zeros(len(y), device=x.device) if keep_right or pgd.patience is not None else None
+    return ActiveSet(
+        x_adv, x, y, eps, eps_rows, step_size, step_rows, batch=len(y), track=track, right=right, wrong=wrong,
+        last_right=x_adv.clone() if keep_right else None,
+    )  # fmt: skip
 
 
 def set_step_size(rows: ActiveSet, pgd: PGD, share: float) -> None:
@@ -138,12 +149,16 @@ def take_step(model: nn.Module, rows: ActiveSet, pgd: PGD, engine: Engine, measu
     checks.model_output(logits, point.shape[0])
     half = logits.dtype == torch.float16
     z = logits.detach().float() if half else logits.detach()
-    counts = rows.right is not None
+    counts = rows.right is not None or rows.wrong is not None
     if pgd.loss == "ce" or rows.track or counts:
         prev, largest = (rows.prev, rows.max_step) if rows.track else (None, None)
         z_grad, hard, max_step = _ops.margin_stats(z, rows.y, prev, largest, probs=False, want_hard=counts)
-    if counts:
+    if rows.right is not None:
         rows.right += ~hard  # in place, as captured steps need it
+    if rows.wrong is not None:
+        rows.wrong += hard
+    if rows.last_right is not None:
+        rows.last_right.copy_(torch.where(_of_images(rows.wrong == 0, point), point.detach(), rows.last_right))
     rows.z = z
     if rows.track:
         rows.prev, rows.max_step = z, max_step if max_step.numel() else z.new_zeros(len(z)).float()
@@ -160,11 +175,19 @@ def take_step(model: nn.Module, rows: ActiveSet, pgd: PGD, engine: Engine, measu
     (grad,) = torch.autograd.grad(logits, point, z_grad)
     if measure:
         rows.largest = largest_entries(grad)
+    before = None if pgd.patience is None else rows.x_adv.clone()
     _ops.pgd_step_(
         rows.x_adv, rows.x, grad, None, None, rows.eps, rows.step_size, rows.eps_rows, rows.step_rows, 0.0, 1.0,
         pgd.norm == "l2",
     )  # fmt: skip
+    if before is not None:  # a step of size 0 could round, where it projects
+        rows.x_adv.copy_(torch.where(_of_images(rows.wrong > pgd.patience, before), before, rows.x_adv))
     return z
+
+
+def _of_images(flags: Tensor, images: Tensor) -> Tensor:
+    """Flags of rows, so that they choose among images."""
+    return flags.view(-1, *[1] * (images.dim() - 1))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +36,11 @@ class Words:
     needs: str | None = None
     scales: bool = False
     apart: bool = False
+
+
+def of_each(function: Callable[[Any], Any], value: Any) -> Any:
+    """The function of a value, or of each one of a tuple."""
+    return tuple(map(function, value)) if isinstance(value, tuple) else function(value)
 
 
 def shown(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,15 +11,17 @@ from torch.nn import functional as F
 from ..common import checks
 from ..ops import weighted_cross_entropy
 from .class_weights import cross_entropy, labels_of
+from .mart import unsure_divergence
 from .mining import Examples
 from .settings import Method
 
+BETAS = {"trades": 6.0, "mart": 5.0}  # of their divergences, for methods that are built on them
 ABOVE_ONE = 1.0001  # MART's; keeps the logarithm finite where another class has all the probability
 
 
 def logits_at(model: nn.Module, examples: Examples, x: Tensor) -> Tensor:
-    """Logits in fp32 of examples.x or examples.x_adv; the rest of the batch passes through the model beside them."""
-    rest = examples.rest if x is examples.x_adv else examples.rest_x
+    """Logits in fp32 of images of examples; the rest of the batch passes through the model beside them."""
+    rest = examples.rest_x if x is examples.x else examples.rest
     z = model(x if rest is None else torch.cat([x, rest]))
     checks.model_output(z, len(x) if rest is None else len(x) + len(rest))
     return z[: len(x)].float()
@@ -63,3 +67,10 @@ def softened(z: Tensor, temperature: float | Tensor) -> Tensor:
 def divergence(clean: Tensor, adversarial: Tensor) -> Tensor:
     """(n,): KL(softmax(clean) || softmax(adversarial)), whose gradient stays finite where a clean probability is 0."""
     return F.kl_div(F.log_softmax(adversarial, 1), F.log_softmax(clean, 1), reduction="none", log_target=True).sum(1)
+
+
+def two_terms(method: Method, base: str, clean: Tensor, adversarial: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) each, of logits in fp32: cross entropy and divergence, before beta, as TRADES or MART has them."""
+    if base == "trades":
+        return row_ce(method, clean, y), divergence(clean, adversarial)
+    return row_ce(replace(method, loss="boosted_ce"), adversarial, y), unsure_divergence(clean, adversarial, y)

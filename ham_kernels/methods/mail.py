@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FACTOR = 3.0
-BETA = {"trades": 6.0, "mart": 5.0}
 
 
 @dataclass(frozen=True)
@@ -75,21 +74,17 @@ class MAIL(Method):
         return memory.epoch >= self.mail_from
 
     def loss_of(self, model, examples, memory):
-        from .losses import divergence, logits_at, row_ce, weighted_mean
-        from .mart import unsure_divergence
+        from .losses import BETAS, logits_at, row_ce, two_terms, weighted_mean
 
         y = examples.y
         clean = None if self.base == "pgd_at" else logits_at(model, examples, examples.x)
         adversarial = logits_at(model, examples, examples.x_adv)
         own = self.margin_weights(adversarial.detach(), y) if self.loss_form(memory) else 1.0
-        beta = BETA.get(self.base) if self.beta is None else self.beta
-        if self.base == "trades":
-            losses = row_ce(self, clean, y) + beta * own * divergence(clean, adversarial)
-        elif self.base == "mart":
-            boosted = row_ce(replace(self, loss="boosted_ce"), adversarial, y)
-            losses = own * boosted + beta * unsure_divergence(clean, adversarial, y)
-        else:
-            losses = own * row_ce(self, adversarial, y)
+        if self.base == "pgd_at":
+            return weighted_mean(own * row_ce(self, adversarial, y), examples.weights)
+        ce, divergence = two_terms(self, self.base, clean, adversarial, y)
+        beta = BETAS[self.base] if self.beta is None else self.beta
+        losses = ce + beta * own * divergence if self.base == "trades" else own * ce + beta * divergence
         return weighted_mean(losses, examples.weights)
 
     def margin_weights(self, z: Tensor, y: Tensor) -> Tensor:

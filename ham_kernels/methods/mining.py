@@ -87,6 +87,8 @@ class Examples:
     look: Look | None = None  # where the method looks at classes
     teacher: Tensor | None = None  # (n_kept, classes) fp32, logits of the teacher at x, where there is one
     right: Tensor | None = None  # (n_kept,) fp32, at how many of the attack's K points a row was right, where counted
+    # (n_kept, C, H, W), the last point before the attack turned a row, x_adv where it did not; where it is kept
+    last_right: Tensor | None = None
     ranks: Ranks = field(default=ALONE, repr=False)  # each has some of the rows; n and n_hard are of this one
     of_all: Everywhere | None = None  # where there are others
 
@@ -130,6 +132,7 @@ def mine(
         attack = Attack(
             model, x, y, pgd, seed=seed, step=step, engine=engine, track=method.reweight,
             count_right=method.counts_right, first_row=place.first_row, meeting=place.meeting,
+            keep_right=method.keeps_last_right,
         )  # fmt: skip
         if not method.early_drop:
             attack.steps(pgd.steps)
@@ -164,6 +167,8 @@ def mine(
             attack.rows = _moved(attack.rows, even, ranks, home=True)
         if whole.right is not None:
             whole.right.fill_(pgd.steps)  # what a row resists at M it mostly resists to the end
+        if whole.wrong is not None:
+            whole.wrong.zero_()
         if n_finished:
             _put_back(whole, attack.rows, index.long())
         return _placed(replace(_examples(whole, len(y)), **found), method, place, n_hard)
@@ -186,7 +191,7 @@ def _even(counts: Sequence[int], place: Place, method: Method) -> Plan | None:
     return plan(counts) if starved or pays(counts, place.n // len(counts)) else None
 
 
-_TRAVELS = ("x_adv", "x", "y", "eps_rows", "step_rows", "max_step", "target", "right")
+_TRAVELS = ("x_adv", "x", "y", "eps_rows", "step_rows", "max_step", "target", "right", "wrong", "last_right")
 
 
 def _moved(rows: ActiveSet, even: Plan, ranks: Ranks, home: bool = False) -> ActiveSet:
@@ -206,9 +211,14 @@ def _placed(examples: Examples, method: Method, place: Place, n_hard: int | None
 
 
 def _examples(rows: ActiveSet, n: int, no_gradient: int = 0) -> Examples:
+    last_right = rows.last_right
+    if last_right is not None:
+        never = (rows.wrong == 0).view(-1, *[1] * (last_right.dim() - 1))
+        last_right = torch.where(never, rows.x_adv, last_right)
     return Examples(
-        rows.x_adv, rows.x, rows.y, None, n, n, max_step=rows.max_step, no_gradient=no_gradient, right=rows.right
-    )
+        rows.x_adv, rows.x, rows.y, None, n, n, max_step=rows.max_step, no_gradient=no_gradient, right=rows.right,
+        last_right=last_right,
+    )  # fmt: skip
 
 
 def _look(method: Method, attack: Attack, ranks: Ranks) -> Look | None:
@@ -250,9 +260,9 @@ def _flags_of(index: Tensor, like: Tensor) -> Tensor:
 
 def _put_back(whole: ActiveSet, finished: ActiveSet, index: Tensor) -> None:
     """The rows attacked to the end, in their places among all."""
-    whole.x_adv[index] = finished.x_adv
-    if finished.right is not None:
-        whole.right[index] = finished.right
+    for name in ("x_adv", "right", "wrong", "last_right"):
+        if (t := getattr(finished, name)) is not None:
+            getattr(whole, name)[index] = t
     if finished.max_step is not None:
         whole.max_step = whole.max_step.index_copy(0, index, finished.max_step)
 
@@ -311,7 +321,7 @@ def split(examples: Examples, sizes: Sequence[int]) -> list[Examples]:
         t = getattr(examples, name)
         return [None] * len(sizes) if t is None else t.split(list(by))
 
-    parts = {name: cut(name, kept) for name in ("x_adv", "x", "y", "index", "max_step", "right")}
+    parts = {name: cut(name, kept) for name in ("x_adv", "x", "y", "index", "max_step", "right", "last_right")}
     parts |= {"hard": cut("hard", sizes), "n": sizes, "n_hard": hard}
     if examples.look is not None:
         of = examples.look

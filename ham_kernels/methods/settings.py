@@ -55,6 +55,7 @@ class Method:
     name: ClassVar[str]  # on the command line, in TOML, in folders
     title: ClassVar[str]  # in tables and figures
     counts_right: ClassVar[bool] = False  # the attack counts at how many of its points a row is right
+    keeps_last_right: ClassVar[bool] = False  # the attack keeps the last point before a row is wrong, for the loss
     scales_weights: ClassVar[bool] = True  # weights have mean 1 over the rows in the loss; else they are used as made
     # `attack_on` needs its memory for the first batch too; else the first attack tells how many classes there are
     remembers_first: ClassVar[bool] = False
@@ -238,9 +239,11 @@ class Method:
     def in_course(self, epochs: int) -> Method:
         """Epochs that it names, start_epoch apart, from its published course to one of so many epochs."""
         named = [n for n, w in field_types.words(type(self)).items() if w.scales and n != "start_epoch"]
-        now = {
-            n: max(2, 1 + round((getattr(self, n) - 1) * epochs / self.course)) for n in named if getattr(self, n) > 1
-        }
+
+        def moved(epoch: int) -> int:
+            return max(2, 1 + round((epoch - 1) * epochs / self.course)) if epoch > 1 else epoch
+
+        now = {n: field_types.of_each(moved, getattr(self, n)) for n in named}
         return dataclasses.replace(self, **now) if now else self
 
     def begins(self) -> tuple[tuple[str, int, str], ...]:

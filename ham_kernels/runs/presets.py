@@ -114,7 +114,7 @@ def rescaled(settings: TrainSettings, epochs: int) -> TrainSettings:
 
     method = settings.method
     named = [name for name, words in field_types.words(type(method)).items() if words.scales]
-    scaled = {name: min(moved(getattr(method, name)), epochs) for name in named}
+    scaled = {n: field_types.of_each(lambda e: min(moved(e), epochs), getattr(method, n)) for n in named}
     if method.class_from > method.start_epoch:  # some have an epoch of their own before
         scaled["class_from"] = max(scaled["class_from"], scaled["start_epoch"] + 1)
     return replace(

@@ -197,7 +197,7 @@ class _Graphed(Captured):
             p.grad = gradient
 
 
-_LOOKED_AT = ("x_adv", "x", "y", "weights", "teacher")  # what a loss may read of its examples
+_LOOKED_AT = ("x_adv", "x", "y", "weights", "teacher", "last_right")  # what a loss may read of its examples
 
 
 def _judge_labels(model: nn.Module, examples: Examples) -> None:

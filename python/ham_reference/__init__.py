@@ -5,6 +5,7 @@ ham_kernels, which tests and benchmarks compare against it; public names, signat
 """
 
 from .base import PGDAT
+from .bat import BAT
 from .cfa import CFA
 from .cfol import CFOL
 from .dafa import DAFA
@@ -12,6 +13,7 @@ from .distillation import ABSLD, RSLAD, FairARD
 from .faal import FAAL
 from .fair import FAIR
 from .fair_tat import FAIRTAT
+from .fat import FAT
 from .frl import FRL
 from .fsr import FSR
 from .gairat import GAIRAT
@@ -26,7 +28,7 @@ from .wat import WAT
 METHODS = {
     "pgd_at": PGDAT, "ham": HAM, "trades": TRADES, "mart": MART, "gairat": GAIRAT, "faal": FAAL, "dafa": DAFA,
     "cfa": CFA, "wat": WAT, "fair": FAIR, "fsr": FSR, "frl": FRL, "cfol": CFOL, "fair_tat": FAIRTAT,
-    "rslad": RSLAD, "fair_ard": FairARD, "absld": ABSLD, "mail": MAIL,
+    "rslad": RSLAD, "fair_ard": FairARD, "absld": ABSLD, "mail": MAIL, "bat": BAT, "fat": FAT,
 }  # fmt: skip
 """Training methods by name: made with the number of classes and the attack, they have `step` and `end_epoch`.
 

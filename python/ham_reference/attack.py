@@ -24,16 +24,18 @@ class Attacked:
     q: Tensor | None  # (n, classes), prediction of the clean images, which the attack on the KL raises from
     right_looks: Tensor  # (n,) how often of x^0, ..., x^(K-1) the row was right; K where it left at x^M
     max_step: Tensor  # (n,) largest L1 change of the logits between points that were looked at
+    last_right: Tensor | None = None  # (n, C, H, W) the last point before the first wrong look; x^0 where that is wrong
     least_margin: float = math.inf  # the nearest that a label was to a tie, at any look
 
 
 def attack(
     model, x, y, *, eps, step_size, steps, norm, seed, step, step_sizes=(), raises="ce", early_drop=False,
-    easy="drop", screen_steps=3, target=None,
+    easy="drop", screen_steps=3, target=None, patience=None,
 ):  # fmt: skip
     """K steps of PGD in eval mode that raise the cross entropy ("ce") or KL(q || p) ("kl"), or lower it to a "target".
 
-    target (n, classes) is that target; with "kl" it is q, in place of the prediction of the clean images.
+    target (n, classes) is that target; with "kl" it is q, in place of the prediction of the clean images. A row moves
+    no further once it was wrong at more than `patience` looks.
 
     All rows take all steps: rows do not meet in eval mode, so those that would have left are put back to where they
     leave. eps and step_size are numbers, or (n,); step_sizes, in units of eps, replace steps and step_size.
@@ -48,12 +50,21 @@ def attack(
         for size in sizes:
             z, gradient = gradient_of(model, points[-1], y, q, raises)
             looks.append(z)
-            points.append(pgd_step(points[-1], x, gradient, eps, size, norm))
+            moved = pgd_step(points[-1], x, gradient, eps, size, norm)
+            if patience is not None:
+                stays = sum(is_hard(z, y).long() for z in looks) > patience
+                moved = torch.where(column(stays), points[-1], moved)
+            points.append(moved)
     moves = [(after - before).abs().sum(1) for before, after in pairwise(looks)] or [x.new_zeros(len(x))]
     right = [(~is_hard(z, y)).long() for z in looks]
     x_adv, max_step, right_looks = points[-1], torch.stack(moves).amax(0), torch.stack(right).sum(0)
     least_margin = min(margin(z, y).abs().min().item() for z in looks)
-    whole = Attacked(x_adv, is_hard(looks[-1], y), looks[-1], q, right_looks, max_step, least_margin)
+    last_right = x_adv.clone()
+    for row in range(len(x)):
+        turned = [k for k, at in enumerate(right) if not at[row]]
+        if turned:
+            last_right[row] = points[max(turned[0] - 1, 0)][row]
+    whole = Attacked(x_adv, is_hard(looks[-1], y), looks[-1], q, right_looks, max_step, last_right, least_margin)
     if not early_drop:
         return whole
 
@@ -65,7 +76,7 @@ def attack(
     return replace(
         whole, hard=hard, seen=looks[m], x_adv=torch.where(column(hard), x_adv, left),
         max_step=torch.where(hard, max_step, torch.stack(moves[:m]).amax(0)),
-        right_looks=torch.where(hard, right_looks, len(sizes)),
+        right_looks=torch.where(hard, right_looks, len(sizes)), last_right=torch.where(column(hard), last_right, left),
     )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ class PGDAT:
         attacked = attack(
             model, x, y, eps=eps, step_size=step_size, steps=self.steps, norm=self.norm, seed=seed, step=step,
             step_sizes=self.step_sizes, raises=self.raises, early_drop=self.early_drop, easy=self.easy,
-            screen_steps=self.screen_steps, target=self.target(x, y, seed, step),
+            screen_steps=self.screen_steps, target=self.target(x, y, seed, step), patience=self.patience(epoch),
         )  # fmt: skip
         self.observe(attacked, y, epoch)
         rows = torch.arange(len(y), device=y.device)
@@ -91,6 +91,10 @@ class PGDAT:
     def budget(self, y, epoch):
         """(eps, step size): numbers, or one per row."""
         return self.eps, self.step_size
+
+    def patience(self, epoch):
+        """At how many looks a row may be wrong and still move; None: at any number."""
+        return None
 
     def target(self, x, y, seed, step):
         """(n, classes) what the attack goes towards, or away from; None where that is nothing, or found by itself."""
