@@ -108,7 +108,7 @@ def test_an_existing_run_is_not_overwritten(run, capsys):
 
 def test_free_folder_counts_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = [str(train_command._new_folder(preset("svhn")).path) for _ in range(3)]
+    names = [str(train_command._new_folder(preset("svhn"), None)) for _ in range(3)]
     assert names == [f"runs/svhn-ham-seed0{end}" for end in ("", "-2", "-3")]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from graph_helpers import Recorder, give_graphs
@@ -79,7 +81,7 @@ def test_the_course_and_what_never_begins(batches):
     with pytest.warns(HamWarning, match="mail_from: is 76, and MAIL ends with epoch 1; it treats all rows alike"):
         trainer_of(MAIL()).fit(batches, epochs=1)
     settings = preset("digits")
-    object.__setattr__(settings, "method", MAIL(mail_from=settings.optim.epochs + 1))
+    settings = replace(settings, method=MAIL(mail_from=settings.optim.epochs + 1))
     with pytest.raises(ValueError, match=r"mail_from: got \d+ with epochs=\d+, so mail would never tell rows apart"):
         settings.check()
 

@@ -286,6 +286,8 @@ def test_every_method_takes_updates(name, batch):
     model = net()
     optimizer = sgd(model)
     method = METHODS[name](CLASSES, **ATTACK)
+    if hasattr(method, "teacher"):
+        method.teacher = net()
     before = copy.deepcopy(model.state_dict())
     for step in range(2):
         update = method.step(model, optimizer, x, y, seed=5, step=step, epoch=1)

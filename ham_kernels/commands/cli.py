@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 
 from ..common import field_types
-from ..common.processes import refuse_several, speaks
+from ..common.processes import launched, refuse_several, speaks
 from ..common.provenance import package_version
 
 USAGE = """usage: ham COMMAND [options]        (ham COMMAND --help shows the options)
@@ -53,7 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if command not in ("doctor", "build", *_SHARED):
             refuse_several()
-        return _COMMANDS[command](rest)
+        status = _COMMANDS[command](rest)
+        if command in _SHARED and launched() > 1:
+            from ..distributed import stop
+
+            stop()
+        return status
     except KeyboardInterrupt:
         print(f"ham {command}: interrupted", file=sys.stderr)
         return 130

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 from .. import report
-from ..common.processes import alone
+from ..common.processes import alone, launched
 from ..distributed import Ranks, start
 from ..evaluation import autoattack
 from ..evaluation.named_attacks import plans
@@ -266,7 +267,7 @@ def _outcome(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 def _note(folder: Path, experiment: str, name: str, problem: str) -> None:
     """One more run in sweep.json, at once: a run that failed before it had a folder is named nowhere else."""
-    with RunFolder(folder).alone(".sweep.lock"):
+    with RunFolder(folder).alone(".sweep.lock") if launched() > 1 else nullcontext():
         runs, problems = _outcome(folder)
         runs[name] = "failed" if problem else "finished"
         problems.pop(name, None)

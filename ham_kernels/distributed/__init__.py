@@ -5,6 +5,17 @@ and ALONE is one process, which sends nothing.
 """
 
 from .batchnorm import synced_batchnorm
-from .ranks import ALONE, Meeting, RankError, Ranks, inner_model, ranks_of, start, wrapped
+from .ranks import ALONE, Meeting, RankError, Ranks, inner_model, ranks_of, start, stop, wrapped
 
-__all__ = ["ALONE", "Meeting", "RankError", "Ranks", "inner_model", "ranks_of", "start", "synced_batchnorm", "wrapped"]
+__all__ = [
+    "ALONE",
+    "Meeting",
+    "RankError",
+    "Ranks",
+    "inner_model",
+    "ranks_of",
+    "start",
+    "stop",
+    "synced_batchnorm",
+    "wrapped",
+]

@@ -170,6 +170,12 @@ def start(backend: str | None = None, timeout: timedelta = TIMEOUT) -> Ranks:
     return ranks_of()
 
 
+def stop() -> None:
+    """Parts from the other processes, when all work is done: threads that wait for them end before the process does."""
+    if _joined():
+        dist.destroy_process_group()
+
+
 def inner_model(model: nn.Module) -> nn.Module:
     """The model inside a wrapper for several processes: what an attack runs on, so that it reduces and sends nothing.
 
