@@ -148,6 +148,7 @@ def mutated(rank: int, mutation: str) -> dict:
     from ham_kernels.distributed import ranks
     from ham_kernels.methods import mining, objective
 
+    ranks.Ranks.check_alike = lambda self, model: None  # which would see some of them first
     if mutation == "no world in the loss":
         objective.Objective.loss = lambda self, model, examples: self.method.loss_of(model, examples, self)
     elif mutation == "local mean of the weights":
@@ -175,6 +176,18 @@ def test_a_mutation_is_seen(mutation, tmp_path):
     one = trained(0, "ham_jump" if mutation == "local class sums" else "ham", world=1)
     first = on_ranks(2, mutated, tmp_path, mutation)[0]
     assert far(first["first"], one["first"]) > 1e-4
+
+
+def drifting(rank: int) -> None:
+    from ham_kernels.methods import objective
+
+    objective.synced_batchnorm = lambda model, ranks: __import__("contextlib").nullcontext()
+    trained(rank, "ham")
+
+
+def test_processes_that_drift_apart_are_told(tmp_path):
+    with pytest.raises(AssertionError, match="the weights of process 1 are no longer those of process 0"):
+        on_ranks(2, drifting, tmp_path)
 
 
 # ---------------------------------------------------------------- ranks without rows, bad data, ends
