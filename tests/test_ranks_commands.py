@@ -22,9 +22,9 @@ SETTINGS = "--dataset digits --train-images 256 --val-images 40 --test-images 60
 HAM = [*SETTINGS.split(), "--start-epoch", "2", "--ema-decay", "0.5"]
 
 
-def ham(world: int, *arguments: str, cwd: Path, wait: bool = True, status: int | None = 0):
-    """`ham ...` in `world` processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
+def ham(world: int | str, *arguments: str, cwd: Path, wait: bool = True, status: int | None = 0):
+    """`ham ...` in `world` processes; without torchrun where that is the number 1."""
+    launcher = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, *launcher, "-m", "ham_kernels", *map(str, arguments)], cwd=cwd, env=environment, text=True,
@@ -74,6 +74,11 @@ def test_one_folder_as_of_one_process(runs):
         assert abs(one["n_hard"] - two["n_hard"]) <= 3
         assert one["loss"] == pytest.approx(two["loss"], rel=2e-2)
     assert json.loads((runs / "two/status.json").read_text())["state"] == "finished"
+
+
+def test_one_process_of_torchrun_is_none_of_several(runs):
+    ham("1", "train", *HAM, "--out", "launched", "--quiet", cwd=runs)
+    assert far(newest(runs / "launched"), newest(runs / "one")) == 0.0
 
 
 def test_the_same_flags_by_any_number_of_processes(runs):

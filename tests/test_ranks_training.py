@@ -165,12 +165,18 @@ def mutated(rank: int, mutation: str) -> dict:
         from ham_kernels.training import trainer
 
         trainer.wrapped = lambda model, ranks: model
+    elif mutation == "a row moved twice":
+        move = mining.move
+        mining.move = lambda tensors, *how: [torch.cat([t[-1:], t[1:]]) for t in move(tensors, *how)]
+    elif mutation == "a slice is padded":
+        own = mine
+        globals()["mine"] = lambda batch, rank, world: tuple(torch.cat([t, t[:1]]) for t in own(batch, rank, world))
     return trained(rank, "ham_jump" if mutation == "local class sums" else "ham")
 
 
 @pytest.mark.parametrize("mutation", [
     "no world in the loss", "local mean of the weights", "noise by local row", "local BatchNorm", "local class sums",
-    "gradients stay",
+    "gradients stay", "a row moved twice", "a slice is padded",
 ])  # fmt: skip
 def test_a_mutation_is_seen(mutation, tmp_path):
     one = trained(0, "ham_jump" if mutation == "local class sums" else "ham", world=1)
@@ -188,6 +194,53 @@ def drifting(rank: int) -> None:
 def test_processes_that_drift_apart_are_told(tmp_path):
     with pytest.raises(AssertionError, match="the weights of process 1 are no longer those of process 0"):
         on_ranks(2, drifting, tmp_path)
+
+
+# ---------------------------------------------------------------- what is sent
+def sent(rank: int) -> dict:
+    """What one update sends: sums of a few numbers, messages of moved rows, passes over the gradients."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    sums, moves, buckets, in_attack = [], [], [], []
+    all_reduce, all_to_all = dist.all_reduce, dist.all_to_all_single
+
+    def summed(t, *args, **how):
+        if not how.get("async_op"):  # those of the gradients are
+            sums.append(t.numel())
+        return all_reduce(t, *args, **how)
+
+    dist.all_reduce = summed
+    dist.all_to_all_single = lambda *args, **how: (moves.append(1), all_to_all(*args, **how))[1]
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.Tanh(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(24, CLASSES)
+    )
+    trainer = ham.HAMTrainer(
+        model, torch.optim.SGD(model.parameters(), 0.1), **ATTACK, screen_steps=2, start_epoch=1, seed=3
+    )
+
+    def hook(state, bucket):
+        buckets.append(bucket.index())
+        return allreduce_hook(state, bucket)
+
+    trainer._update._through.register_comm_hook(None, hook)
+    model.register_forward_pre_hook(
+        lambda m, x: in_attack.append((len(sums), len(buckets))) if not m.training else None
+    )
+    trainer.train_step(*mine(batches(1)[0], rank, 2), epoch=1)
+    return {"sums": sums, "moves": len(moves), "buckets": buckets, "in_attack": in_attack}
+
+
+def test_an_attack_sends_nothing_and_an_update_little(tmp_path):
+    for found in on_ranks(2, sent, tmp_path):
+        # rows of each, facts of each at the look, the mean of the weights, the loss
+        assert len(found["sums"]) <= 4
+        assert max(found["sums"]) <= 2 * 9
+        assert found["moves"] <= 1
+        assert found["buckets"] == [0]  # one pass over the gradients, of one bucket
+        assert {buckets for _, buckets in found["in_attack"]} == {0}
+        steps = [sums for sums, _ in found["in_attack"]][1:]  # behind the first look at the model
+        assert len(set(steps)) <= 2  # nothing between the steps but the look
 
 
 # ---------------------------------------------------------------- ranks without rows, bad data, ends
