@@ -50,6 +50,7 @@ PAGES: dict[Path, Sections] = {
         "questions": questions,
         "method_details": details,
     },
+    ROOT / "docs" / "training.md": {"ranks": timed.ranks},
     ROOT / "docs" / "scaling.md": {
         "assumptions": computed.assumptions,
         "weak": computed.weak,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import bench_autoattack
 import bench_fair
+import bench_ranks
 import bench_winograd
 import methods.table as methods_table
 from kernels import table as kernel_table
@@ -44,6 +45,10 @@ def fair(here: Path) -> str:
 def kernels(here: Path) -> str:
     found = [kernel_table.readme_section(result) for result in devices("kernels_*.json")]
     return "\n\n".join(found) or "The kernels have not been timed on a GPU yet (`python benchmarks/bench_kernels.py`)."
+
+
+def ranks(here: Path) -> str:
+    return bench_ranks.readme_section(measured.read("bench_ranks_cpu.json"))
 
 
 def winograd(here: Path) -> str:

@@ -1,0 +1,125 @@
+"""Several processes against one: images per second of a training step on this machine's cores.
+
+    python benchmarks/bench_ranks.py            2 processes of a thread each, and one process of 2 threads
+
+The same step on the same images, both ways in turn: by all processes together, then by the first alone with as many
+threads as there are processes, while the others wait. On a CPU this tells what meeting costs, and nothing of GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from readme.machine import machine
+from readme.output import aligned, markdown, write_json
+
+import ham_kernels as ham
+from ham_kernels.data.batches import slice_of
+
+METHODS = {"PGD-AT": ham.methods.PGDAT(start_epoch=1), "HAM": ham.methods.HAM(start_epoch=1)}
+
+
+def parse() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--processes", type=int, default=2)
+    p.add_argument("--model", default="small_cnn", help="by name (default small_cnn)")
+    p.add_argument("--batch-size", type=int, default=256, help="of all processes together (default 256)")
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--out", type=Path, default=Path("runs"), help="folder for the JSON (default runs)")
+    args = p.parse_args()
+    for name, low in (("processes", 2), ("batch_size", 2), ("rounds", 1)):
+        if getattr(args, name) < low:
+            p.error(f"--{name.replace('_', '-')}: got {getattr(args, name)}; it must be at least {low}")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = Path(folder) / "seconds.pt"
+        mp.spawn(_worker, (args, f"file://{folder}/store", seconds), args.processes)
+        found = torch.load(seconds)
+    result = {
+        "settings": {name: getattr(args, name) for name in ("model", "batch_size", "processes", "rounds")},
+        "machine": machine(),
+        "methods": {name: _rates(found[name], args.batch_size) for name in METHODS},
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / "bench_ranks_cpu.json", result)
+    print(aligned(rows_of(result)))
+
+
+def readme_section(result: dict) -> str:
+    s, m = result["settings"], result["machine"]
+    return (
+        f"`python benchmarks/bench_ranks.py`: images/s of a training step, {s['model']}, {s['batch_size']} rows, K 10, "
+        f"by {s['processes']} processes of one thread each and by one process of {s['processes']} threads, in turn; "
+        f"median, lowest and highest of {s['rounds']} rounds. {m['cpu']}, cores: {m['cores'].split(',')[0]}; torch "
+        f"{m['torch']}, ham_kernels {m['ham_kernels']}; {m['date']}.\n\n{markdown(rows_of(result))}"
+    )
+
+
+def rows_of(result: dict) -> list[list[str]]:
+    n = result["settings"]["processes"]
+    rows = [["images/s", f"{n} processes", f"1 process, {n} threads", "ratio within a round"]]
+    for name, r in result["methods"].items():
+        cells = [f"{r[way]['median']:.0f} ({r[way]['low']:.0f} to {r[way]['high']:.0f})" for way in ("all", "alone")]
+        rows.append([name, *cells, f"{r['ratio']['median']:.2f} ({r['ratio']['low']:.2f} to {r['ratio']['high']:.2f})"])
+    return rows
+
+
+def _rates(seconds: dict[str, list[float]], images: int) -> dict:
+    of = {way: [images / s for s in times] for way, times in seconds.items()}
+    of["ratio"] = [a / b for a, b in zip(of["all"], of["alone"], strict=True)]
+    return {
+        way: {"median": statistics.median(rates), "low": min(rates), "high": max(rates)} for way, rates in of.items()
+    }
+
+
+def _worker(rank: int, args: argparse.Namespace, store: str, out: Path) -> None:
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=args.processes)
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(args.batch_size, 3, 32, 32, generator=g), torch.randint(10, (args.batch_size,), generator=g)
+    first, end = slice_of(len(y), rank, args.processes)
+    found = {}
+    for name, method in METHODS.items():
+        together, alone = (_trainer(args.model, method, group) for group in ("auto", None))
+        times = found[name] = {"all": [], "alone": []}
+        for round_ in range(args.rounds + 1):  # the first warms up
+            torch.set_num_threads(1)
+            dist.barrier()
+            all_seconds = _seconds(together, x[first:end], y[first:end])
+            torch.set_num_threads(args.processes)
+            dist.barrier()
+            alone_seconds = _seconds(alone, x, y) if rank == 0 else 0.0
+            dist.barrier()
+            if round_:
+                times["all"].append(all_seconds)
+                times["alone"].append(alone_seconds)
+    if rank == 0:
+        torch.save(found, out)
+    dist.destroy_process_group()
+
+
+def _trainer(model: str, method, group) -> ham.Trainer:
+    torch.manual_seed(0)
+    net = ham.models.create(model, 10)
+    # nothing is learned, so that as many rows are hard in every round
+    return ham.Trainer(net, torch.optim.SGD(net.parameters(), 0.0), method, eps=8 / 255, step_size=2 / 255, group=group)
+
+
+def _seconds(trainer: ham.Trainer, x: torch.Tensor, y: torch.Tensor) -> float:
+    start = time.perf_counter()
+    trainer.train_step(x, y, epoch=1)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
