@@ -45,8 +45,7 @@ def main() -> None:
         print("  ".join(f"{name} {100 * a.accuracy:.1f} %" for name, a in found.items()))
         if told.out:
             torch.save(model.state_dict(), told.out)
-    if ranks.several:
-        torch.distributed.destroy_process_group()
+    ham.distributed.stop()
 
 
 if __name__ == "__main__":

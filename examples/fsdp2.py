@@ -49,8 +49,7 @@ def main() -> None:
         print(f"loss {loss.item():.3f} on the last rows of process 0")
         if told.out:
             torch.save(whole, told.out)
-    if ranks.several:
-        torch.distributed.destroy_process_group()
+    ham.distributed.stop()
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def _one(rank: int, world: int, store: str, folder: str, names, sys_path, args) 
         dist.barrier()
         dist.destroy_process_group()
         torch.save(found, f"{folder}/{name}-{rank}.pt")
+        os._exit(0)  # torch's threads may abort a process that unloads them
     except BaseException:
         Path(f"{folder}/{name}-{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)

@@ -58,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
             from ..distributed import stop
 
             stop()
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(status)  # torch's threads may abort a process that unloads them, and torchrun then all others
         return status
     except KeyboardInterrupt:
         print(f"ham {command}: interrupted", file=sys.stderr)

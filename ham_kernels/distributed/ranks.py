@@ -171,8 +171,9 @@ def start(backend: str | None = None, timeout: timedelta = TIMEOUT) -> Ranks:
 
 
 def stop() -> None:
-    """Parts from the other processes, when all work is done: threads that wait for them end before the process does."""
+    """Parts from the other processes when the work of all is done: one that ended before would end the others too."""
     if _joined():
+        dist.barrier()
         dist.destroy_process_group()
 
 
