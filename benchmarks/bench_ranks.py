@@ -9,6 +9,7 @@ threads as there are processes, while the others wait. On a CPU this tells what 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -105,7 +106,9 @@ def _worker(rank: int, args: argparse.Namespace, store: str, out: Path) -> None:
                 times["alone"].append(alone_seconds)
     if rank == 0:
         torch.save(found, out)
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # torch's threads may abort a process that unloads them
 
 
 def _trainer(model: str, method, group) -> ham.Trainer:
