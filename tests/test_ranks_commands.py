@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from ham_kernels.common.files import load
 
@@ -148,4 +147,3 @@ def test_what_cannot_be_is_said_once_by_each(tmp_path):
     said = ham(2, "train", *HAM, "--round-to", "8", "--out", "no", cwd=tmp_path, status=None)
     assert "round_to: got 8 on several processes" in said
     assert not (tmp_path / "no").exists()
-    assert torch.distributed.is_available()

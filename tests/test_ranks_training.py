@@ -280,15 +280,7 @@ def with_bad(rank: int) -> dict:
     """What process 0 and 1 raise when something is wrong on process 1 alone, and that nothing has moved."""
     said = {}
     good = mine(batches(1)[0], rank, 2)
-    nets = {
-        "nan": net(),
-        "label": net(),
-        "pixel": net(),
-        "shape": net(),
-        "draw": net(),
-        "callback": net(),
-        "short": net(),
-    }
+    nets = {name: net() for name in ("nan", "label", "pixel", "shape", "draw", "callback", "epoch", "short")}
     for name, model in nets.items():
         trainer = ham.HAMTrainer(
             model, torch.optim.SGD(model.parameters(), 0.1), **ATTACK, screen_steps=2, start_epoch=1
@@ -296,7 +288,7 @@ def with_bad(rank: int) -> dict:
         before = copy.deepcopy(trainer.state_dict()["model"])
         x, y = good[0].clone(), good[1].clone()
         batch, count = (x, y), 1
-        callback = None
+        ends = {}
         if rank == 1:
             if name == "nan":
                 model.register_forward_hook(lambda m, a, z: z * float("nan"))
@@ -308,18 +300,19 @@ def with_bad(rank: int) -> dict:
                 batch = (x, y[:-1])
             elif name == "draw":
                 batch = None
-            elif name == "callback":
-                callback = lambda step: (_ for _ in ()).throw(KeyError("stop"))  # noqa: E731
+            elif name in ("callback", "epoch"):
+                when = "on_batch_end" if name == "callback" else "on_epoch_end"
+                ends = {when: lambda report: (_ for _ in ()).throw(KeyError("stop"))}
             elif name == "short":
                 count = 0
         loader = [batch] * count if name != "short" else [good] * (2 - rank)
         try:
-            trainer.fit(loader, 3, on_batch_end=callback)
+            trainer.fit(loader, 3, **ends)
         except Exception as error:
             said[name] = (type(error).__name__, str(error), getattr(error, "left", None))
-        if name not in ("callback", "short"):
+        if name not in ("callback", "epoch", "short"):
             assert alike(trainer.state_dict()["model"], before), name
-        assert trainer.steps_done == (name in ("callback", "short")), name
+        assert trainer.steps_done == (name in ("callback", "epoch", "short")), name
     return said
 
 
@@ -328,10 +321,11 @@ def test_what_is_wrong_on_one_process_raises_on_all(tmp_path):
     for name, words in {
         "nan": "process 1 failed before the end of this step", "label": "process 1 failed", "pixel": "process 1 failed",
         "shape": "process 1 failed", "draw": "process 1 failed", "callback": "process 1 ended the training",
+        "epoch": "process 1 ended the training",
         "short": "process 1 has given its last batch",
     }.items():  # fmt: skip
         kind, said, left = first[name]
-        assert (kind, left) == (RankError.__name__, name == "callback")
+        assert (kind, left) == (RankError.__name__, name in ("callback", "epoch"))
         assert words in said, name
     assert (second["nan"][0], second["callback"][0]) == ("NonFiniteError", "KeyError")
     assert "labels run from" in second["label"][1]

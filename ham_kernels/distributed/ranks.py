@@ -88,14 +88,12 @@ class Ranks:
 
         For what one process makes and the others then find: a download, a folder, a cache.
         """
-        if self.rank:
-            with Meeting(self, 0, torch.device("cpu"), what=what) as meeting:
-                meeting.table([])
-            yield
-            return
         with Meeting(self, 0, torch.device("cpu"), what=what) as meeting:
-            yield
+            if self.rank == 0:
+                yield
             meeting.table([])
+        if self.rank:
+            yield
 
     def first_makes(self, make: Callable[[], Any]) -> Any:
         """What process 0 makes, on each; where it fails, they raise RankError."""

@@ -178,9 +178,9 @@ def walk(
     """One attack on a model in attack_mode, at its end, and the logits at x^k for each k of `look_at` and k = K.
 
     A look at x^k for k < K costs nothing: the attack computes those logits itself. The data are judged (one read)
-    before this returns. `rows` restricts the attack to some rows; they start where they would start among all; so do
-    all of them from `first_row` of a larger batch on. With
-    `search` another engine takes the steps; the logits at x^K are the plain model's always.
+    before this returns. `rows` restricts the attack to some rows; they start where they would start among all, as do
+    all of them where x are the rows from `first_row` on of a larger batch. With `search` another engine takes the
+    steps; the logits at x^K are the plain model's always.
     """
     seen: dict[int, Tensor] = {}
 

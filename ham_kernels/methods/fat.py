@@ -15,43 +15,24 @@ TRADES they have 31 51 71 of 85 epochs, on MART 21 41 61 81 of 90.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Ge
 
 from ..common.field_types import Words
-from .settings import Method
+from .on_base import OnBase
 
 
 @dataclass(frozen=True)
-class FAT(Method):
+class FAT(OnBase):
     """Friendly-AT. With early_drop, rows wrong at x^M stay there while tau is 0: all train on their weakest points."""
 
     name = "fat"
     title = "Friendly-AT"
     course = 120
 
-    base: Annotated[
-        Literal["pgd_at", "trades", "mart"], Words(by_value=(("trades", "on TRADES"), ("mart", "on MART")))
-    ] = "pgd_at"
-    """Whose attack and loss it has. On mart the cross entropy is the boosted one, whatever loss says."""
-    beta: Annotated[float | None, Ge(0), Words("β={}")] = None
-    """Weight of the divergence. None (TOML: false): 6 on trades, 5 on mart; pgd_at has none."""
     tau_from: Annotated[tuple[int, ...], Ge(1), Words("τ from epochs {}", off=(), scales=True)] = (51, 91)
     """Epochs (1-based) from each of which on a row may be wrong once more before it stays; none: it stays at once."""
-
-    @property
-    def target_forwards(self) -> float:
-        return 1 if self.base == "trades" else 0
-
-    @property
-    def update_forwards(self) -> float:
-        return 3 if self.base == "pgd_at" else 6
-
-    def check(self) -> None:
-        super().check()
-        if self.base == "pgd_at" and self.beta is not None:
-            raise ValueError(f"beta: got {self.beta} with base='pgd_at', whose loss has no divergence")
 
     def attack(self, pgd):
         return replace(pgd, loss="kl" if self.base == "trades" else "ce", patience=0)
@@ -60,11 +41,10 @@ class FAT(Method):
         return replace(pgd, patience=sum(memory.epoch >= epoch for epoch in self.tau_from))
 
     def loss_of(self, model, examples, memory):
-        from .losses import BETAS, adversarial_ce, logits_at, two_terms, weighted_mean
+        from .losses import adversarial_ce, logits_at, two_terms, weighted_mean
 
         if self.base == "pgd_at":
             return adversarial_ce(self, model, examples)
         clean, adversarial = logits_at(model, examples, examples.x), logits_at(model, examples, examples.x_adv)
         ce, divergence = two_terms(self, self.base, clean, adversarial, examples.y)
-        beta = BETAS[self.base] if self.beta is None else self.beta
-        return weighted_mean(ce + beta * divergence, examples.weights)
+        return weighted_mean(ce + self.divergence_weight * divergence, examples.weights)

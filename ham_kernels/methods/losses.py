@@ -15,7 +15,6 @@ from .mart import unsure_divergence
 from .mining import Examples
 from .settings import Method
 
-BETAS = {"trades": 6.0, "mart": 5.0}  # of their divergences, for methods that are built on them
 ABOVE_ONE = 1.0001  # MART's; keeps the logarithm finite where another class has all the probability
 
 

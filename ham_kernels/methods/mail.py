@@ -17,12 +17,12 @@ the margins of rows that weigh little more than it raises others: judge it by Au
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 
 from ..common.field_types import Words
-from .settings import Method
+from .on_base import Base, OnBase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,38 +31,21 @@ FACTOR = 3.0
 
 
 @dataclass(frozen=True)
-class MAIL(Method):
+class MAIL(OnBase):
     """MAIL. With early_drop, rows that stop or jump (easy) suit it: of rows that are dropped there is none to weigh."""
 
     name = "mail"
     title = "MAIL"
     course = 120
 
-    base: Annotated[
-        Literal["trades", "pgd_at", "mart"], Words(by_value=(("pgd_at", "on PGD-AT"), ("mart", "on MART")))
-    ] = "trades"
+    base: Base = "trades"
     """Whose attack and loss it has. On mart the weighed cross entropy is the boosted one, whatever loss says."""
-    beta: Annotated[float | None, Ge(0), Words("β={}")] = None
-    """Weight of the divergence. None (TOML: false): 6 on trades, 5 on mart; pgd_at has none."""
     slope: Annotated[float, Ge(0), Words("slope {}")] = 1.0
     """Of the margin within the sigmoid; 0: all rows weigh alike."""
     bias: Annotated[float, Words("bias {}")] = -1.5
     """Added to the margin: the lower, the more only rows that are wrong weigh."""
     mail_from: Annotated[int, Ge(1), Words("weights from epoch {}", off=1, scales=True)] = 76
     """First epoch (1-based) with weights; the base before."""
-
-    @property
-    def target_forwards(self) -> float:
-        return 1 if self.base == "trades" else 0
-
-    @property
-    def update_forwards(self) -> float:
-        return 3 if self.base == "pgd_at" else 6
-
-    def check(self) -> None:
-        super().check()
-        if self.base == "pgd_at" and self.beta is not None:
-            raise ValueError(f"beta: got {self.beta} with base='pgd_at', whose loss has no divergence")
 
     def attack(self, pgd):
         return replace(pgd, loss="kl") if self.base == "trades" else pgd
@@ -74,7 +57,7 @@ class MAIL(Method):
         return memory.epoch >= self.mail_from
 
     def loss_of(self, model, examples, memory):
-        from .losses import BETAS, logits_at, row_ce, two_terms, weighted_mean
+        from .losses import logits_at, row_ce, two_terms, weighted_mean
 
         y = examples.y
         clean = None if self.base == "pgd_at" else logits_at(model, examples, examples.x)
@@ -83,7 +66,7 @@ class MAIL(Method):
         if self.base == "pgd_at":
             return weighted_mean(own * row_ce(self, adversarial, y), examples.weights)
         ce, divergence = two_terms(self, self.base, clean, adversarial, y)
-        beta = BETAS[self.base] if self.beta is None else self.beta
+        beta = self.divergence_weight
         losses = ce + beta * own * divergence if self.base == "trades" else own * ce + beta * divergence
         return weighted_mean(losses, examples.weights)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -254,7 +254,8 @@ class Trainer:
             if scheduler is not None:
                 _step(scheduler)
             if on_epoch_end is not None:
-                on_epoch_end(report)
+                with self._told_that_it_leaves() if self.epoch < epochs else nullcontext():
+                    on_epoch_end(report)
         return self.history
 
     @property
