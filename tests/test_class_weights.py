@@ -317,7 +317,7 @@ def test_dafa_needs_an_epoch_of_its_own_before_its_weights():
 def test_a_loss_says_that_it_forgets(batch):
     """A method given to loss() anew each time has no memory; an Objective made once has."""
     model = small_cnn()
-    with pytest.warns(HamWarning, match="method: fair remembers classes from batch to batch"):
+    with pytest.warns(HamWarning, match="method: fair remembers something from batch to batch"):
         ham.loss(ham.methods.Fair(), model, *batch, **ATTACK)
     with warnings.catch_warnings():
         warnings.simplefilter("error", HamWarning)

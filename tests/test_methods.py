@@ -25,7 +25,7 @@ from ham_kernels.runs.folder import RunFolder
 from ham_kernels.runs.settings import TrainSettings
 
 ATTACK = {"eps": 0.2, "step_size": 0.05, "steps": 5}
-NO_STEPS = ("natural", "fgsm_rs", "n_fgsm")  # whose attack leaves no steps behind a screening
+NO_STEPS = ("natural", "fgsm_rs", "n_fgsm", "free_at")  # whose attack leaves no steps behind a screening
 every_method = pytest.mark.parametrize("name", methods.names())
 screenable = pytest.mark.parametrize("name", [n for n in methods.names() if n not in NO_STEPS])
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def method_of(name: str, **changes) -> methods.Method:
     """From the first epoch on, whatever its paper says."""
-    return class_of(name)(**{"start_epoch": 1, "screen_steps": 2, **changes})
+    few = {"replays": 2} if name == "free_at" else {}
+    return class_of(name)(**{"start_epoch": 1, "screen_steps": 2, **few, **changes})
 
 
 def plain(name: str, **changes) -> methods.Method:

@@ -10,6 +10,7 @@ from typing import get_args
 from ..common import field_types
 from ..methods.registry import names, warm_up_of, with_name
 from ..methods.settings import Method
+from ..runs.presets import with_fewer_epochs
 from ..runs.settings import TrainSettings
 
 GRID_SCREEN_STEPS = (1, 2, 3, 4, 5)
@@ -70,7 +71,8 @@ def _method(base: TrainSettings, /, **changes) -> TrainSettings:
 
 
 def _named(base: TrainSettings, name: str) -> TrainSettings:
-    return without_idle_teacher(replace(base, method=with_name(base.method, name, base.optim.epochs)))
+    named = replace(base, method=with_name(base.method, name, base.optim.epochs))
+    return with_fewer_epochs(without_idle_teacher(named))
 
 
 def without_idle_teacher(settings: TrainSettings) -> TrainSettings:

@@ -16,7 +16,7 @@ from ..methods import names
 from ..methods.registry import with_name
 from ..runs.config_file import from_toml, read_toml
 from ..runs.judge_settings import EvaluateSettings, JudgeSettings
-from ..runs.presets import for_folder, preset, rescaled
+from ..runs.presets import for_folder, preset, rescaled, with_fewer_epochs
 from ..runs.settings import (
     AttackSettings,
     ImageSettings,
@@ -296,6 +296,9 @@ def _base(argv: list[str]) -> TrainSettings:
         lr = ADAMW_LR if adamw else base.optim.lr
         tuned = _seen(argv, "--weights") or base.run.weights
         base = replace(base, optim=replace(base.optim, lr=lr / FINE_TUNED if tuned else lr))
+    if epochs is None and get(told, "optim", "epochs") is None:
+        replays = _seen(argv, "--replays")
+        return with_fewer_epochs(base, int(replays) if replays and replays.isdecimal() and int(replays) else None)
     if epochs is None or not epochs.isdecimal() or int(epochs) < 1:  # tyro and check() say what is wrong with it
         return base
     return rescaled(base, int(epochs))

@@ -133,7 +133,7 @@ TROUBLES: dict[str, Trouble] = {
         "train in bf16 or fp32",
     ),
     "memory_lost": Trouble(
-        "method: {method} remembers classes from batch to batch, and a method that is given to loss() anew each time "
+        "method: {method} remembers something from batch to batch, and a method that is given to loss() anew each time "
         "remembers nothing",
         "What a method remembers lies in its Objective, and loss() makes a new one for each call.",
         "make one: objective = ham_kernels.methods.Objective(ham_kernels.methods.{kind}(), "

@@ -14,10 +14,9 @@ from .registry import class_of, names
 from .settings import Method
 
 _MACHINERY = {"settings", "registry", "objective", "mining", "batch_loss", "class_weights", "awp", "losses"}
-_FIRST = ("pgd_at", "ham", "fair", "trades")  # in help and tables; the others follow by name
 
 _found = {module.name for module in pkgutil.iter_modules(__path__)} - _MACHINERY
-for _name in (*_FIRST, *sorted(_found - {*_FIRST})):
+for _name in sorted(_found):
     importlib.import_module(f".{_name}", __name__)
 _CLASSES = {class_of(name).__name__: class_of(name) for name in names()}
 globals().update(_CLASSES)

@@ -18,9 +18,7 @@ class Natural(Method):
         super().check()
         for field, off in (("early_drop", False), ("reweight", False), ("step_sizes", ()), ("class_weights", "none")):
             if getattr(self, field) != off:
-                raise ValueError(
-                    f"{field}: got {getattr(self, field)!r}; natural training has no attack to apply it to"
-                )
+                raise ValueError(f"{field}: got {getattr(self, field)!r}; {self.title} has no attack to apply it to")
 
     def attack_steps(self, steps: int) -> int:
         return 0

@@ -222,6 +222,8 @@ class Objective(nn.Module):
 
 def _check_for_several(method: Method) -> None:
     """Raises: ValueError naming what chooses rows within one process, so that results would depend on how many."""
+    if method.remembers_rows:
+        raise ValueError(f"method: got {method.name!r} on several processes, each of which would remember its own rows")
     for name, alone in (("group", 1), ("round_to", 1), ("bn_rows", "hard")):
         if getattr(method, name) != alone:
             raise ValueError(

@@ -7,9 +7,12 @@ import dataclasses
 from .settings import Method, _registry
 
 
+FIRST = ("pgd_at", "ham", "fair", "trades")  # in help and tables; the others follow by name
+
+
 def names() -> tuple[str, ...]:
     """The methods known, by name."""
-    return tuple(_registry)
+    return (*(n for n in FIRST if n in _registry), *sorted(n for n in _registry if n not in FIRST))
 
 
 def class_of(name: str) -> type[Method]:

@@ -60,6 +60,8 @@ class Method:
     # `attack_on` needs its memory for the first batch too; else the first attack tells how many classes there are
     remembers_first: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False  # learns from another classifier, whose forward `cost` does not count
+    remembers_rows: ClassVar[bool] = False  # a memory of places in a batch, which several processes cannot share
+    replays: ClassVar[int] = 1  # updates of each batch, one behind the other
     target_forwards: ClassVar[float] = 0  # of the full batch, before the attack
     update_forwards: ClassVar[float] = 3  # cost of an update, in forwards of its rows
     course: ClassVar[int] = 120  # epochs of the training that its defaults are from
@@ -179,7 +181,7 @@ class Method:
         k, m = self.attack_steps(steps), self.screen_steps
         update = self.update_forwards * (2 if self.awp else 1)
         if not self.early_drop:
-            return self.target_forwards + 2 * k + update
+            return self.replays * (self.target_forwards + 2 * k + update)
         screening = 2 * (m if self.screen == "steps" else 1) + 1 + 2 * h * (k - m)
         return self.target_forwards + screening + update * (h if self.easy == "drop" and self.bn_rows == "hard" else 1)
 

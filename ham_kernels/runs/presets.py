@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from ..common import field_types
@@ -99,6 +100,12 @@ def for_folder(
         s = replace(s, model=replace(s.model, name="small_cnn"))
     lr *= (batch_size or s.data.batch_size) / s.data.batch_size
     return replace(s, data=replace(s.data, **told), optim=replace(s.optim, lr=lr))
+
+
+def with_fewer_epochs(settings: TrainSettings, replays: int | None = None) -> TrainSettings:
+    """The same course in as many updates, where the method makes several of each batch (`replays`; None: its own)."""
+    replays = settings.method.replays if replays is None else replays
+    return settings if replays == 1 else rescaled(settings, math.ceil(settings.optim.epochs / replays))
 
 
 def rescaled(settings: TrainSettings, epochs: int) -> TrainSettings:

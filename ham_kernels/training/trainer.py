@@ -199,14 +199,14 @@ class Trainer:
             together = len(batches) // len(examples)
             for part in examples:
                 loss, (n, n_hard, n_kept) = 0.0, part.everywhere
-                if n_kept:
-                    loss = self._update(self.model, objective, part, method.freeze_bn)
+                for replay in range(method.replays if n_kept else 0):
+                    if replay or reports:
+                        before = Buffers(self.model, objective)
+                    loss += self._update(self.model, objective, part, method.freeze_bn) / method.replays
                     if self.average is not None:
                         self.average.update(self.model, self._averages)
                 reports.append(StepReport(loss, n, n_hard, stopwatch.stop(), n_kept, together, part.no_gradient))
                 stopwatch = Stopwatch(x.device)
-                if part is not examples[-1]:
-                    before = Buffers(self.model, objective)
         except BaseException:
             before.undo()
             raise

@@ -14,6 +14,7 @@ from .faal import FAAL
 from .fair import FAIR
 from .fair_tat import FAIRTAT
 from .fat import FAT
+from .free_at import FreeAT
 from .frl import FRL
 from .fsr import FSR
 from .gairat import GAIRAT
@@ -34,4 +35,13 @@ METHODS = {
 
 Those that distil have a `teacher` besides."""
 
-__all__ = ["METHODS", "HAMTrainer", "ham_loss", "hard_examples", "pgd_attack", "step_size_weights", "trades_loss"]
+__all__ = [
+    "METHODS",
+    "FreeAT",
+    "HAMTrainer",
+    "ham_loss",
+    "hard_examples",
+    "pgd_attack",
+    "step_size_weights",
+    "trades_loss",
+]

@@ -34,6 +34,8 @@ _SWITCH = {None: "off", False: "off", True: "on", "require": "on"}
 def training_of(settings: Mapping[str, Any], runs: Sequence[Run]) -> Training:
     """{what: its values, one for most} of a group's runs, in words: WORK, PLACE and MEANS."""
     out = {what: [_value(what, settings.get(key))] for what, key in (WORK | MEANS).items()}
+    if (replays := settings.get("method.replays")) and isinstance(epochs := settings.get("optim.epochs"), int):
+        out["epochs"] = [_value("epochs", epochs * replays)]  # as many updates
     machines = {machine for run in runs for machine in machines_of(run)}
     out["device"] = sorted({_device(settings.get("run.device"), machine) for machine in machines})
     out["machine"] = sorted(machines)

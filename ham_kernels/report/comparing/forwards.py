@@ -11,7 +11,7 @@ from ..reading.runs import Run
 
 
 def forwards(run: Run) -> float | None:
-    """Full-batch forwards of a training step, mean over all epochs of a run, each by the method that trained it.
+    """Full-batch forwards of an update, mean over all epochs of a run, each by the method that trained it.
 
     None where an epoch, its share of hard rows or its method is not known.
     """
@@ -35,5 +35,5 @@ def _trained_by(method: Method, warm_up: str, epoch: Epoch) -> Method:
 
 def _cost(method: Method, steps: int, hard: float | None) -> float | None:
     if hard is None:
-        return None if method.early_drop else method.cost(steps)
-    return method.cost(steps, hard)
+        return None if method.early_drop else method.cost(steps) / method.replays
+    return method.cost(steps, hard) / method.replays
