@@ -14,6 +14,7 @@ from pathlib import Path
 from readme import computed, measured, timed
 from readme.frontier import frontier
 from readme.methods_table import details, methods
+from readme.presets import presets
 from readme.questions import questions
 from readme.troubles import troubles
 
@@ -46,6 +47,7 @@ PAGES: dict[Path, Sections] = {
     },
     ROOT / "docs" / "methods.md": {
         "methods": methods,
+        "presets": presets,
         "fair": timed.fair,
         "questions": questions,
         "method_details": details,

@@ -81,7 +81,7 @@ def test_adamw_has_a_learning_rate_of_its_own(tmp_path):
     told = parse_train(["--config", str(tmp_path / "c.toml")]).settings.optim
     assert (told.lr, told.adam_betas) == (0.003, (0.9, 0.95))
     (tmp_path / "c.toml").write_text("[optim]\nlr = 0.05")
-    with pytest.raises(ValueError, match=r"lr: the file of --config has 0\.05, for sgd; give --lr for adamw"):
+    with pytest.raises(ValueError, match=r"lr: .*c\.toml has 0\.05, for sgd; give --lr for adamw"):
         parse_train(["--config", str(tmp_path / "c.toml"), "--optimizer", "adamw"])
     told = parse_train(["--config", str(tmp_path / "c.toml"), "--optimizer", "adamw", "--lr", "0.001"])
     assert told.settings.optim.lr == 0.001

@@ -41,7 +41,7 @@ def _of_sweep(data: dict) -> list[str]:
             f"{m['relative_time']:.2f}",
             f"{m['relative_forwards']:.2f}",
             _name(m),
-            *(_share(m[key]) for key in ("average", "worst", "std")),
+            *(share(m[key]) for key in ("average", "worst", "std")),
         ]
         for m in shown
     ]
@@ -57,7 +57,7 @@ def _name(m: dict) -> str:
     return m["title"] if m["dominated_by"]["time"] else f"**{m['title']}**"
 
 
-def _share(value: dict) -> str:
+def share(value: dict) -> str:
     return f"{100 * value['mean']:.1f} ± {50 * (value['high'] - value['low']):.1f}"
 
 

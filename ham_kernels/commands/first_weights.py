@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..models.named import is_architecture, of_timm
 from ..models.weights import Brought, brought, lay, read_weights
+from ..report.comparing.forwards import total_forwards
+from ..report.reading.runs import read_run
 from ..runs.folder import RunFolder
 from ..runs.settings import TrainSettings
 
@@ -39,6 +43,23 @@ def begin_with(settings: TrainSettings, model: nn.Module) -> str:
     name = settings.run.weights
     new = lay(model, _found(settings).state, source=f"weights: {name}", new_head=True)
     return f"begins with the weights of {name}" + (f"; new, for other classes: {', '.join(new)}" if new else "")
+
+
+def cost_of(name: str) -> dict[str, Any]:
+    """What first weights are, and have cost: {"weights": absolute path}, and of a run "run": its method; "epochs" of
+    the training that began with random weights; "seconds", "cpu_seconds", "forwards" (full-batch ones) of all of them.
+    """
+    if name == IMAGENET:
+        return {"weights": name}
+    told: dict[str, Any] = {"weights": os.path.abspath(name)}
+    if not Path(name).is_dir():
+        return told
+    run = read_run(name)
+    method = run.label or (run.method.describe(run.warm_up) if run.method else run.name)
+    return told | {
+        "run": method, "epochs": run.before("epochs") or len(run.epochs), "seconds": run.seconds,
+        "cpu_seconds": run.cpu_seconds, "forwards": total_forwards(run),
+    }  # fmt: skip
 
 
 def _found(settings: TrainSettings) -> Brought:

@@ -24,9 +24,10 @@ from ..runs.settings import (
     TrainSettings,
 )
 from .experiments import STRONG
+from .fine_tuning import EPOCHS, FINE_TUNED, config_of, fine_tuning
 
 T = TypeVar("T")
-FINE_TUNED = 10  # divides the learning rate where a training begins with weights
+PRESETS = {"fair": ("fair", {}), "fast": ("fair", {"fast": True}), "paper": ("wat", {})}  # of --preset
 ADAMW_LR = 1e-3  # presets have SGD's
 
 
@@ -55,6 +56,12 @@ class Train:
     dry_run: bool = False
     """Time a few steps of each kind of epoch, and say what the run would take; no run folder is made."""
     quiet: bool = False
+    origin: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Fine-tune this RUN by its own settings, or a CHECKPOINT by the preset's: 2 epochs, by a tenth of the learning
+    rate, of the method from the first one on."""
+    preset: Annotated[Literal["fair", "fast", "paper"] | None, tyro.conf.arg(help_behavior_hint="")] = None
+    """In place of --method, what the frontier chose (docs/methods.md). fair: the best worst class within a point of
+    PGD-AT's average. fast: likewise in less than half of the time. paper: the best worst class as published."""
     method: Annotated[str, _METHOD] = "ham"
     settings: TrainSettings = field(default_factory=TrainSettings)
 
@@ -267,11 +274,18 @@ def parse_sweep(argv: list[str]) -> Sweep:
 def _base(argv: list[str]) -> TrainSettings:
     """What the flags start from: the preset of the data set, then the TOML file, in as many epochs as asked for.
 
-    --epochs stretches the course of both, so that it keeps its shape; epochs in the file stretch the preset's.
+    --epochs stretches the course of both, so that it keeps its shape; epochs in the file stretch the preset's. --from
+    takes the settings of a run for the file.
     """
-    config, epochs = _seen(argv, "--config"), _seen(argv, "--epochs")
+    config, epochs, origin = _seen(argv, "--config"), _seen(argv, "--epochs"), _seen(argv, "--from")
+    of_run = None if origin is None else config_of(origin)
+    if origin is not None and _seen(argv, "--weights") is not None:
+        raise ValueError(f"weights: cannot be given with --from {origin}, which has its own")
+    if of_run is not None and config is not None:
+        raise ValueError(f"config: cannot be given with --from {origin}, whose settings it would be")
+    config = config if of_run is None else of_run
     told = {} if config is None else read_toml(config)
-    named = _seen(argv, "--method")
+    named, switches = _method_named(argv)
     of_flag = None if get(told, "method", "name") else named  # whose settings the file's are, where it does not say
     if config is not None:
         from_toml(config, TrainSettings(), of_flag)  # judges keys and types before anything is made of them
@@ -285,23 +299,41 @@ def _base(argv: list[str]) -> TrainSettings:
     if config is not None:
         own_epochs = get(told, "optim", "epochs")
         base = from_toml(config, rescaled(base, own_epochs) if own_epochs else base, of_flag)
+    count = int(epochs) if epochs is not None and epochs.isdecimal() and int(epochs) > 0 else None
+    if origin is not None:
+        tuned_before = base.run.weights is not None
+        base = fine_tuning(base, origin, EPOCHS if count is None else count)
+        switches = {**switches, "start_epoch": 1}
     if named is not None:
-        base = replace(base, method=with_name(base.method, named, base.optim.epochs))
+        method = with_name(base.method, named, base.optim.epochs)
+        base = replace(base, method=replace(method, **switches))
     optimizer, was = _seen(argv, "--optimizer"), base.optim
     others_lr = get(told, "optim", "lr") is not None and optimizer not in (None, was.optimizer)
     if others_lr and _seen(argv, "--lr") is None:
-        raise ValueError(f"lr: the file of --config has {was.lr:g}, for {was.optimizer}; give --lr for {optimizer}")
+        raise ValueError(f"lr: {config} has {was.lr:g}, for {was.optimizer}; give --lr for {optimizer}")
     if get(told, "optim", "lr") is None:
         adamw = (optimizer or base.optim.optimizer) == "adamw"
         lr = ADAMW_LR if adamw else base.optim.lr
         tuned = _seen(argv, "--weights") or base.run.weights
         base = replace(base, optim=replace(base.optim, lr=lr / FINE_TUNED if tuned else lr))
+    elif of_run is not None and not tuned_before:
+        base = replace(base, optim=replace(base.optim, lr=base.optim.lr / FINE_TUNED))
+    if origin is not None:
+        return base
     if epochs is None and get(told, "optim", "epochs") is None:
         replays = _seen(argv, "--replays")
         return with_fewer_epochs(base, int(replays) if replays and replays.isdecimal() and int(replays) else None)
-    if epochs is None or not epochs.isdecimal() or int(epochs) < 1:  # tyro and check() say what is wrong with it
-        return base
-    return rescaled(base, int(epochs))
+    return base if count is None else rescaled(base, count)  # tyro and check() say what is wrong with another
+
+
+def _method_named(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """The method of --method, or of --preset with its switches. Raises: ValueError where both are given."""
+    named, chosen = _seen(argv, "--method"), _seen(argv, "--preset")
+    if chosen not in PRESETS:  # tyro says what is wrong with another
+        return named, {}
+    if named is not None:
+        raise ValueError(f"preset: got {chosen!r} with --method {named}; give one of them")
+    return PRESETS[chosen]
 
 
 def _number(argv: list[str], told: dict[str, Any], key: str) -> int | None:

@@ -24,7 +24,7 @@ from ..runs.settings import TrainSettings
 from ..training.reports import EpochReport, StepReport
 from ..training.trainer import Trainer
 from . import run_images
-from .first_weights import begin_with, with_their_normalisation
+from .first_weights import begin_with, cost_of, with_their_normalisation
 from .from_settings import check_before_data, check_takes, device_of, loaders_of, model_of, scheduler_of, trainer_of
 from .logs import Logs, behind
 from .progress import TrainProgress, duration, say
@@ -132,6 +132,8 @@ class _Job:
 
     def _work_in(self, run: RunFolder, quiet: bool, until_epoch: int | None) -> Trainer:
         self.run = run
+        if self.begun is not None and run.writes:
+            run.write_json("begun_with.json", cost_of(self.settings.run.weights))
         with self.ranks.first_alone("the search for a checkpoint"):  # which sets damaged ones aside
             run.set_data_facts(self.facts, self.places)
             found = run.checkpoints.load_newest(set_aside=True)

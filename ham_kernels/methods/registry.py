@@ -6,7 +6,6 @@ import dataclasses
 
 from .settings import Method, _registry
 
-
 FIRST = ("pgd_at", "ham", "fair", "trades")  # in help and tables; the others follow by name
 
 
@@ -18,7 +17,7 @@ def names() -> tuple[str, ...]:
 def class_of(name: str) -> type[Method]:
     """Raises: ValueError for a name that no method has."""
     if name not in _registry:
-        raise ValueError(f"method: got {name!r}; allowed are {', '.join(map(repr, _registry))}")
+        raise ValueError(f"method: got {name!r}; allowed are {', '.join(map(repr, names()))}")
     return _registry[name]
 
 
@@ -52,7 +51,7 @@ def warm_up_of(method: Method, name: str) -> Method:
         plain = {f.name: f.default for f in dataclasses.fields(Method) if f.name in _MINING}
         return dataclasses.replace(method, **plain) if method.mines else method
     if name not in _registry:
-        raise ValueError(f"warm_up: got {name!r}; allowed are {', '.join(map(repr, _registry))}")
+        raise ValueError(f"warm_up: got {name!r}; allowed are {', '.join(map(repr, names()))}")
     warm = _registry[name]()
     if warm.mines or warm.needs_teacher or name == "natural":
         why = "it would mine" if warm.mines else "it learns from a teacher"

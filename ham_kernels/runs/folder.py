@@ -4,6 +4,7 @@ config.toml         resolved settings
 data.json           classes, channels, images of each part and class, where they lay
 environment.json    versions, machine, commit, and when it was worked on
 status.json         running, interrupted, finished or failed; adopted: trained elsewhere, then origin.json says where
+begun_with.json     what its first weights are and have cost, where they are not random
 metrics.jsonl       one line per epoch
 checkpoints/        step_*.pt (two newest), best.pt, best_ema.pt
 evaluation/         one JSON per weights judged

@@ -201,7 +201,7 @@ class RunSettings:
     """Of forward and backward (autocast)."""
     ema_decay: Annotated[float | None, Ge(0), Lt(1), Words("EMA={}")] = 0.99
     """Of the weight average, which is judged beside the last weights; None (TOML: false) for none."""
-    weights: str | None = None
+    weights: Annotated[str | None, Words("{}")] = None
     """Begin with the weights of a FILE, of a RUN's folder, or of imagenet (torchvision's and timm's models): by a
     tenth of the learning rate, with a new head for other classes."""
     teacher: str | None = None

@@ -184,6 +184,11 @@ def _limits_of_runs(runs: Sequence[Run]) -> list[str]:
 def _limits_of_times(section: Section) -> list[str]:
     """Which runs share the time of a warm-up. Others are timed whole, so that both are times of all epochs."""
     notes, everyone = [], {g.title for g in section.groups if any(run.epochs for run in g.counted)}
+    for group in section.groups:
+        if any(run.first_weights is not None for run in group.counted):
+            known = all(run.before("seconds") is not None for run in group.counted)
+            told = "is in the times shown" if known else "is not known, so that it has no time to compare"
+            notes.append(f"{group.title} began with weights of another training; what those cost {told}.")
     for titles, shared in shared_epochs(section).items():
         once = f"Epochs 1 to {shared} were trained once per seed, for"
         if titles == everyone:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 
 from ...methods.registry import class_of, warm_up_of
 from ...methods.settings import Method
@@ -13,16 +13,23 @@ from ..reading.runs import Run
 def forwards(run: Run) -> float | None:
     """Full-batch forwards of an update, mean over all epochs of a run, each by the method that trained it.
 
+    Those that its first weights took are added: they are spread over the epochs of the training that it goes on from.
     None where an epoch, its share of hard rows or its method is not known.
     """
-    method, steps = run.method, run.attack_steps
-    if method is None or steps is None or run.seconds is None:
+    total = total_forwards(run)
+    return None if total is None else total / (run.before("epochs") or len(run.epochs))
+
+
+def total_forwards(run: Run) -> float | None:
+    """The same in all, for each training image."""
+    method, steps, before = run.method, run.attack_steps, run.before("forwards")
+    if method is None or steps is None or run.seconds is None or before is None:
         return None
     try:
         costs = [_cost(_trained_by(method, run.warm_up, epoch), steps, epoch.hard_fraction) for epoch in run.epochs]
     except ValueError:  # a method that is not known here, or of settings that do not fit
         return None
-    return None if None in costs else statistics.fmean(costs)
+    return None if None in costs else before + math.fsum(costs)
 
 
 def _trained_by(method: Method, warm_up: str, epoch: Epoch) -> Method:

@@ -23,11 +23,12 @@ FEWEST_CLASSES = 4  # of which the worst three are told
 def frontier(groups: Sequence[dict[str, Any]], attack: str | None) -> dict[str, Any] | None:
     """{"attack", "methods", "left_out", "untimed", "clock"} of plain values; None of fewer than two methods.
 
-    A method is {"title", "baseline", "seeds", "average", "worst", "worst_three", "std", "time", "forwards",
-    "relative_time", "relative_forwards", "dominated_by", "changes"}. Measures are {"mean", "low", "high"} with the
-    ends of the 95 % interval: of the mean over seeds, of one seed over test images. "dominated_by" is {cost: [{"title",
-    "clear"}]} of methods that nothing dominates; clear: the interval of a difference, seed by seed, leaves out 0, None
-    where seeds do not pair. "changes" are those of each class against the baseline.
+    A method is {"title", "baseline", "seeds", "average", "worst", "worst_three", "std", "time", "own_time", "forwards",
+    "relative_time", "relative_forwards", "dominated_by", "changes"}; "own_time" is without that of its first weights.
+    Measures are {"mean", "low", "high"} with the ends of the 95 % interval: of the mean over seeds, of one seed over
+    test images. "dominated_by" is {cost: [{"title", "clear"}]} of methods that nothing dominates; clear: the interval
+    of a difference, seed by seed, leaves out 0, None where seeds do not pair. "changes" are those of each class against
+    the baseline.
     """
     if attack is None:
         return None
@@ -91,7 +92,8 @@ def _spreads(group: dict, attack: str, clock: str | None) -> dict[str, dict[str,
     accuracy = _judged(group, attack)
     few = sum(spread["mean"] is not None for spread in accuracy["per_class"]) < FEWEST_CLASSES
     found = {name: unknown if few and name == "worst_three" else accuracy[name] for name in SHARES}
-    return found | {"time": unknown if clock is None else group[clock], "forwards": group["forwards"]}
+    time, own = (unknown, unknown) if clock is None else (group[clock], group[f"own_{clock}"])
+    return found | {"time": time, "own_time": own, "forwards": group["forwards"]}
 
 
 def _method(group: dict, spreads: dict, base: dict | None, attack: str) -> dict[str, Any]:

@@ -77,8 +77,9 @@ def _why(section: Section, attack: str) -> str:
 
 
 def _seconds(run: Run) -> list[tuple[int, float | None, float | None]]:
-    """(epoch, seconds by the clock, seconds of CPU of all threads) of each epoch."""
-    return [(e.epoch, e.seconds, e.cpu_seconds) for e in run.epochs]
+    """(epoch, seconds by the clock, seconds of CPU of all threads) of each epoch; epoch 0 made its first weights."""
+    before = [] if run.first_weights is None else [(0, run.before("seconds"), run.before("cpu_seconds"))]
+    return [*before, *((e.epoch, e.seconds, e.cpu_seconds) for e in run.epochs)]
 
 
 def _pairs(section: Section, attacks: set[str]) -> dict[tuple[str, str, str], dict]:
@@ -129,6 +130,8 @@ def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
         "weights": group.weights,
         "time": spread([run.seconds for run in group.counted]),
         "cpu_time": spread([run.cpu_seconds for run in group.counted]),
+        "own_time": spread([run.own_seconds for run in group.counted]),  # without that of its first weights
+        "own_cpu_time": spread([run.own_cpu_seconds for run in group.counted]),
         "training": training_of(group.settings, group.counted),
         "relative_time": 1.0 if is_baseline else None,
         "forwards": spread([forwards(run) for run in group.counted]),

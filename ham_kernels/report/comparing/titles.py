@@ -47,6 +47,8 @@ def _title(group: Group, groups: list[Group]) -> str:
         peers = family if key.startswith("method.") else groups
         if key.startswith("method.") and method is not None:
             peers = [g for g in peers if key in g.settings]  # in others it has no effect
+        if key.startswith("optim."):  # a fine-tuning has a course of its own
+            peers = [g for g in peers if ("run.weights" in g.settings) == ("run.weights" in group.settings)]
         if group in peers:
             title.append(_word(group, peers, key, default, words))
     return ", ".join(word for word in title if word)

@@ -32,6 +32,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
+    begun: dict[str, Any] = field(default_factory=dict)  # of first weights: "run" that they are of, what they cost
     epochs: list[Epoch] = field(default_factory=list)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -122,13 +123,30 @@ class Run:
         return self.state == "finished" or self.adopted
 
     @property
+    def first_weights(self) -> str | None:
+        """What a training began with that did not begin with random weights."""
+        return self._scalar("run", "weights", str)
+
+    def before(self, what: str) -> float | None:
+        """What its first weights have cost, in "seconds" and such: 0 of random ones, None where it is not known."""
+        return 0.0 if self.first_weights is None else read_as(float | None, self.begun.get(what))
+
+    @property
     def seconds(self) -> float | None:
-        """Training time of all epochs; None where an epoch is not in the log."""
-        return self._sum([e.seconds for e in self.epochs])
+        """Training time of all epochs and of its first weights; None where an epoch is not in the log."""
+        return _plus(self.own_seconds, self.before("seconds"))
 
     @property
     def cpu_seconds(self) -> float | None:
         """The same of all threads' CPU time."""
+        return _plus(self.own_cpu_seconds, self.before("cpu_seconds"))
+
+    @property
+    def own_seconds(self) -> float | None:
+        return self._sum([e.seconds for e in self.epochs])
+
+    @property
+    def own_cpu_seconds(self) -> float | None:
         return self._sum([e.cpu_seconds for e in self.epochs])
 
     def _sum(self, times: list[float | None]) -> float | None:
@@ -163,7 +181,7 @@ class Run:
             pass
         elif not self.epochs:
             out.append(("no training log (metrics.jsonl)", None))
-        elif self.seconds is None:
+        elif self.own_seconds is None:
             out.append(("no training time: epochs are missing in metrics.jsonl", None))
         if not self.evaluations:
             what = "not evaluated"
@@ -186,6 +204,7 @@ def read_run(folder: str | Path) -> Run:
     run.config = read_mapping(folder / "config.toml", run.notes)
     run.environment = read_mapping(folder / "environment.json", run.notes)
     run.status = read_mapping(folder / "status.json", run.notes)
+    run.begun = read_mapping(folder / "begun_with.json", run.notes)
     run.data = read_mapping(folder / "data.json", run.notes)
     if run.adopted:  # its images are those that judge it, whatever else lay beside them
         run.data = {key: value for key, value in run.data.items() if key not in ("counts", "sha256")}
@@ -200,6 +219,10 @@ def read_run(folder: str | Path) -> Run:
     for weights in WEIGHTS:
         _read_evaluation(run, weights)
     return run
+
+
+def _plus(own: float | None, before: float | None) -> float | None:
+    return None if None in (own, before) else own + before
 
 
 def _read_evaluation(run: Run, weights: str) -> None:

@@ -24,13 +24,17 @@ def frontier_table(section: dict[str, Any]) -> Table:
     relative = [(f"relative_{cost}", f"/ {base}") for cost in COSTS] if base else []
     head = [("", "Method"), *((span, words[name]) for name in shares)]
     head += [("Training", "CPU time" if found["clock"] == "cpu_time" else "time")]
-    head += [("Training", words) for _, words in relative[:1]] + [("Forwards", "a step")]
+    tuned = any(m.get("own_time", m["time"]) != m["time"] for m in methods)
+    head += [("Training", words) for _, words in relative[:1]] + [("Training", "fine-tuning alone")] * tuned
+    head += [("Forwards", "a step")]
     head += [("Forwards", words) for _, words in relative[1:]]
     head += [("Dominated", "by time"), ("Dominated", "by forwards"), ("", "Masking checks")]
     table = Table(head, caption=_caption(section, methods))
     for number, m in enumerate(methods, 1):
         row = [Cell(f"{number} {m['title']}", words=True), *(_share(m[name]) for name in shares)]
         row += [Cell(duration(m["time"]["mean"]))] + [_ratio(m["relative_time"])] * bool(base)
+        if tuned:
+            row.append(Cell(duration(m["own_time"]["mean"]) if m["own_time"] != m["time"] else NONE))
         row += [_number(m["forwards"]["mean"], 1)] + [_ratio(m["relative_forwards"])] * bool(base)
         row += [_dominated(m, cost) for cost in COSTS]
         table.rows.append([*row, _masking(groups[m["title"]]["masking"])])

@@ -1,0 +1,55 @@
+"""`--from`: a short training that begins with the weights of another. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from ..runs.presets import rescaled
+from ..runs.settings import DataSettings, TrainSettings, WarmUpSettings
+from .experiments import without_idle_teacher
+
+EPOCHS = 2
+FINE_TUNED = 10  # divides the learning rate where a training begins with weights
+
+
+def config_of(origin: str) -> Path | None:
+    """The settings of a run; None of a file of weights. Raises: FileNotFoundError naming `from`."""
+    if Path(origin).is_dir():
+        config = Path(origin) / "config.toml"
+        if not config.is_file():
+            raise FileNotFoundError(f"from: {origin} is no run folder (it has no config.toml)")
+        return config
+    if not Path(origin).is_file():
+        raise FileNotFoundError(f"from: {origin} is neither a run folder nor a file of weights")
+    return None
+
+
+def fine_tuning(base: TrainSettings, origin: str, epochs: int) -> TrainSettings:
+    """`base`, the settings of the run `origin` or of a file's owner, in so few epochs of its method alone.
+
+    The learning rate stays as it is in all of them.
+    """
+    short = rescaled(base, epochs)
+    optim = replace(short.optim, milestones=(), lr_decay=())
+    run = replace(short.run, label=None, weights=origin)
+    tuned = replace(
+        short, method=replace(short.method, start_epoch=1), warm_up=WarmUpSettings(), optim=optim, run=run,
+        data=_as_found(short.data, Path(origin)),
+    )  # fmt: skip
+    return without_idle_teacher(tuned)
+
+
+def _as_found(data: DataSettings, run: Path) -> DataSettings:
+    """Where the images of a run lie, wherever this process was started."""
+    try:
+        places = json.loads((run / "data.json").read_text())["places"]
+    except (OSError, KeyError, ValueError):  # a file of weights, or a run that has not begun
+        return data
+    found = {
+        name: place["absolute"]
+        for name, place in places.items()
+        if getattr(data, name) == place["given"] and Path(place["absolute"]).exists()
+    }
+    return replace(data, **found)
