@@ -66,6 +66,7 @@ WRONG = {
     "wat": lambda: methods.WAT(eta=0.3),
     "fsr": lambda: methods.FSR(lowered=0.3),
     "faal": lambda: methods.FAAL(class_strength=0.3),
+    "bat": lambda: methods.BAT(entropy=0.5),
 }
 
 

@@ -210,6 +210,71 @@ class GAIRAT(Loop):
         self.learn(lambda: (weights * F.cross_entropy(self.model(x_adv), y, reduction="none")).mean())
 
 
+class BAT(TRADES):
+    """Two attacks, from which rows leave one by one; each differentiates its clean pass in every step as well."""
+
+    differs = (START, "two attacks with different noise", "the clean images pass last in the update")
+
+    @staticmethod
+    def forwards(h: float) -> float:
+        """h: share of the rows that are wrong from the start, where no other row turns."""
+        found = 9.0
+        for looks in (1, 2):  # of a row that is wrong, before it leaves
+            steps = K if h < 1 else looks
+            found += 1 + 2 * steps + 3 * (looks + (steps - looks) * (1 - h))
+        return found
+
+    def step(self, kind: str, x: Tensor, y: Tensor) -> tuple[int, int]:
+        super().step(kind, x, y)
+        return self.wrong_at_start, len(y)
+
+    def train_batch(self, x: Tensor, y: Tensor) -> None:
+        last_right, _, order = self.walked(x, y, looks=0, before=True)
+        past, clean, _ = self.walked(x, y, looks=1, before=False)
+        self.model.train()
+        self.learn(lambda: self.of_points(last_right, past, clean, y[order]))
+
+    def walked(self, x: Tensor, y: Tensor, looks: int, before: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """(points, their clean images, their rows), as rows leave: at a wrong look after so many others, or at the
+        point before it."""
+        self.model.eval()
+        x_adv, rows, left = self.start(x, self.eps).clamp(0, 1), torch.arange(len(y), device=y.device), []
+        control = [looks] * len(y)
+        q, previous = self.model(x), x_adv
+        for k in range(K):
+            x_adv = x_adv.detach().requires_grad_()
+            z = self.model(x_adv)
+            predicted, goes, stays = z.argmax(1), [], []
+            for i in range(len(rows)):
+                wrong = predicted[i] != y[rows[i]]
+                (goes if wrong and control[i] == 0 else stays).append(i)
+                control[i] -= int(wrong)
+            if k == 0:
+                self.wrong_at_start = int((predicted != y).sum())
+            left.append(((previous if before else x_adv)[goes].detach(), rows[goes]))
+            self.model.zero_grad()
+            kl(z, F.softmax(q, 1)).sum().backward(retain_graph=True)
+            gradient, control = x_adv.grad[stays], [control[i] for i in stays]
+            x_adv, rows, q = x_adv.detach()[stays], rows[stays], q[stays]
+            previous = x_adv
+            if not stays:
+                break
+            x_adv = x_adv + self.step_size * gradient.sign()
+            x_adv = torch.min(torch.max(x_adv, x[rows] - self.eps), x[rows] + self.eps).clamp(0, 1)
+        points, order = (torch.cat(parts) for parts in zip(*left, (x_adv, rows), strict=True))
+        return points, x[order], order
+
+    def of_points(self, last_right: Tensor, past: Tensor, clean: Tensor, y: Tensor) -> Tensor:
+        if self.like_ours:  # what the running statistics see last
+            z = self.model(clean)
+        right, wrong = self.model(last_right), self.model(past)
+        if not self.like_ours:
+            z = self.model(clean)
+        uniform = torch.full_like(wrong, 0.1)
+        natural, robust = F.cross_entropy(right, y), kl(wrong, F.softmax(z, 1)).mean()
+        return natural + BETA * robust + sum(kl(uniform, F.softmax(f, 1)).mean() for f in (right, wrong))
+
+
 # ------------------------------------------------------------ classes
 def by_label(values: Tensor, y: Tensor) -> Tensor:
     """(n, 1, 1, 1) value of each row's class, as published loops expand it: row by row in Python."""

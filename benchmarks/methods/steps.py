@@ -35,20 +35,21 @@ METHODS: dict[str, Callable[[], Method]] = {
     "wat": lambda: methods.WAT(),
     "fsr": lambda: methods.FSR(),
     "faal": lambda: methods.FAAL(),
+    "bat": lambda: methods.BAT(),
     "fair": lambda: methods.Fair(),
     "fair_fast": lambda: methods.Fair(fast=True),
 }
 TITLES = {
     PGD_AT: "PGD-AT", "trades": "TRADES", "mart": "MART", "at_awp": "AT-AWP", "gairat": "GAIRAT",
     "cfa_at": "CFA on AT", "cfa_trades": "CFA on TRADES", "dafa": "DAFA", "wat": "WAT", "fsr": "FSR",
-    "faal": "FAAL", "fair": "Fair", "fair_fast": "Fair, fast",
+    "faal": "FAAL", "bat": "BAT", "fair": "Fair", "fair_fast": "Fair, fast",
 }  # fmt: skip
 LOOPS: dict[str, type[loops.Loop]] = {
     PGD_AT: loops.Loop, "trades": loops.TRADES, "mart": loops.MART, "at_awp": loops.AWP, "gairat": loops.GAIRAT,
     "cfa_at": loops.CFA, "cfa_trades": loops.CFATRADES, "dafa": loops.DAFA, "wat": loops.WAT, "fsr": loops.FSR,
-    "faal": loops.FAAL,
+    "faal": loops.FAAL, "bat": loops.BAT,
 }  # fmt: skip
-SCREENED = (PGD_AT, "trades", "mart", "at_awp", "wat", "dafa", "fsr", "faal", "fair")
+SCREENED = (PGD_AT, "trades", "mart", "at_awp", "wat", "dafa", "fsr", "faal", "bat", "fair")
 
 
 def arms_of(names: list[str]) -> list[str]:
@@ -149,7 +150,10 @@ def check(name: str, x: Tensor) -> str | None:
 
 def cost_of(name: str, h: float = 1.0) -> float:
     """Forwards of a full batch in a step, as the method or the loop states them."""
-    return LOOPS[base_of(name)].forwards if name.endswith(LOOP) else method_of(name).cost(K, h)
+    if not name.endswith(LOOP):
+        return method_of(name).cost(K, h)
+    stated = LOOPS[base_of(name)].forwards
+    return stated(h) if callable(stated) else stated
 
 
 def count(name: str, model: nn.Module, x: Tensor, y: Tensor) -> dict:

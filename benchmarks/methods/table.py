@@ -89,7 +89,7 @@ def cells(case: dict) -> list[list[str]]:
         rows.append([
             title(name) + (" (WRONG RESULTS)" if lane["wrong"] else ""), *time_of(lane), *time_of(theirs),
             figure(lane["speed_up"]), figure(lane["forwards"], "{:.4g}"),
-            figure(theirs and theirs["forwards"], "{:g}"), figure(lane["over_lean"]),
+            figure(theirs and theirs["forwards"], "{:.4g}"), figure(lane["over_lean"]),
         ])  # fmt: skip
     return [head, *rows]
 
@@ -99,8 +99,9 @@ def notes(result: dict) -> list[str]:
     out = [f"left out: {title(name)}: {why}" for name, why in result["case"]["left_out"].items()]
     for name, why in result["unchecked"].items():
         out.append(f"results not compared: {title(name)}: {why}")
+    there = {lane["arm"] for lane in result["case"]["lanes"]}
     for name, loop in LOOPS.items():
-        if loop.differs:
+        if loop.differs and name + LOOP in there:
             out.append(f"{title(name)}, the authors' code: {'; '.join(loop.differs)}")
     return out
 

@@ -8,9 +8,10 @@ model's confidence, so that an attack by cross entropy is the weaker one: judge 
 forwards: 1 + 2K + 9; rows that stay at x_fa are not taken out of the attack, which would save a part of it.
 
 As released; the paper itself was not read. Differences from the authors' code: both points are of one path (theirs: of
-two attacks with different noise, and q anew in every step, up to 70 forwards); the attack starts uniformly in the
-eps-ball as everywhere here (theirs: 0.001 * N(0, 1)). Of rows that screening lets leave both points are where they
-leave.
+two attacks with different noise, so that they need not be neighbours, each of which differentiates its clean pass in
+every step, up to 10K + 11); the attack starts uniformly in the eps-ball as everywhere here (theirs: 0.001 * N(0, 1));
+and the clean images pass first in the update (theirs: last), which BatchNorm alone notices. Of rows that screening lets
+leave both points are where they leave.
 """
 
 from __future__ import annotations
