@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from ham_kernels.methods import EpochEnd, Method
 from . import loops
 
 PGD_AT, JUMP, LOOP = "pgd_at", "+jump", " loop"
+TEACHER = 1  # forward of the teacher, here of the student's size
 # class statistics of the first epoch take effect in the second, and no average waits for a validation
 METHODS: dict[str, Callable[[], Method]] = {
     PGD_AT: lambda: methods.PGDAT(),
@@ -36,19 +38,31 @@ METHODS: dict[str, Callable[[], Method]] = {
     "fsr": lambda: methods.FSR(),
     "faal": lambda: methods.FAAL(),
     "bat": lambda: methods.BAT(),
+    "frl": lambda: methods.FRL(),
+    "cfol": lambda: methods.CFOL(),
+    "fair_tat": lambda: methods.FAIRTAT(),
+    "mail": lambda: methods.MAIL(mail_from=1),
+    "fat": lambda: methods.FAT(tau_from=(1,)),
+    "rslad": lambda: methods.RSLAD(),
+    "fair_ard": lambda: methods.FairARD(),
+    "absld": lambda: methods.ABSLD(),
+    "free_at": lambda: methods.FreeAT(),
     "fair": lambda: methods.Fair(),
     "fair_fast": lambda: methods.Fair(fast=True),
 }
 TITLES = {
     PGD_AT: "PGD-AT", "trades": "TRADES", "mart": "MART", "at_awp": "AT-AWP", "gairat": "GAIRAT",
     "cfa_at": "CFA on AT", "cfa_trades": "CFA on TRADES", "dafa": "DAFA", "wat": "WAT", "fsr": "FSR",
-    "faal": "FAAL", "bat": "BAT", "fair": "Fair", "fair_fast": "Fair, fast",
+    "faal": "FAAL", "bat": "BAT", "frl": "FRL", "cfol": "CFOL", "fair_tat": "FAIR-TAT", "mail": "MAIL",
+    "fat": "Friendly-AT", "rslad": "RSLAD", "fair_ard": "Fair-ARD", "absld": "ABSLD", "free_at": "Free-AT",
+    "fair": "Fair", "fair_fast": "Fair, fast",
 }  # fmt: skip
 LOOPS: dict[str, type[loops.Loop]] = {
     PGD_AT: loops.Loop, "trades": loops.TRADES, "mart": loops.MART, "at_awp": loops.AWP, "gairat": loops.GAIRAT,
     "cfa_at": loops.CFA, "cfa_trades": loops.CFATRADES, "dafa": loops.DAFA, "wat": loops.WAT, "fsr": loops.FSR,
     "faal": loops.FAAL, "bat": loops.BAT,
 }  # fmt: skip
+OURS = ("fair", "fair_fast")
 SCREENED = (PGD_AT, "trades", "mart", "at_awp", "wat", "dafa", "fsr", "faal", "bat", "fair")
 
 
@@ -86,9 +100,10 @@ class Ours(Arm):
     def __init__(self, name: str, model: nn.Module, lr: float = 0.0, eps: float = TINY_EPS):
         super().__init__(name, model, lr)
         self.method = method_of(name)
+        teacher = copy.deepcopy(model) if self.method.needs_teacher else None
         self.trainer = ham.Trainer(
-            self.model, self.optimizer, self.method, eps=eps, step_size=eps / K, steps=K, seed=0
-        )  # fmt: skip
+            self.model, self.optimizer, self.method, eps=eps, step_size=eps / K, steps=K, seed=0, teacher=teacher
+        )
         self.epoch, self.loss = 1, 0.0
 
     def step(self, kind: str, x: Tensor, y: Tensor) -> tuple[int, int]:
@@ -151,7 +166,8 @@ def check(name: str, x: Tensor) -> str | None:
 def cost_of(name: str, h: float = 1.0) -> float:
     """Forwards of a full batch in a step, as the method or the loop states them."""
     if not name.endswith(LOOP):
-        return method_of(name).cost(K, h)
+        method = method_of(name)
+        return method.cost(K, h) + (TEACHER if method.needs_teacher else 0)
     stated = LOOPS[base_of(name)].forwards
     return stated(h) if callable(stated) else stated
 

@@ -12,7 +12,7 @@ from training.table import digits, verdict
 from .steps import LOOP, LOOPS, PGD_AT, TITLES, base_of, cost_of, title
 
 OVER_LEAN = 1.10  # at most, every method
-FASTER = {"trades": 1.3, "wat": 1.8, "fsr": 1.8, "faal": 1.3}  # than the loop, at least
+FASTER = {"trades": 1.3, "wat": 1.8, "fsr": 1.8, "bat": 1.8, "faal": 1.3}  # than the loop, at least
 WHERE = "small_cnn, batch 128, on a CPU"
 
 
