@@ -9,6 +9,7 @@ from nets import sgd, small_cnn
 import ham_kernels as ham
 from ham_kernels.commands.flags import parse_train
 from ham_kernels.commands.from_settings import trainer_of
+from ham_kernels.data.batches import Shown
 from ham_kernels.methods import count_weights
 from ham_kernels.methods.objective import Objective
 from ham_kernels.methods.registry import class_of
@@ -34,6 +35,7 @@ def test_weights_have_mean_one_over_the_rows_of_an_epoch():
 def test_the_loss_of_every_method_is_weighed(name):
     """In its own weights by label; and twice the weight is twice the loss."""
     x, y = batch()
+    x.shown = Shown(tuple(x.shape), x.shape[2:], torch.arange(len(x)), None)
     kind = class_of(name)
     weights = torch.arange(1.0, 11.0)
 

@@ -26,8 +26,9 @@ from ham_kernels.runs.settings import TrainSettings
 
 ATTACK = {"eps": 0.2, "step_size": 0.05, "steps": 5}
 NO_STEPS = ("natural", "fgsm_rs", "n_fgsm", "free_at")  # whose attack leaves no steps behind a screening
-every_method = pytest.mark.parametrize("name", methods.names())
-screenable = pytest.mark.parametrize("name", [n for n in methods.names() if n not in NO_STEPS])
+TOLD_IMAGES = ("atta",)  # trains on batches that tell which images they are: see test_atta.py
+every_method = pytest.mark.parametrize("name", [n for n in methods.names() if n not in TOLD_IMAGES])
+screenable = pytest.mark.parametrize("name", [n for n in methods.names() if n not in NO_STEPS + TOLD_IMAGES])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

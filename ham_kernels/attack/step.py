@@ -27,6 +27,7 @@ class PGD:
     "target", which lowers the cross entropy to a target, q - p. `target` is that target, or q in place of the clean
     prediction: one distribution per row.
     step_sizes replaces steps and step_size: one size per step, in units of eps.
+    start: a perturbation of each row that the attack begins with, in place of a random one or none.
     patience: a row stays where the look before a step finds it wrong for the time number patience + 1; None: none
     stays. Its forwards go on, so that nothing is saved.
     """
@@ -41,6 +42,7 @@ class PGD:
     step_sizes: tuple[float, ...] = ()
     target: Tensor | None = None  # (n, classes)
     patience: int | None = None
+    start: Tensor | None = None  # (n, C, H, W)
 
     def __post_init__(self):
         if self.step_sizes:
@@ -115,7 +117,9 @@ def begin(
     x = x.detach()
     eps, eps_rows = checks.per_row("eps", pgd.eps, x)
     step_size, step_rows = checks.per_row("step_size", pgd.step_size, x)
-    if pgd.random_start:
+    if pgd.start is not None:
+        x_adv = (x + pgd.start).clamp_(0, 1)
+    elif pgd.random_start:
         radius = pgd.eps if pgd.start_eps is None else pgd.start_eps
         x_adv = random_start(x, radius, seed=seed, step=step, norm=pgd.norm, first_row=first_row)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -99,12 +100,47 @@ class EpochLoader:
         return torch.randperm(self.rows, generator=generator) if self.shuffle else torch.arange(self.rows)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Which images of a set a batch shows, and the window of each: what lies at a pixel of an image is found again."""
+
+    shape: tuple[int, int, int, int]  # of all images, (n, C, H, W), padded where windows are drawn
+    size: tuple[int, int]  # of a window: height, width
+    numbers: Tensor  # (b,) int64, of the images
+    windows: Tensor | None  # (3, b) int64, as `Batches` draws them: top, left, step; None: whole images
+
+    def of(self, kept: Tensor) -> Tensor:
+        """(b, C, *size): the windows of what is kept for each pixel of each image, `shape`."""
+        rows = kept.index_select(0, self.numbers)
+        if self.windows is None:
+            return rows
+        found = rows.flatten(2).gather(2, self._pixels(rows))
+        return found.view(*rows.shape[:2], *self.size)
+
+    def write(self, kept: Tensor, values: Tensor, rows: Tensor | slice = slice(None)) -> None:
+        """Puts values (r, C, *size) of these rows of the batch into `kept`, where `of` reads them."""
+        if self.windows is None:
+            kept[self.numbers[rows]] = values.to(kept.dtype)
+            return
+        whole = kept.index_select(0, self.numbers[rows])
+        pixels = self._pixels(whole, rows)
+        whole.flatten(2).scatter_(2, pixels, values.flatten(2).to(kept.dtype))
+        kept[self.numbers[rows]] = whole
+
+    def _pixels(self, like: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """(r, C, height * width): places of a window's pixels in an image that is read line by line."""
+        top, left, step = (t.view(-1, 1, 1) for t in self.windows[:, rows])
+        down, right = (torch.arange(n, device=like.device) for n in self.size)
+        places = (top + down.view(-1, 1)) * self.shape[3] + left + step * right
+        return places.flatten(1).unsqueeze(1).expand(-1, like.shape[1], -1)
+
+
 class Batches(EpochLoader):
     """Batches (x float32 (b, C, H, W) in [0, 1], y int64 (b,)) of images in memory, made on `device`.
 
     Order, windows and flips of epoch e are drawn at its start for all rows, on the CPU, from (seed, e) only, and
     moved to the device once: the same numbers whatever the device, the number of ranks and wherever an iteration
-    starts.
+    starts. Each x has an attribute `shown` that tells which images it is of.
 
     Args:
         x: uint8 (n, C, H, W).  y: (n,) int64.  Both are moved to `device`.
@@ -142,7 +178,15 @@ class Batches(EpochLoader):
                 x, y = self._x.index_select(0, order[here]), self._y.index_select(0, order[here])
             else:
                 x, y = self._x[here], self._y[here]
-            yield self._seen(x, draws[:, here]), y
+            x = self._seen(x, draws[:, here])
+            x.shown = self._shown(order[here], draws[:, here])
+            yield x, y
+
+    def _shown(self, numbers: Tensor, draws: Tensor) -> Shown:
+        n, channels, height, width = self._x.shape
+        if self._windows is None:
+            return Shown((n, channels, height, width), (height, width), numbers, None)
+        return Shown((n, channels, height + 2 * PAD, width + 2 * PAD), (height, width), numbers, draws)
 
     def _draws(self, generator: torch.Generator) -> Tensor:
         """(3, rows) int64, by place in the order: the window's top line, its first column, and the step from a column

@@ -70,6 +70,7 @@ class Objective(nn.Module):
         self._teacher_fits = teacher is None
         self._weights_fit = loss_weights is None  # not known before the model has told how many classes there are
         self.epoch = 1  # under way; a trainer sets it, a loop of one's own does so by `end_epoch`
+        self.shown = None  # which images the batch under way is of, where its loader tells (data.batches.Shown)
         self.noise = 0, 0, 0  # seed, step and first row of the batch under way, which name its random numbers
         self.memories = 0  # how often the buffers were made anew: what was captured with others must not be replayed
         self._remembers = bool(method.remembers(2))
@@ -95,7 +96,7 @@ class Objective(nn.Module):
             self._prepare(model, x)
         if not self._weights_fit:
             self._fit_weights(model, x)
-        self.noise = seed, step, place.first_row
+        self.noise, self.shown = (seed, step, place.first_row), getattr(x, "shown", None)
         pgd, taught = self.method.attack_on(self.pgd, y, self), None
         if self.teacher is not None:
             taught = self._teacher_logits(x, engine)

@@ -190,7 +190,10 @@ class Trainer:
         reports, before = [], Buffers(self.model, objective)
         try:
             with place_of(self.ranks, rows, self.device, self._rebalances) as place:
+                shown = getattr(x, "shown", None)
                 x = self.engine.place(self.model, x, self.ema_model)
+                if shown is not None:
+                    x.shown = shown
                 if objective.pgd.steps and len(y):
                     look_once(self.model, x, y)
                 examples = objective.group_examples(

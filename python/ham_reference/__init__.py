@@ -4,6 +4,7 @@ Written to be read beside arXiv 2308.01823, and beside the papers that the other
 ham_kernels, which tests and benchmarks compare against it; public names, signatures and random numbers are the same.
 """
 
+from .atta import ATTA
 from .base import PGDAT
 from .bat import BAT
 from .cfa import CFA
@@ -36,6 +37,7 @@ METHODS = {
 Those that distil have a `teacher` besides."""
 
 __all__ = [
+    "ATTA",
     "METHODS",
     "FreeAT",
     "HAMTrainer",
