@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ham_kernels.commands.flags import PRESETS
+from ham_kernels.commands.flag_base import PRESETS
 from ham_kernels.methods.registry import class_of
 from ham_kernels.report.text_format import attack_title
 from readme import measured

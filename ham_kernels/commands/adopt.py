@@ -26,8 +26,8 @@ from ..runs.settings import (
 )
 from . import run_images
 from .evaluate import check_how, evaluate_run
-from .flags import Adoption
 from .from_settings import check_takes, device_of, loaders_of, model_of
+from .options import Adoption
 
 SECTIONS = ("data", "model", "attack", "run")  # of config.toml; how it was trained nobody here knows
 

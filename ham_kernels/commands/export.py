@@ -19,9 +19,9 @@ from ..models.keys import to_theirs
 from ..runs.folder import RunFolder, dumps
 from ..runs.settings import TrainSettings
 from . import run_images
-from .flags import Export
 from .from_settings import trained_model
 from .model_card import model_card, robustbench_entry
+from .options import Export
 
 ABOUT = "about.json"
 PROGRAM = "model.pt2"

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..data.files import RESIZE, decode, open_image
 from ..runs.folder import RunFolder
 from .export import ABOUT, PROGRAM, about_of
-from .flags import Predict
 from .from_settings import device_of, trained_model
+from .options import Predict
 from .progress import say
 
 

@@ -26,8 +26,8 @@ from ..runs.judge_settings import EvaluateSettings
 from ..runs.settings import TrainSettings
 from .experiments import STRONG, Cell, planned, without_idle_teacher
 from .first_weights import with_their_normalisation
-from .flags import Sweep
 from .from_settings import device_of, model_of
+from .options import Sweep
 from .progress import duration, say
 from .run_images import images_of
 from .signals import StopRequest
