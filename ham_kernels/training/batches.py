@@ -4,11 +4,86 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common import checks
+from ..distributed import Meeting, RankError, Ranks
+from ..engine import NonFiniteError, model_device
+
+
+class Feed:
+    """Batches of a loader, and how many rows of each every process has; what is wrong on one raises on all."""
+
+    def __init__(self, ranks: Ranks, model: nn.Module, device: torch.device):
+        self.ranks, self.model, self.device = ranks, model, device
+
+    def groups(
+        self, loader: Iterable, epoch: int, done: int, size: int
+    ) -> Iterator[tuple[list[tuple[Tensor, Tensor]], list[float]]]:
+        """Groups of `size` batches behind the first `done` of an epoch, each with the rows of it on each process."""
+        groups = in_groups(rest_of_epoch(loader, epoch, done), size)
+        while True:
+            with Meeting(self.ranks, 2, self.device) as meeting:
+                batches = next(groups, [])
+                with errors_say_where(epoch, done, len(batches)):
+                    batches = [self._unpacked(batch) for batch in batches]
+                    if batches:
+                        self._check(batches)
+                rows = _rows(meeting, batches)
+            if not batches:
+                return
+            yield batches, rows
+            done += len(batches)
+
+    def first(self, loader: Iterable, epoch: int) -> tuple[tuple[Tensor, Tensor], list[float]]:
+        """The first batch of an epoch, drawn once more."""
+        with Meeting(self.ranks, 2, self.device) as meeting:
+            batch = self._unpacked(next(iter(rest_of_epoch(loader, epoch, 0))))
+            return batch, _rows(meeting, [batch])
+
+    def rows_of(self, batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+        """Of batches that no loader gave."""
+        with Meeting(self.ranks, 2, self.device) as meeting:
+            self._check(batches)
+            return _rows(meeting, batches)
+
+    def _check(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        check_group(batches, model_device(self.model), empty=self.ranks.several)
+
+    def _unpacked(self, batch) -> tuple[Tensor, Tensor]:
+        x, y = checks.pair("train_loader", batch, empty=self.ranks.several)
+        return x.to(self.device), y.to(self.device)
+
+
+def _rows(meeting: Meeting, batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+    """How many rows each process has of this batch; none where their loader has ended."""
+    heard = meeting.table([sum(len(y) for _, y in batches), len(batches)])
+    there = {bool(n) for _, n in heard}
+    if len(there) > 1:
+        ended = next(r for r, (_, n) in enumerate(heard) if not n)
+        raise RankError(
+            f"train_loader: process {ended} has given its last batch, and others go on; give as many on each"
+        )
+    if there == {True} and not sum(rows := [n for n, _ in heard]):
+        raise ValueError("x: no process has a row of this batch; an empty batch cannot be trained on")
+    return rows if there == {True} else []
+
+
+@contextmanager
+def errors_say_where(epoch: int, done: int, batches: int) -> Iterator[None]:
+    """Errors say in which batches they arose: in so many behind the first `done`."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        first, last = done + 1, done + batches
+        where = f"epoch {epoch}, batch {first}" if first >= last else f"epoch {epoch}, batches {first} to {last}"
+        if isinstance(error, RankError):
+            raise RankError(f"{where}: {error}", left=error.left) from error
+        kind = type(error) if type(error) in (TypeError, NonFiniteError) else ValueError
+        raise kind(f"{where}: {error}") from error
 
 
 def rest_of_epoch(loader: Iterable, epoch: int, done: int) -> Iterator:
@@ -19,11 +94,6 @@ def rest_of_epoch(loader: Iterable, epoch: int, done: int) -> Iterator:
         loader.set_position(done)
         return iter(loader)
     return itertools.islice(loader, done, None)
-
-
-def first_of_epoch(loader: Iterable, epoch: int):
-    """The first batch of an epoch, drawn once more."""
-    return next(iter(rest_of_epoch(loader, epoch, 0)))
 
 
 def in_groups(batches: Iterator, size: int) -> Iterator[list]:

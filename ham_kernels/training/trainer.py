@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from ..attack.pgd import PGD
 from ..common import checks, troubles
-from ..distributed import Meeting, RankError, inner_model, ranks_of, wrapped
-from ..engine import Buffers, Engine, EngineOptions, NonFiniteError, Stopwatch, look_once, model_device, note_resting
+from ..distributed import Meeting, inner_model, ranks_of, wrapped
+from ..engine import Buffers, Engine, EngineOptions, Stopwatch, look_once, model_device, note_resting
 from ..evaluation import ClassAccuracy
 from ..evaluation.evaluate import accuracies
 from ..evaluation.named_attacks import plans
 from ..methods.mining import place_of
 from ..methods.objective import EpochEnd
 from ..methods.settings import Method
-from .batches import check_group, first_of_epoch, in_groups, rest_of_epoch
+from .batches import Feed, errors_say_where
 from .ema import WeightAverage
 from .fit_checks import check_fit, check_optimizer
 from .phases import Phases
@@ -114,6 +114,7 @@ class Trainer:
         self.device = torch.device(device) if device is not None else model_device(model) or torch.device("cpu")
         self.engine = Engine(options, self.device)
         through = given if given is not model else wrapped(self.model, self.ranks)
+        self._feed = Feed(self.ranks, self.model, self.device)
         self._update = Updater(optimizer, self.engine, self.device, checks.real("grad_clip", grad_clip), through)
         self.average = None if ema_decay is None else WeightAverage(model, ema_decay)
         self._averages = True  # whether updates enter the weight average; the method's gate may close it
@@ -161,23 +162,7 @@ class Trainer:
         Where a later update of a group raises, the earlier ones have been made.
         """
         checks.integer("epoch", epoch, 1)
-        with Meeting(self.ranks, 2, self.device) as meeting:
-            check_group(batches, model_device(self.model), empty=self.ranks.several)
-            rows = self._rows(meeting, batches)
-        return self._train(batches, epoch, rows)
-
-    def _rows(self, meeting: Meeting, batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
-        """How many rows each process has of this batch; none where their loader has ended."""
-        heard = meeting.table([sum(len(y) for _, y in batches), len(batches)])
-        there = {bool(n) for _, n in heard}
-        if len(there) > 1:
-            ended = next(r for r, (_, n) in enumerate(heard) if not n)
-            raise RankError(
-                f"train_loader: process {ended} has given its last batch, and others go on; give as many on each"
-            )
-        if there == {True} and not sum(rows := [n for n, _ in heard]):
-            raise ValueError("x: no process has a row of this batch; an empty batch cannot be trained on")
-        return rows if there == {True} else []
+        return self._train(batches, epoch, self._feed.rows_of(batches))
 
     def _train(self, batches: Sequence[tuple[Tensor, Tensor]], epoch: int, rows: Sequence[float]) -> list[StepReport]:
         objective = self.phases.objective(epoch)
@@ -273,8 +258,8 @@ class Trainer:
             self._running = RunningEpoch(EpochReport(epoch, method.name, 0.0, 0, 0, 0, 0.0, mined=method.mines))
         running = self._running
         since = _clocks()
-        for batches, rows in self._drawn(loader, epoch):
-            with _at(epoch, running.batches, len(batches)):
+        for batches, rows in self._feed.groups(loader, epoch, running.batches, method.group):
+            with errors_say_where(epoch, running.batches, len(batches)):
                 steps = self._train(batches, epoch, rows)
             took = [(now - then) / len(steps) for now, then in zip(_clocks(), since, strict=True)]
             for step in steps:  # all of a group before anybody hears of it: a stop falls between groups
@@ -295,22 +280,6 @@ class Trainer:
             running.report.took(*(now - then for now, then in zip(_clocks(), since, strict=True)))
         return running.report
 
-    def _drawn(self, loader: Iterable, epoch: int) -> Iterator[tuple[list[tuple[Tensor, Tensor]], list[float]]]:
-        """The groups of batches that are left of an epoch, each with the rows of it that each process has."""
-        done = self._running.batches
-        groups = in_groups(rest_of_epoch(loader, epoch, done), self.phases.objective(epoch).method.group)
-        while True:
-            with Meeting(self.ranks, 2, self.device) as meeting:
-                batches = next(groups, [])
-                with _at(epoch, self._running.batches, len(batches)):
-                    batches = [self._unpacked(batch) for batch in batches]
-                    if batches:
-                        check_group(batches, model_device(self.model), empty=self.ranks.several)
-                rows = self._rows(meeting, batches)
-            if not batches:
-                return
-            yield batches, rows
-
     @contextmanager
     def _told_that_it_leaves(self) -> Iterator[None]:
         """What a callback raises ends the training on all processes, before the next batch."""
@@ -327,9 +296,7 @@ class Trainer:
         self.ranks.check_alike(self.model)
         objective = self.phases.objective(report.epoch)
         if self.phases.watches(report.epoch):  # first: a stop while it draws must not end the epoch twice
-            with Meeting(self.ranks, 2, self.device) as meeting:
-                batch = self._unpacked(first_of_epoch(loader, report.epoch))
-                rows = self._rows(meeting, [batch])
+            batch, rows = self._feed.first(loader, report.epoch)
             with place_of(self.ranks, rows, self.device) as place:
                 reading = self.phases.watch(self.model, batch, report.epoch, self.precision, place)
             report.watch = asdict(reading)
@@ -341,10 +308,6 @@ class Trainer:
         self.epoch += 1
         report.loss = report.loss / max(report.n_kept, 1)
         self.history.append(report)
-
-    def _unpacked(self, batch) -> tuple[Tensor, Tensor]:
-        x, y = checks.pair("train_loader", batch, empty=self.ranks.several)
-        return x.to(self.device), y.to(self.device)
 
     # ------------------------------------------------------------ validation
     def judged(self, model: nn.Module, loader: Iterable, attacks: Sequence[str]) -> dict[str, ClassAccuracy]:
@@ -404,20 +367,6 @@ class Trainer:
         self._update.load_state_dict(state.get("loss_scale"))
         self.epoch, self.steps_done = state["epoch"], state["steps_done"]
         self._running, self.history = running, history
-
-
-@contextmanager
-def _at(epoch: int, done: int, batches: int) -> Iterator[None]:
-    """Errors say in which batch they arose."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        first, last = done + 1, done + batches
-        where = f"epoch {epoch}, batch {first}" if first >= last else f"epoch {epoch}, batches {first} to {last}"
-        if isinstance(error, RankError):
-            raise RankError(f"{where}: {error}", left=error.left) from error
-        kind = type(error) if type(error) in (TypeError, NonFiniteError) else ValueError
-        raise kind(f"{where}: {error}") from error
 
 
 def _clocks() -> tuple[float, float]:
