@@ -60,12 +60,9 @@ class CFOL(Method):
     def weights(self, examples, memory):
         import torch
 
-        from .class_weights import for_rows
-
         scores = memory.cfol_scores
         of_classes = self.gamma + (1 - self.gamma) * len(scores) * torch.softmax(scores, 0)
-        own, others = for_rows(of_classes, examples.y), super().weights(examples, memory)
-        return own if others is None else own * (others / examples.mean(others).clamp_min(1e-30))
+        return self.weights_with(of_classes, examples, memory)
 
     def end_epoch(self, end, memory):
         from .class_weights import mean_by_class

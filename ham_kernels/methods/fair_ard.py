@@ -73,10 +73,7 @@ class FairARD(RSLAD):
         memory.ard_counts += counts
 
     def weights(self, examples, memory):
-        from .class_weights import for_rows
-
-        own, others = for_rows(memory.ard_weights, examples.y), super().weights(examples, memory)
-        return own if others is None else own * (others / examples.mean(others).clamp_min(1e-30))
+        return self.weights_with(memory.ard_weights, examples, memory)
 
     def loss_of(self, model, examples, memory):
         from torch.nn import functional as F

@@ -278,6 +278,13 @@ class Method:
         own = for_rows(weights_of(memory, self.class_weights, self.class_strength), examples.y)
         return self.scaled(own if weights is None else own * weights, examples)
 
+    def weights_with(self, of_classes: Tensor, examples: Examples, memory: Objective) -> Tensor:
+        """(n_kept,): weights of a method's own by label, (classes,), as they are, times those of the switches, mean 1."""
+        from .class_weights import for_rows
+
+        own, others = for_rows(of_classes, examples.y), Method.weights(self, examples, memory)
+        return own if others is None else own * (others / examples.mean(others).clamp_min(1e-30))
+
     def scaled(self, weights: Tensor, examples: Examples) -> Tensor:
         """Mean 1, where the method has it so; rows that all weigh nothing stay so."""
         return weights / examples.mean(weights).clamp_min(1e-30) if self.scales_weights else weights

@@ -58,11 +58,9 @@ class WAT(TRADES):
         memory.wat_counts += counts
 
     def weights(self, examples, memory):
-        from .class_weights import expert_weights, for_rows
+        from .class_weights import expert_weights
 
-        own = for_rows(expert_weights(memory.wat_totals, self.eta), examples.y)
-        others = super().weights(examples, memory)
-        return own if others is None else own * (others / examples.mean(others).clamp_min(1e-30))
+        return self.weights_with(expert_weights(memory.wat_totals, self.eta), examples, memory)
 
     def end_epoch(self, end, memory):
         from .class_weights import add_epoch
