@@ -279,7 +279,7 @@ class Method:
         return self.scaled(own if weights is None else own * weights, examples)
 
     def weights_with(self, of_classes: Tensor, examples: Examples, memory: Objective) -> Tensor:
-        """(n_kept,): weights of a method's own by label, (classes,), as they are, times those of the switches, mean 1."""
+        """(n_kept,): weights of its own by label, (classes,), as they are, times those of the switches, of mean 1."""
         from .class_weights import for_rows
 
         own, others = for_rows(of_classes, examples.y), Method.weights(self, examples, memory)
