@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ham_kernels.methods import HAM, PGDAT, TRADES, Fair, Method
+from ham_kernels.methods import ATTA, HAM, PGDAT, TRADES, Fair, Method
 
 BASELINE = "PGD-AT"
 RULES = {  # by name: rule and strength
@@ -22,6 +22,7 @@ SCHEDULES = {  # by name: steps in units of eps
     "2 1 ε": (2.0, 1.0),
     "2 ε": (2.0,),
 }
+ONE_STEP = {"¼": (0.25,), "½": (0.5,), "1": (1.0,)}  # of an attack that goes on from epoch to epoch
 USUAL, BEFORE = "hedge 0.6", "hard share ^ 0.75"
 
 
@@ -46,6 +47,11 @@ CHEAP: dict[str, Method] = {
     f"boosted CE, {BEFORE}, steps 1 ½ ¼ ε": _fair(BEFORE, step_sizes=(1.0, 0.5, 0.25)),
     f"boosted CE, {USUAL}, jump": _fair(USUAL, early_drop=True, easy="jump"),
     "HAM from epoch 1": HAM(start_epoch=1),
+    **{f"ATTA, {words} ε a step": ATTA(step_sizes=sizes) for words, sizes in ONE_STEP.items()},
+    **{
+        f"boosted CE, {USUAL}, ATTA, {words} ε a step": ATTA(loss="boosted_ce", step_sizes=sizes, **_weights(USUAL))
+        for words, sizes in ONE_STEP.items()
+    },
 }
 DEARER: dict[str, Method] = {
     "TRADES": TRADES(),

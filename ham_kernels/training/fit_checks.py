@@ -60,7 +60,7 @@ def _check_average(trainer: Trainer, train_loader, epochs: int) -> None:
         return
     group = trainer.method.group if trainer.method.group_updates == "one" else 1
     decay = trainer.average.decay
-    updates, span = epochs * len(train_loader) // group, 1 / (1 - decay)
+    updates, span = epochs * len(train_loader) * trainer.method.replays // group, 1 / (1 - decay)
     if updates < span:
         troubles.warn("short_for_its_average", decay=decay, span=round(span), updates=updates)
 
