@@ -129,6 +129,21 @@ def test_goes_on_bit_by_bit(images):
         assert torch.equal(kept_of(second), kept_of(whole))
 
 
+@pytest.mark.parametrize("rule", ["hard_share", "hedge", "dafa"])
+def test_with_class_weights(rule, images):
+    """What it keeps of images stands beside what the switches keep of classes, also over a checkpoint."""
+    trainer = trainer_of(class_weights=rule, class_strength=3.0)
+    trainer.fit(loader_of(images), 3)
+    state = copy.deepcopy(trainer.state_dict())
+    batch, y = next(iter(loader_of(images)))
+    weights = trainer.phases.method.examples(trainer.model, batch, y, seed=0, step=0).weights
+    assert weights.mean() == pytest.approx(1.0, rel=1e-5)
+    assert weights.max() > weights.min()
+    other = trainer_of(class_weights=rule, class_strength=3.0)
+    other.load_state_dict(state)
+    assert torch.equal(other.phases.method.examples(trainer.model, batch, y, seed=0, step=0).weights, weights)
+
+
 @pytest.mark.parametrize("easy", ["drop", "stop", "jump"])
 def test_with_screening(easy, images):
     """Rows that stop or jump are kept where they ended; of rows that are dropped nothing is."""

@@ -60,10 +60,12 @@ class ATTA(Method):
     def remembers(self, classes):
         import torch
 
-        return {"perturbations": torch.zeros(0, dtype=torch.float16)}  # (images, C, H, W), padded
+        kept = torch.zeros(0, dtype=torch.float16)  # (images, C, H, W) from the first batch on, padded
+        return {**super().remembers(classes), "perturbations": kept}
 
     def observe(self, examples, memory):
         """What rows that are not attacked further have gone is kept too, where they stay in the loss."""
+        super().observe(examples, memory)
         rows = slice(None) if examples.index is None else examples.index.long()
         _shown(memory).write(memory.perturbations, examples.x_adv - examples.x, rows)
 
