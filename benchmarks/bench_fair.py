@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         for f in range(len(done), args.folds):
             one = replace(settings, method=ALL[name], run=replace(settings.run, seed=f))
             done.append(train_and_judge(one, images, fold == f))
+            result.setdefault("versions", {})[name] = machine()["ham_kernels"]
             write_json(args.out, result)
         print(f"{name}: {summary(result, name)}", flush=True)
     print(aligned(table(result)))
@@ -119,13 +120,14 @@ def table(result: dict) -> list[list[str]]:
 def readme_section(result: dict) -> str:
     """What was chosen among, and on what."""
     s, m = result["settings"], result["machine"]
+    versions = dict.fromkeys([m["ham_kernels"], *result.get("versions", {}).values()])
     images = "all" if s["train_images"] is None else f"{s['train_images']:,}"
     said = (
         f"{s['dataset']}, {s['model']}, {images} training images in {s['folds']} folds, {s['epochs']} epochs, "
         f"ε {s['eps']:.3g}, K {s['steps']}: each candidate is trained {s['folds']} times, and judged on those that "
         f"it has not seen, no test image among them{'; trained in bf16' * s['fast']}. "
         f"{m['cpu']}, cores: {m['cores']}; torch {m['torch']}, "
-        f"ham_kernels {m['ham_kernels']}; {m['date']}."
+        f"ham_kernels {' and '.join(versions)}; {m['date']}."
     )
     return f"{said}\n\n{markdown(table(result))}"
 
