@@ -18,7 +18,9 @@ SECONDS = 60  # a deadlock is a red test, not a job that hangs
 
 def on_ranks(world: int, function, folder: Path, *args) -> list:
     """What `function(rank, *args)` of a test module returned on each of `world` processes, joined by gloo."""
-    context = mp.get_context("spawn")
+    # a server of processes has imported what all of them need, and has no threads that a fork would lose
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "ham_kernels"])
     sys_path = [p for p in sys.path if p]
     store = folder / f"store-{len(list(folder.iterdir()))}"
     names = (function.__module__, function.__qualname__)
