@@ -1,4 +1,4 @@
-"""Several processes against one: 60 updates in fp64, single ones from random states; and against each other, by bits."""
+"""Processes against one: 60 updates in fp64, single ones from random states; and against each other, bit by bit."""
 
 from __future__ import annotations
 
