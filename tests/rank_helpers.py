@@ -18,31 +18,37 @@ SECONDS = 60  # a deadlock is a red test, not a job that hangs
 
 def on_ranks(world: int, function, folder: Path, *args) -> list:
     """What `function(rank, *args)` of a test module returned on each of `world` processes, joined by gloo."""
-    context = mp.get_context("spawn")
-    sys_path = [p for p in sys.path if p]
-    store = folder / f"store-{len(list(folder.iterdir()))}"
-    names = (function.__module__, function.__qualname__)
-    processes = [
-        context.Process(target=_one, args=(rank, world, str(store), str(folder), names, sys_path, args))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
+    store, processes = started(world, function, folder, *args)
     for process in processes:
         process.join(4 * SECONDS)
         if process.is_alive():
             process.kill()
-    said = [folder / f"{store.name}-{rank}.txt" for rank in range(world)]
+    said = [Path(f"{store}-{rank}.txt") for rank in range(world)]
     errors = [f"process {r}:\n{p.read_text()}" for r, p in enumerate(said) if p.exists()]
     assert not errors, "\n".join(errors)
     assert [p.exitcode for p in processes] == [0] * world
-    return [torch.load(folder / f"{store.name}-{rank}.pt", weights_only=False) for rank in range(world)]
+    return [torch.load(f"{store}-{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _one(rank: int, world: int, store: str, folder: str, names, sys_path, args) -> None:
+def started(world: int, function, folder: Path, *args) -> tuple[Path, list[mp.Process]]:
+    """The processes at work, and the start of the names of the files in which they leave what they return or raise."""
+    # a server of processes has imported what all of them need, and has no threads that a fork would lose
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "ham_kernels"])
+    sys_path = [p for p in sys.path if p]
+    store = folder / f"store-{len(list(folder.iterdir()))}"
+    names = (function.__module__, function.__qualname__)
+    processes = [
+        context.Process(target=_one, args=(rank, world, str(store), names, sys_path, args)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    return store, processes
+
+
+def _one(rank: int, world: int, store: str, names, sys_path, args) -> None:
     sys.path[:0] = [p for p in sys_path if p not in sys.path]
     torch.set_num_threads(1)
-    name = Path(store).name
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=SECONDS)
@@ -50,8 +56,8 @@ def _one(rank: int, world: int, store: str, folder: str, names, sys_path, args) 
         found = getattr(importlib.import_module(names[0]), names[1])(rank, *args)
         dist.barrier()
         dist.destroy_process_group()
-        torch.save(found, f"{folder}/{name}-{rank}.pt")
+        torch.save(found, f"{store}-{rank}.pt")
         os._exit(0)  # torch's threads may abort a process that unloads them
     except BaseException:
-        Path(f"{folder}/{name}-{rank}.txt").write_text(traceback.format_exc())
+        Path(f"{store}-{rank}.txt").write_text(traceback.format_exc())
         os._exit(1)

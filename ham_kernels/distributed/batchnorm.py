@@ -70,7 +70,7 @@ def _is_nhwc(x: Tensor) -> bool:
 
 
 class _Normalised(torch.autograd.Function):
-    """(x - mean) / sqrt(var + eps) over rows and positions of all processes, in fp32; mean and var in fp64."""
+    """(x - mean) / sqrt(var + eps) over rows and positions of all processes, in fp32 or fp64; mean and var in fp64."""
 
     @staticmethod
     def forward(ctx, x: Tensor, eps: float, ranks: Ranks):
@@ -82,7 +82,7 @@ class _Normalised(torch.autograd.Function):
         mean = sums[:-1] / n_all
         var = ranks.sum_((wide - mean.view(shape)).square().sum(axes)) / n_all
         inverse = (var + eps).rsqrt()
-        y = ((wide - mean.view(shape)) * inverse.view(shape)).float()
+        y = ((wide - mean.view(shape)) * inverse.view(shape)).to(torch.promote_types(x.dtype, torch.float32))
         ctx.save_for_backward(y, inverse, n_all)
         ctx.ranks, ctx.shape, ctx.axes, ctx.dtype = ranks, shape, axes, x.dtype
         ctx.mark_non_differentiable(mean, var, n_all)
