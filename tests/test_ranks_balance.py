@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 import random
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from rank_helpers import on_ranks
 
 from ham_kernels.distributed.balance import Plan, back, move, pays, plan
 
@@ -111,11 +109,7 @@ def as_rows(tensors: list[torch.Tensor]) -> list[bytes]:
     return [bytes(row.tolist()) for row in torch.cat(flat, 1)]
 
 
-def check_moves(rank: int, world: int, store: str, seed: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
-    )
+def check_moves(rank: int, world: int, seed: int) -> None:
     cases = [(counts, dtype, nhwc) for counts in COUNTS[world] for dtype in DTYPES for nhwc in (False, True)]
     for case, (counts, dtype, nhwc) in enumerate(cases):
         order = torch.channels_last if nhwc else torch.contiguous_format
@@ -161,12 +155,9 @@ def check_moves(rank: int, world: int, store: str, seed: int) -> None:
 
     with pytest.raises(ValueError, match=r"got shape \(1,\); by the plan this rank has 2 rows"):
         move([torch.zeros(1)], plan([2] * world), rank, None)
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # torch's threads may abort a process that unloads them
 
 
 @pytest.mark.slow  # starts processes
 @pytest.mark.parametrize("world", [2, 3])
 def test_rows_arrive_whole_and_come_home(world, tmp_path, seed):
-    mp.spawn(check_moves, args=(world, f"file://{tmp_path}/store", seed), nprocs=world)
+    on_ranks(world, check_moves, tmp_path, world, seed)
