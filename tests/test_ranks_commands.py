@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+from rank_helpers import on_ranks
 
+from ham_kernels.commands import train as train_command
+from ham_kernels.commands.flags import parse_train
 from ham_kernels.common.files import load
 
 pytestmark = pytest.mark.slow
@@ -34,6 +38,15 @@ def ham(world: int | str, *arguments: str, cwd: Path, wait: bool = True, status:
     said, _ = process.communicate(timeout=240)
     assert status is None or process.returncode == status, said
     return said
+
+
+def resumed(rank: int, run: str) -> None:
+    """Without torchrun, which takes a few seconds for each process."""
+    train_command.resume(run, quiet=True)
+
+
+def uninterrupted(rank: int, run: str) -> None:
+    train_command.train(parse_train([*HAM, "--epochs", "4"]).settings, run, quiet=True)
 
 
 def newest(run: Path) -> dict:
@@ -84,9 +97,6 @@ def test_the_same_flags_by_any_number_of_processes(runs):
     flags = {}
     for world in (1, 2, 3):
         ham(world, "evaluate", "one", "--attacks", "clean", "pgd5", "cw3", "--batch-size", "16", "--no-analyses",
-            "--eps", f"0.2{world}", "--step-size", "0.05", "--quiet", cwd=runs)  # fmt: skip
-    for world in (1, 2, 3):
-        ham(world, "evaluate", "one", "--attacks", "clean", "pgd5", "cw3", "--batch-size", "16", "--no-analyses",
             "--seed", "7", "--quiet", cwd=runs)  # fmt: skip
         (path,) = (runs / "one/evaluation").glob("*seed7.json")
         flags[world] = {name: a["correct"] for name, a in json.loads(path.read_text())["attacks"].items()}
@@ -97,14 +107,12 @@ def test_the_same_flags_by_any_number_of_processes(runs):
     assert len(flags[1]["clean"]) == 60
 
 
-def test_a_run_goes_on_with_another_number_of_processes(runs):
-    import shutil
-
+def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
     for name, world in (("four", 4), ("back", 1)):
         shutil.copytree(runs / "two", runs / name)
         text = (runs / name / "config.toml").read_text()
         (runs / name / "config.toml").write_text(re.sub(r"(?m)^epochs = 3$", "epochs = 4", text))
-        ham(world, "train", "--resume", name, "--quiet", cwd=runs)
+        on_ranks(world, resumed, tmp_path, str(runs / name))
     four, back = newest(runs / "four"), newest(runs / "back")
     assert four["trainer"]["steps_done"] == back["trainer"]["steps_done"] == 16
     assert far(four, back) < 5e-3
@@ -129,8 +137,8 @@ def test_one_process_killed_ends_all_and_loses_nothing(runs, tmp_path):
     process.communicate(timeout=60)
     assert time.monotonic() - began < 60
     assert process.returncode != 0
-    ham(2, "train", "--resume", "hit", "--quiet", cwd=tmp_path)
-    ham(2, "train", *HAM, "--epochs", "4", "--out", "whole", "--quiet", cwd=tmp_path)
+    on_ranks(2, resumed, tmp_path, str(tmp_path / "hit"))
+    on_ranks(2, uninterrupted, tmp_path, str(tmp_path / "whole"))
     assert far(newest(tmp_path / "hit"), newest(tmp_path / "whole")) == 0.0
 
 

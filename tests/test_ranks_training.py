@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -142,75 +141,6 @@ def test_every_method_trains_as_one_process(world, tmp_path):
             if worst.pop("first") > 2e-6 or max(worst.values()) > 5e-3:
                 wrong[key] = worst
     assert not wrong
-
-
-# ---------------------------------------------------------------- what would go unnoticed is noticed
-def mutated(rank: int, mutation: str, patch: pytest.MonkeyPatch) -> dict:
-    from ham_kernels.distributed import ranks
-    from ham_kernels.methods import mining, objective
-    from ham_kernels.training import trainer
-
-    patch.setattr(ranks.Ranks, "check_alike", lambda self, model: None)  # which would see some of them first
-    if mutation == "no world in the loss":
-        patch.setattr(objective.Objective, "loss", lambda o, model, examples: o.method.loss_of(model, examples, o))
-    elif mutation == "local mean of the weights":
-        patch.setattr(mining.Examples, "mean", lambda self, t: t.mean())
-    elif mutation == "noise by local row":
-        attack = mining.Attack
-        patch.setattr(mining, "Attack", lambda *args, first_row, **how: attack(*args, **how))
-    elif mutation == "local BatchNorm":
-        patch.setattr(objective, "synced_batchnorm", lambda model, ranks: nullcontext())
-    elif mutation == "local class sums":
-        patch.setattr(
-            mining.Look, "__init__", lambda self, z, y, target, ranks: self.__dict__.update(z=z, y=y, target=target)
-        )
-    elif mutation == "gradients stay":
-        patch.setattr(trainer, "wrapped", lambda model, ranks: model)
-    elif mutation == "a row moved twice":
-        move = mining.move
-        patch.setattr(mining, "move", lambda tensors, *how: [torch.cat([t[-1:], t[1:]]) for t in move(tensors, *how)])
-    elif mutation == "a slice is padded":
-        own = mine
-        patch.setitem(
-            globals(), "mine", lambda batch, rank, world: tuple(torch.cat([t, t[:1]]) for t in own(batch, rank, world))
-        )
-    return trained(rank, METHOD_OF.get(mutation, "ham"))
-
-
-METHOD_OF = {"local class sums": "ham_jump"}
-MUTATIONS = [
-    "no world in the loss", "local mean of the weights", "noise by local row", "local BatchNorm", "local class sums",
-    "gradients stay", "a row moved twice", "a slice is padded",
-]  # fmt: skip
-
-
-def each_mutated(rank: int) -> dict:
-    found = {}
-    for mutation in MUTATIONS:
-        with pytest.MonkeyPatch.context() as patch:
-            found[mutation] = mutated(rank, mutation, patch)["first"]
-    found["none"] = trained(rank, "ham")["first"]
-    return found
-
-
-def test_a_mutation_is_seen(tmp_path):
-    one = {key: trained(0, key, world=1)["first"] for key in ("ham", "ham_jump")}
-    found = on_ranks(2, each_mutated, tmp_path)[0]
-    seen = {mutation: far(first, one[METHOD_OF.get(mutation, "ham")]) for mutation, first in found.items()}
-    assert seen.pop("none") <= 2e-6  # none of them outlasts its turn
-    assert not {mutation: much for mutation, much in seen.items() if much <= 1e-4}
-
-
-def drifting(rank: int) -> None:
-    from ham_kernels.methods import objective
-
-    objective.synced_batchnorm = lambda model, ranks: nullcontext()
-    trained(rank, "ham")
-
-
-def test_processes_that_drift_apart_are_told(tmp_path):
-    with pytest.raises(AssertionError, match="the weights of process 1 are no longer those of process 0"):
-        on_ranks(2, drifting, tmp_path)
 
 
 # ---------------------------------------------------------------- what is sent
