@@ -204,6 +204,19 @@ def test_times_of_other_machines_are_neither_ranked_nor_judged(tmp_path):
     assert "| 2.0 s | 0.50 |" in text
 
 
+@pytest.mark.parametrize(("threads", "alike"), [(1, True), (2, False)])
+def test_one_thread_has_no_use_for_other_cores(threads, alike, tmp_path):
+    """A process that may take one core is as fast as one that may take two, where it has one thread."""
+    runs = pair(tmp_path)
+    for run, cores in zip(runs, (2, 1), strict=True):
+        machine = fake_runs.MACHINE | {"cores": f"{cores}, torch uses {threads} threads"}
+        write_json(run / "environment.json", fake_runs.environment() | {"machine": machine})
+    _, section, _ = built(runs, tmp_path / "out")
+    time = next(c for c in section["claims"] if c["claim"].startswith("training time"))
+    assert ("trained unlike in machine" not in time["measured"]) == alike
+    assert any("Trained on different machines" in note for note in section["notes"]) != alike
+
+
 def test_a_run_of_two_machines_is_of_both(tmp_path):
     """Its times compare with nobody's, not even with those of another run of the same two."""
     runs = pair(tmp_path)

@@ -25,7 +25,7 @@ def _of_sweep(data: dict) -> list[str]:
     methods = {m["title"]: m for m in f["methods"]}
     shown = [m for m in methods.values() if m["title"] in SHOWN or not m["dominated_by"]["time"]]
     shown = [m for m in shown if m["title"] != "natural"]
-    shown.sort(key=lambda m: m["relative_time"])
+    shown.sort(key=lambda m: m["relative_time"] or m["relative_forwards"])
     attack, seeds = attack_title(f["attack"]), sorted({m["seeds"] for m in methods.values()})
     counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     head = [
@@ -38,7 +38,7 @@ def _of_sweep(data: dict) -> list[str]:
     ]
     rows = [head] + [
         [
-            f"{m['relative_time']:.2f}",
+            "–" if m["relative_time"] is None else f"{m['relative_time']:.2f}",
             f"{m['relative_forwards']:.2f}",
             _name(m),
             *(share(m[key]) for key in ("average", "worst", "std")),
@@ -65,7 +65,11 @@ def _promise(images: str, m: dict, base: dict) -> str:
     average, worst = (100 * (m[k]["mean"] - base[k]["mean"]) for k in ("average", "worst"))
     std = 100 * (m["std"]["mean"] / base["std"]["mean"] - 1)
     title = m["title"].replace(", ", "` with `--")
+    if m["relative_time"] is None:
+        cost = f"{m['relative_forwards']:.2f} of the forwards"
+    else:
+        cost = f"{m['relative_time']:.2f} of the time"
     return measured.minus(
         f"- `{title}` against PGD-AT on {images}: average {average:+.1f} points, worst class {worst:+.1f}, std over "
-        f"classes {std:+.0f} %, at {m['relative_time']:.2f} of the time."
+        f"classes {std:+.0f} %, at {cost}."
     )

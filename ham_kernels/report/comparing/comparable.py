@@ -36,7 +36,7 @@ def training_of(settings: Mapping[str, Any], runs: Sequence[Run]) -> Training:
     out = {what: [_value(what, settings.get(key))] for what, key in (WORK | MEANS).items()}
     if (replays := settings.get("method.replays")) and isinstance(epochs := settings.get("optim.epochs"), int):
         out["epochs"] = [_value("epochs", epochs * replays)]  # as many updates
-    machines = {machine for run in runs for machine in machines_of(run)}
+    machines = {_as_fast(machine) for run in runs for machine in machines_of(run)}
     out["device"] = sorted({_device(settings.get("run.device"), machine) for machine in machines})
     out["machine"] = sorted(machines)
     return out
@@ -175,7 +175,7 @@ def _limits_of_runs(runs: Sequence[Run]) -> list[str]:
     commits = sorted({str(run.environment["commit"]) for run in runs if run.environment.get("commit")})
     if len(commits) > 1:
         notes.append(f"Not of one commit: {', '.join(commits)} (-dirty: with changes that no commit holds).")
-    machines = {machine for run in runs if not run.adopted for machine in machines_of(run)}
+    machines = {_as_fast(machine) for run in runs if not run.adopted for machine in machines_of(run)}
     if len(machines) > 1:
         notes.append(f"Trained on different machines, so times do not compare: {'; '.join(sorted(machines))}.")
     return notes
@@ -223,6 +223,11 @@ def machines_of(run: Run) -> list[str]:
     told = [session.get("machine") for session in run.sessions]
     known = [machine for machine in told if isinstance(machine, dict)] or [run.environment.get("machine")]
     return list(dict.fromkeys(map(_machine, known)))
+
+
+def _as_fast(machine: str) -> str:
+    """The same text for machines that are as fast: one thread has no use for other cores that a process may take."""
+    return re.sub(r"cores: \d+, (?=torch uses 1 threads)", "", machine)
 
 
 def _machine(machine: Any) -> str:
