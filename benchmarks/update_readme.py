@@ -32,6 +32,7 @@ PAGES: dict[Path, Sections] = {
     },
     ROOT / "docs" / "results.md": {
         "methods_digits": measured.methods_digits,
+        "methods_cifar10": measured.methods_cifar10,
         "odi": measured.odi,
         "autoattack": timed.autoattack,
         "bench_pgd": measured.bench_pgd,

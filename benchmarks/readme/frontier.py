@@ -10,6 +10,7 @@ from readme import measured
 from readme.output import markdown
 
 SWEEPS = ("sweep_methods_digits", "sweep_methods_cifar10")  # folders below results/; one that is missing is left out
+IMAGES = {"cifar10-jpeg.tar.xz": "10,000 CIFAR-10 images (small CNN, 15 epochs, judged on 1,000)"}
 SHOWN = ("PGD-AT", "HAM", "TRADES", "WAT", "DAFA", "FAAL", "MART", "CFA, on PGD-AT", "fair", "fair, fast")  # always
 PROMISED = ("fair", "fair, fast")
 
@@ -21,7 +22,7 @@ def frontier(here: Path) -> str:
 
 def _of_sweep(data: dict) -> list[str]:
     (section,) = data["sections"]
-    f = section["frontier"]
+    f, images = section["frontier"], IMAGES.get(section["dataset"], section["dataset"])
     methods = {m["title"]: m for m in f["methods"]}
     shown = [m for m in methods.values() if m["title"] in SHOWN or not m["dominated_by"]["time"]]
     shown = [m for m in shown if m["title"] != "natural"]
@@ -46,10 +47,10 @@ def _of_sweep(data: dict) -> list[str]:
         for m in shown
     ]
     said = (
-        f"{section['dataset']}, ε {section['eps']:.3g}, {counted} seeds, ± half the 95 % interval over them; bold: no "
+        f"{images}, ε {section['eps']:.3g}, {counted} seeds, ± half the 95 % interval over them; bold: no "
         f"other method here is better in time, average and worst class; {measured.machines_of(data)}."
     )
-    promises = [_promise(section["dataset"], methods[name], methods["PGD-AT"]) for name in PROMISED if name in methods]
+    promises = [_promise(images, methods[name], methods["PGD-AT"]) for name in PROMISED if name in methods]
     return [said, markdown(rows), "\n".join(promises)]
 
 

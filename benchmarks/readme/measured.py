@@ -245,6 +245,16 @@ def methods_digits(here: Path) -> str:
     )  # fmt: skip
 
 
+def methods_cifar10(here: Path) -> str:
+    return report(
+        here, "sweep_methods_cifar10",
+        "`ham sweep methods --only pgd_at fair fair-fast --seeds {seeds} --dataset cifar10 --path cifar10-jpeg.tar.xz "
+        "--model small_cnn --train-images 10000 --test-images 1000 --val-images 500 --epochs 15 --precision bf16 "
+        "--channels-last on --compile on --winograd on --attacks clean pgd20 autoattack --search fast --no-masking`; "
+        "{machines}. CPU times are of one thread; the other core had other work.",
+    )  # fmt: skip
+
+
 def odi(here: Path) -> str:
     """What ODI leaves beside what AutoAttack leaves, of the methods that all seeds were judged by both."""
     data = read("sweep_methods_digits/data.json")
