@@ -22,7 +22,7 @@ from ham_kernels.common.files import load
 pytestmark = pytest.mark.slow
 
 SETTINGS = "--dataset digits --train-images 256 --val-images 40 --test-images 60 --batch-size 64 --epochs 3 --lr 0.02"
-HAM = [*SETTINGS.split(), "--start-epoch", "2", "--ema-decay", "0.5"]
+HAM = [*SETTINGS.split(), "--start-epoch", "2", "--ema-decay", "0.5", "--device", "cpu"]
 
 
 def ham(world: int | str, *arguments: str, cwd: Path, wait: bool = True, status: int | None = 0):
@@ -137,7 +137,7 @@ def test_one_process_killed_ends_all_and_loses_nothing(runs, tmp_path):
     process.communicate(timeout=60)
     assert time.monotonic() - began < 60
     assert process.returncode != 0
-    on_ranks(2, resumed, tmp_path, str(tmp_path / "hit"))
+    ham(2, "train", "--resume", "hit", "--quiet", cwd=tmp_path)
     on_ranks(2, uninterrupted, tmp_path, str(tmp_path / "whole"))
     assert far(newest(tmp_path / "hit"), newest(tmp_path / "whole")) == 0.0
 

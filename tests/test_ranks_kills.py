@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_gpu")]
 RUN = (
     "--dataset", "digits", "--train-images", "72", "--val-images", "20", "--test-images", "20", "--batch-size", "24",
     "--epochs", "14", "--start-epoch", "3", "--steps", "3", "--screen-steps", "1", "--val-attack", "pgd2",
-    "--ema-decay", "0.9", "--checkpoint-minutes", "0",
+    "--ema-decay", "0.9", "--checkpoint-minutes", "0", "--device", "cpu",
 )  # fmt: skip
 
 
