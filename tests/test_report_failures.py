@@ -95,6 +95,7 @@ def test_other_images_precision_weights_or_steps_are_no_point_of_the_curve(tmp_p
     assert section["groups"][0]["over_eps"] is None
 
 
+@pytest.mark.slow
 def test_a_curve_is_of_the_seeds_and_images_that_all_its_points_have(tmp_path):
     accuracy = {"clean": [1.0, 0.8], "pgd20": [0.6, 0.2]}
     runs = [fake_run(tmp_path / str(seed), "pgd_at", seed, accuracy=accuracy) for seed in (0, 1)]

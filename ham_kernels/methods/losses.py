@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from ..common import checks
 from ..ops import weighted_cross_entropy
 from .class_weights import cross_entropy, labels_of
-from .mart import unsure_divergence
 from .mining import Examples
 from .settings import Method
 
-ABOVE_ONE = 1.0001  # MART's; keeps the logarithm finite where another class has all the probability
+# MART's: they keep the logarithms finite where a class has all of the probability, and a weight above 0
+ABOVE_ONE, NEXT_ABOVE_ONE, TINY = 1.0001, 1.0000001, 1e-12
 
 
 def logits_at(model: nn.Module, examples: Examples, x: Tensor) -> Tensor:
@@ -66,6 +66,14 @@ def softened(z: Tensor, temperature: float | Tensor) -> Tensor:
 def divergence(clean: Tensor, adversarial: Tensor) -> Tensor:
     """(n,): KL(softmax(clean) || softmax(adversarial)), whose gradient stays finite where a clean probability is 0."""
     return F.kl_div(F.log_softmax(adversarial, 1), F.log_softmax(clean, 1), reduction="none", log_target=True).sum(1)
+
+
+def unsure_divergence(clean: Tensor, adversarial: Tensor, y: Tensor) -> Tensor:
+    """(n,): (1 - p_y(x)) KL(p(x) || p(x')) of logits in fp32, as MART has it."""
+    log_q = F.log_softmax(clean, 1)
+    q = log_q.exp()
+    kl = (q * (log_q - torch.log(F.softmax(adversarial, 1) + TINY))).sum(1)
+    return (NEXT_ABOVE_ONE - q.masked_fill(~labels_of(q, y), 0).sum(1)) * kl
 
 
 def two_terms(method: Method, base: str, clean: Tensor, adversarial: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

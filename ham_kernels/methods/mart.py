@@ -11,18 +11,12 @@ their script has it. They train a ResNet-18 with a learning rate of 0.01 and a w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from annotated_types import Ge
 
 from ..common.field_types import Words
 from .settings import CrossEntropy, Method
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-ABOVE_ONE = 1.0000001  # the next number above 1 in fp32
-TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -39,21 +33,8 @@ class MART(Method):
     """Its first term at x_adv: the boosted cross entropy of the paper, or the plain one."""
 
     def loss_of(self, model, examples, memory):
-        from .losses import logits_at, row_ce, weighted_mean
+        from .losses import logits_at, row_ce, unsure_divergence, weighted_mean
 
         clean, adversarial = logits_at(model, examples, examples.x), logits_at(model, examples, examples.x_adv)
         unsure = unsure_divergence(clean, adversarial, examples.y)
         return weighted_mean(row_ce(self, adversarial, examples.y) + self.beta * unsure, examples.weights)
-
-
-def unsure_divergence(clean: Tensor, adversarial: Tensor, y: Tensor) -> Tensor:
-    """(n,): (1 - p_y(x)) KL(p(x) || p(x')) of logits in fp32."""
-    import torch
-    from torch.nn import functional as F
-
-    from .class_weights import labels_of
-
-    log_q = F.log_softmax(clean, 1)
-    q = log_q.exp()
-    kl = (q * (log_q - torch.log(F.softmax(adversarial, 1) + TINY))).sum(1)
-    return (ABOVE_ONE - q.masked_fill(~labels_of(q, y), 0).sum(1)) * kl
