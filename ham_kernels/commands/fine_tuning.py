@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from ..runs.places import found_again
 from ..runs.presets import rescaled
 from ..runs.settings import DataSettings, TrainSettings, WarmUpSettings
 from .experiments import without_idle_teacher
@@ -47,9 +48,4 @@ def _as_found(data: DataSettings, run: Path) -> DataSettings:
         places = json.loads((run / "data.json").read_text())["places"]
     except (OSError, KeyError, ValueError):  # a file of weights, or a run that has not begun
         return data
-    found = {
-        name: place["absolute"]
-        for name, place in places.items()
-        if getattr(data, name) == place["given"] and Path(place["absolute"]).exists()
-    }
-    return replace(data, **found)
+    return replace(data, **found_again(vars(data), places))

@@ -15,6 +15,7 @@ import torch
 from .. import data
 from ..common import troubles
 from ..runs.folder import RunFolder
+from ..runs.places import found_again
 from ..runs.settings import TrainSettings
 
 _PLACES = ("path", "root", "generated")  # settings that say where images lie
@@ -54,9 +55,7 @@ def find(
     """
     before = {} if run is None else run.places()
     now = {name: getattr(settings.data, name) for name in _PLACES}
-    for name, place in before.items():
-        if now[name] == place["given"] and Path(place["absolute"]).exists():  # config.toml was not changed since
-            now[name] = place["absolute"]
+    now |= found_again(now, before)
     if path is not None:
         now["path"] = path
     elif run is not None and now["path"] is not None and not Path(now["path"]).exists():

@@ -8,7 +8,8 @@ As released (the training on CIFAR-10), with its step and reset; its paper's nam
 default is 10. Differences: perturbations begin with 0 (theirs: 0.001 * N(0, 1)), are kept in half precision (1e-5 of a
 pixel's range at eps 8/255), and are taken in eval mode as everywhere here. Images must come from a loader that tells
 which they are (`data.Batches`, as of all sets in memory), of one process, one batch at a time. The kept perturbations
-take as much memory, and as much of a checkpoint, as the padded training images do as 16-bit numbers.
+take as much memory, and as much of a checkpoint, as the padded training images do as 16-bit numbers; each step copies
+them, so that an update that fails leaves them as they were.
 """
 
 from __future__ import annotations

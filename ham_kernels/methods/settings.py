@@ -181,9 +181,10 @@ class Method:
         k, m = self.attack_steps(steps), self.screen_steps
         update = self.update_forwards * (2 if self.awp else 1)
         if not self.early_drop:
-            return self.replays * (self.target_forwards + 2 * k + update)
+            return self.target_forwards + 2 * k + self.replays * update
         screening = 2 * (m if self.screen == "steps" else 1) + 1 + 2 * h * (k - m)
-        return self.target_forwards + screening + update * (h if self.easy == "drop" and self.bn_rows == "hard" else 1)
+        kept = h if self.easy == "drop" and self.bn_rows == "hard" else 1
+        return self.target_forwards + screening + self.replays * update * kept
 
     @property
     def mines(self) -> bool:
