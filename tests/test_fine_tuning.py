@@ -176,7 +176,7 @@ def test_claims_on_time_count_it(tmp_path, monkeypatch):
     assert whole["measured"].startswith("+10 %")
 
 
-@pytest.mark.parametrize("begun", [None, {"weights": "/w.pt"}])
+@pytest.mark.parametrize("begun", [None, {"weights": "/w.pt"}, {"epochs": "four", "seconds": True, "forwards": [1]}])
 def test_an_unknown_cost_is_not_compared(begun, tmp_path, monkeypatch):
     """Nor are its epochs, which are none of a whole training."""
     runs = [run(tmp_path, "p", "pgd_at", [0.8, 0.2], 100.0), tuned(tmp_path, begun)]

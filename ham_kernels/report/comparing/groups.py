@@ -12,7 +12,6 @@ from ...methods.settings import Method
 from ...runs.config_file import to_dict
 from ...runs.settings import TrainSettings
 from ..reading.evaluations import WEIGHTS, Evaluation
-from ..reading.json_types import read_as
 from ..reading.runs import Run
 
 # What changes neither the trained weights nor how long training takes, or is in the section's title.
@@ -106,7 +105,7 @@ def settings_of(run: Run) -> dict[str, Any]:
     younger = {f"{section}.{key}": usual[section][key] for section, keys in _YOUNGER.items() for key in keys}
     flat = {key: value for key, value in ((younger if flat else {}) | flat).items() if key not in NOT_SETTINGS}
     if run.first_weights is not None:
-        of = read_as(str | None, run.begun.get("run")) or Path(run.first_weights).name
+        of = run.begun.get("run") or Path(run.first_weights).name
         flat["run.weights"] = f"{flat.get('optim.epochs')} epochs from {of}"
         if run.before("epochs"):
             flat["optim.epochs"] = int(run.before("epochs"))  # of what it goes on from: it is compared with its like

@@ -129,7 +129,8 @@ class Run:
 
     def before(self, what: str) -> float | None:
         """What its first weights have cost, in "seconds" and such: 0 of random ones, None where it is not known."""
-        return 0.0 if self.first_weights is None else read_as(float | None, self.begun.get(what))
+        value = 0.0 if self.first_weights is None else self.begun.get(what)
+        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
     @property
     def seconds(self) -> float | None:
