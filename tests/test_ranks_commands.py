@@ -15,14 +15,16 @@ from pathlib import Path
 import pytest
 from rank_helpers import on_ranks
 
+from ham_kernels.commands import evaluate as evaluate_command
 from ham_kernels.commands import train as train_command
-from ham_kernels.commands.flags import parse_train
+from ham_kernels.commands.flags import parse_evaluate, parse_train
 from ham_kernels.common.files import load
 
 pytestmark = pytest.mark.slow
 
 SETTINGS = "--dataset digits --train-images 256 --val-images 40 --test-images 60 --batch-size 64 --epochs 3 --lr 0.02"
 HAM = [*SETTINGS.split(), "--start-epoch", "2", "--ema-decay", "0.5", "--device", "cpu"]
+JUDGED = ["--attacks", "clean", "pgd5", "cw3", "--batch-size", "16", "--no-analyses", "--seed", "7", "--device", "cpu"]
 
 
 def ham(world: int | str, *arguments: str, cwd: Path, wait: bool = True, status: int | None = 0):
@@ -40,9 +42,13 @@ def ham(world: int | str, *arguments: str, cwd: Path, wait: bool = True, status:
     return said
 
 
+# Without torchrun, which takes a few seconds for each process:
 def resumed(rank: int, run: str) -> None:
-    """Without torchrun, which takes a few seconds for each process."""
     train_command.resume(run, quiet=True)
+
+
+def judged(rank: int, run: str) -> None:
+    evaluate_command.evaluate_run(run, parse_evaluate([run, *JUDGED]).settings, quiet=True)
 
 
 def uninterrupted(rank: int, run: str) -> None:
@@ -93,11 +99,13 @@ def test_one_process_of_torchrun_is_none_of_several(runs):
     assert far(newest(runs / "launched"), newest(runs / "one")) == 0.0
 
 
-def test_the_same_flags_by_any_number_of_processes(runs):
+def test_the_same_flags_by_any_number_of_processes(runs, tmp_path):
     flags = {}
     for world in (1, 2, 3):
-        ham(world, "evaluate", "one", "--attacks", "clean", "pgd5", "cw3", "--batch-size", "16", "--no-analyses",
-            "--seed", "7", "--quiet", cwd=runs)  # fmt: skip
+        if world == 2:
+            ham(world, "evaluate", "one", *JUDGED, "--quiet", cwd=runs)
+        else:
+            on_ranks(world, judged, tmp_path, str(runs / "one"))
         (path,) = (runs / "one/evaluation").glob("*seed7.json")
         flags[world] = {name: a["correct"] for name, a in json.loads(path.read_text())["attacks"].items()}
         path.unlink()
@@ -137,7 +145,7 @@ def test_one_process_killed_ends_all_and_loses_nothing(runs, tmp_path):
     process.communicate(timeout=60)
     assert time.monotonic() - began < 60
     assert process.returncode != 0
-    ham(2, "train", "--resume", "hit", "--quiet", cwd=tmp_path)
+    on_ranks(2, resumed, tmp_path, str(tmp_path / "hit"))
     on_ranks(2, uninterrupted, tmp_path, str(tmp_path / "whole"))
     assert far(newest(tmp_path / "hit"), newest(tmp_path / "whole")) == 0.0
 

@@ -26,8 +26,7 @@ class Exact(HAM):
     """HAM with weights and loss in fp64. The package's are in fp32, where the order of a sum shows."""
 
     def weights(self, examples, memory):
-        own = torch.sigmoid(self.lam * examples.max_step.double())
-        return own / examples.mean(own)
+        return examples.of_mean_one(torch.sigmoid(self.lam * examples.max_step.double()))
 
     def loss_of(self, model, examples, memory):
         z = model(examples.x_adv)

@@ -20,9 +20,9 @@ def mutated(rank: int, mutation: str, patch: pytest.MonkeyPatch) -> dict:
 
     patch.setattr(ranks.Ranks, "check_alike", lambda self, model: None)  # which would see some of them first
     if mutation == "no world in the loss":
-        patch.setattr(objective.Objective, "loss", lambda o, model, examples: o.method.loss_of(model, examples, o))
+        patch.setattr(objective.Objective, "losses", losses_of_one)
     elif mutation == "local mean of the weights":
-        patch.setattr(mining.Examples, "mean", lambda self, t: t.mean())
+        patch.setattr(mining.Examples, "of_mean_one", lambda self, weights: weights / weights.mean())
     elif mutation == "noise by local row":
         attack = mining.Attack
         patch.setattr(mining, "Attack", lambda *args, first_row, **how: attack(*args, **how))
@@ -41,6 +41,11 @@ def mutated(rank: int, mutation: str, patch: pytest.MonkeyPatch) -> dict:
         own = test_ranks_training.mine
         patch.setattr(test_ranks_training, "mine", lambda *which: tuple(torch.cat([t, t[:1]]) for t in own(*which)))
     return trained(rank, METHOD_OF.get(mutation, "ham"))
+
+
+def losses_of_one(objective, model, examples):
+    loss = objective.method.loss_of(model, examples, objective)
+    return loss, loss.detach()
 
 
 METHOD_OF = {"local class sums": "ham_jump"}

@@ -11,6 +11,7 @@ from rank_helpers import on_ranks
 from torch import nn
 
 import ham_kernels as ham
+from ham_kernels.data.batches import Batches
 from ham_kernels.distributed import RankError
 from ham_kernels.methods.registry import names
 
@@ -144,8 +145,11 @@ def test_every_method_trains_as_one_process(world, tmp_path):
 
 
 # ---------------------------------------------------------------- what is sent
-def sent(rank: int) -> dict:
-    """What one update sends: sums of a few numbers, messages of moved rows, passes over the gradients."""
+def sent(rank: int, loads: bool) -> dict:
+    """What one update sends: sums of a few numbers, messages of moved rows, passes over the gradients.
+
+    `loads`: its batch is from a loader of ours.
+    """
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
     sums, moves, buckets, in_attack = [], [], [], []
@@ -174,14 +178,26 @@ def sent(rank: int) -> dict:
     model.register_forward_pre_hook(
         lambda m, x: in_attack.append((len(sums), len(buckets))) if not m.training else None
     )
-    trainer.train_step(*mine(batches(1)[0], rank, 2), epoch=1)
+    if loads:
+        x, y = batches(1)[0]
+        loader = Batches((x * 255).byte(), y, ROWS, shuffle=False, rank=rank, world=2)
+
+        def leave(step) -> None:
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            trainer.fit(loader, 1, on_batch_end=leave)
+        sums.pop()  # that both leave
+    else:
+        trainer.train_step(*mine(batches(1)[0], rank, 2), epoch=1)
     return {"sums": sums, "moves": len(moves), "buckets": buckets, "in_attack": in_attack}
 
 
-def test_an_attack_sends_nothing_and_an_update_little(tmp_path):
-    for found in on_ranks(2, sent, tmp_path):
-        # rows of each, facts of each at the look, the mean of the weights, the loss
-        assert len(found["sums"]) <= 4
+@pytest.mark.parametrize("loads", [False, True])
+def test_an_attack_sends_nothing_and_an_update_little(loads, tmp_path):
+    for found in on_ranks(2, sent, tmp_path, loads):
+        # rows of each, which a loader of ours knows beforehand, facts of each at the look, and loss with weights
+        assert len(found["sums"]) == 3 - loads
         assert max(found["sums"]) <= 2 * 9
         assert found["moves"] <= 1
         assert found["buckets"] == [0]  # one pass over the gradients, of one bucket

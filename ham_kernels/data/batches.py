@@ -87,11 +87,19 @@ class EpochLoader:
     def _batches(self, first: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         raise NotImplementedError
 
+    def rows_of_each(self, b: int) -> list[int]:
+        """How many rows each rank gives of global batch b, from 0; [] of one behind the last."""
+        if b >= len(self):
+            return []
+        return [end - first for first, end in (self._slice(b, rank) for rank in range(self.world))]
+
+    def _slice(self, b: int, rank: int) -> tuple[int, int]:
+        return slice_of(min(self.batch_size, self.rows - b * self.batch_size), rank, self.world)
+
     def _places(self, b: int) -> slice:
         """The places in the order that this rank gives of global batch b."""
-        start = b * self.batch_size
-        first, end = slice_of(min(self.batch_size, self.rows - start), self.rank, self.world)
-        return slice(start + first, start + end)
+        first, end = self._slice(b, self.rank)
+        return slice(b * self.batch_size + first, b * self.batch_size + end)
 
     def _order(self, generator: torch.Generator) -> Tensor:
         """(rows,) int64, on the CPU: the first that an epoch draws."""

@@ -208,7 +208,8 @@ class Meeting:
     Within `with`, `table` is called once, with as many numbers on each process. An error before it, in place of the
     call, is told to the others, whose own call raises RankError.
 
-    Args: width: how many numbers `table` takes.  device: of the model.
+    Args: width: the most numbers that `table` takes. Where one process may already be at the next meeting when another
+        tells what went wrong, both have one width.  device: of the model.
     """
 
     def __init__(self, ranks: Ranks, width: int, device: torch.device, *, what: str = "this step"):
@@ -221,9 +222,9 @@ class Meeting:
         if not self._ranks.several:
             return [list(mine)]
         mine = torch.as_tensor(mine, dtype=torch.float64, device=self._device)
-        if len(mine) != self._width:
-            raise ValueError(f"mine: got {len(mine)} numbers; this meeting hears {self._width}")
-        return self._hear(_FINE, mine)
+        if (n := len(mine)) > self._width:
+            raise ValueError(f"mine: got {n} numbers; this meeting hears {self._width}")
+        return [numbers[:n] for numbers in self._hear(_FINE, nn.functional.pad(mine, (0, self._width - n)))]
 
     def _hear(self, how: float, mine: Tensor) -> list[list[float]]:
         self._held = True

@@ -96,11 +96,10 @@ def for_rows(of_class: Tensor, y: Tensor) -> Tensor:
 
 
 def weights_by_step(examples: Examples, lam: float) -> Tensor:
-    """(n_kept,), HAM's weights by the largest step of the logits, mean 1 over all processes."""
+    """(n_kept,), HAM's weights by the largest step of the logits, of mean 1."""
     if not examples.ranks.several:
         return step_size_weights(examples.max_step.contiguous(), lam)
-    own = torch.sigmoid(lam * examples.max_step)
-    return own / examples.mean(own)
+    return examples.of_mean_one(torch.sigmoid(lam * examples.max_step))
 
 
 def mean_by_class(sums: Tensor, counts: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ from .settings import Method
 _ops = torch.ops.ham_kernels
 
 
+TINY = 1e-30  # in place of a mean of weights that are all 0
+
+
 class Everywhere(NamedTuple):
     """Rows over all processes."""
 
@@ -90,6 +93,7 @@ class Examples:
     # (n_kept, C, H, W), the last point before the attack turned a row, x_adv where it did not; where it is kept
     last_right: Tensor | None = None
     ranks: Ranks = field(default=ALONE, repr=False)  # each has some of the rows; n and n_hard are of this one
+    weight_sum: Tensor | None = None  # 0-dim, by which the processes still have to divide; see `of_mean_one`
     of_all: Everywhere | None = None  # where there are others
 
     @property
@@ -97,11 +101,16 @@ class Examples:
         """Rows over all processes."""
         return self.of_all or Everywhere(self.n, self.n_hard, self.n_kept)
 
-    def mean(self, t: Tensor) -> Tensor:
-        """0-dim: of a number for each kept row, (n_kept,), over the kept rows of all processes."""
+    def of_mean_one(self, weights: Tensor) -> Tensor:
+        """(n_kept,): weights divided by their mean; rows that all weigh nothing stay so.
+
+        Those of several processes stay as they are, and their loss is divided by the mean over all of them, since it
+        can then be summed together with their losses.
+        """
         if not self.ranks.several:
-            return t.mean()
-        return self.ranks.sum_(t.detach().sum()) / max(self.everywhere.n_kept, 1)
+            return weights / weights.mean().clamp_min(TINY)
+        self.weight_sum = weights.sum()
+        return weights
 
     @property
     def n_kept(self) -> int:

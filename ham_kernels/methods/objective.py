@@ -15,7 +15,7 @@ from ..distributed import ALONE, Ranks, synced_batchnorm
 from ..engine import PLAIN, Engine, attack_mode
 from .awp import Gradients
 from .class_weights import for_rows
-from .mining import WHOLE, Examples, Place, mine, split
+from .mining import TINY, WHOLE, Examples, Place, mine, split
 from .settings import Method
 
 
@@ -120,13 +120,22 @@ class Objective(nn.Module):
 
     def loss(self, model: nn.Module, examples: Examples) -> Tensor:
         """0-dim. Of several processes, the mean over them is the loss of the batch, and that of their gradients its
-        gradient: a mean over the rows of one is scaled to its share of the rows in the loss.
+        gradient: a mean over the rows of one is scaled to its share of what they weigh in the loss.
         """
+        return self.losses(model, examples)[0]
+
+    def losses(self, model: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
+        """0-dim: the loss as in `loss`, and that of the whole batch, without gradient."""
         if not self.ranks.several:
-            return self.method.loss_of(model, examples, self)
-        with synced_batchnorm(model, self.ranks):
             loss = self.method.loss_of(model, examples, self)
-        return loss * (self.ranks.world * examples.n_kept / max(examples.everywhere.n_kept, 1))
+            return loss, loss.detach()
+        with synced_batchnorm(model, self.ranks):
+            own = self.method.loss_of(model, examples, self) * examples.n_kept
+        weight = own.new_zeros(()) if examples.weight_sum is None else examples.weight_sum
+        # every loss is a sum of rows times their weights, so that the mean of these may come behind it
+        total, weight = self.ranks.sum_(torch.stack([own.detach().double(), weight.double()]))
+        divisor = max(examples.everywhere.n_kept, 1) if examples.weight_sum is None else weight.clamp_min(TINY)
+        return own * (self.ranks.world / divisor), total / divisor
 
     def around(self, model: nn.Module, examples: Examples, gradients: Gradients):
         """Context of an update; see `Method.around`."""

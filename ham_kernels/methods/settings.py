@@ -284,11 +284,11 @@ class Method:
         from .class_weights import for_rows
 
         own, others = for_rows(of_classes, examples.y), Method.weights(self, examples, memory)
-        return own if others is None else own * (others / examples.mean(others).clamp_min(1e-30))
+        return own if others is None else own * examples.of_mean_one(others)
 
     def scaled(self, weights: Tensor, examples: Examples) -> Tensor:
         """Mean 1, where the method has it so; rows that all weigh nothing stay so."""
-        return weights / examples.mean(weights).clamp_min(1e-30) if self.scales_weights else weights
+        return examples.of_mean_one(weights) if self.scales_weights else weights
 
     def loss_of(self, model: nn.Module, examples: Examples, memory: Objective) -> Tensor:
         """0-dim. Here: the weighted mean of the cross entropies at x_adv."""

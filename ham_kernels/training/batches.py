@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from ..common import checks
 from ..distributed import Meeting, RankError, Ranks
 from ..engine import NonFiniteError, model_device
+from ..engine.host_reads import WIDTH
 
 
 class Feed:
-    """Batches of a loader, and how many rows of each every process has; what is wrong on one raises on all."""
+    """Batches of a loader, and how many rows of each every process has; what is wrong on one raises on all.
+
+    The processes meet for that, unless their loaders know what the others give: what goes wrong with a batch is then
+    told where they meet in its step.
+    """
 
     def __init__(self, ranks: Ranks, model: nn.Module, device: torch.device):
         self.ranks, self.model, self.device = ranks, model, device
@@ -26,13 +31,13 @@ class Feed:
         """Groups of `size` batches behind the first `done` of an epoch, each with the rows of it on each process."""
         groups = in_groups(rest_of_epoch(loader, epoch, done), size)
         while True:
-            with Meeting(self.ranks, 2, self.device) as meeting:
+            with self._meeting() as meeting:
                 batches = next(groups, [])
                 with errors_say_where(epoch, done, len(batches)):
                     batches = [self._unpacked(batch) for batch in batches]
                     if batches:
                         self._check(batches)
-                rows = _rows(meeting, batches)
+                rows = self._known(loader, done, batches) or _rows(meeting, batches)
             if not batches:
                 return
             yield batches, rows
@@ -40,15 +45,25 @@ class Feed:
 
     def first(self, loader: Iterable, epoch: int) -> tuple[tuple[Tensor, Tensor], list[float]]:
         """The first batch of an epoch, drawn once more."""
-        with Meeting(self.ranks, 2, self.device) as meeting:
+        with self._meeting() as meeting:
             batch = self._unpacked(next(iter(rest_of_epoch(loader, epoch, 0))))
             return batch, _rows(meeting, [batch])
 
     def rows_of(self, batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
         """Of batches that no loader gave."""
-        with Meeting(self.ranks, 2, self.device) as meeting:
+        with self._meeting() as meeting:
             self._check(batches)
             return _rows(meeting, batches)
+
+    def _meeting(self) -> Meeting:
+        return Meeting(self.ranks, WIDTH, self.device)
+
+    def _known(self, loader: Iterable, done: int, batches: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
+        """How many rows each process has of a batch behind the first `done`, where the loader knows; else none."""
+        place = getattr(loader, "rank", None), getattr(loader, "world", None)
+        if not batches or place != (self.ranks.rank, self.ranks.world) or not hasattr(loader, "rows_of_each"):
+            return []
+        return loader.rows_of_each(done)
 
     def _check(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         check_group(batches, model_device(self.model), empty=self.ranks.several)

@@ -45,7 +45,7 @@ class Updater:
         def gradients(parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
             moved = Buffers(model, objective)
             try:
-                with self._forward(model, model, objective, examples, freeze_bn) as loss:
+                with self._forward(model, model, objective, examples, freeze_bn) as (loss, _):
                     found = torch.autograd.grad(self._scaled(loss), parameters, allow_unused=True)
                 return objective.ranks.mean_of(found)
             finally:
@@ -85,14 +85,13 @@ class Updater:
     def _eager(
         self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool
     ) -> Callable[[], list[float]]:
-        with self._forward(model, self._through or model, objective, examples, freeze_bn) as loss:
+        with self._forward(model, self._through or model, objective, examples, freeze_bn) as (loss, of_batch):
             self.optimizer.zero_grad(set_to_none=True)
             self._scaled(loss).backward()
         if not any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):
             raise troubles.error("nothing_to_train")
         judged = _gradients_of(model) if self._scaler is None else []  # the scaler skips what is not finite
-        loss = objective.ranks.sum_(loss.detach().clone()) / objective.ranks.world  # not finite on one is so on all
-        return start_read(_loss_and_size(loss, judged))
+        return start_read(_loss_and_size(of_batch, judged))  # the same on all processes, finite or not
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss if self._scaler is None else self._scaler.scale(loss)
@@ -100,14 +99,14 @@ class Updater:
     @contextmanager
     def _forward(
         self, model: nn.Module, through: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool
-    ) -> Iterator[Tensor]:
-        """The loss, in a block that its backward belongs to."""
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The loss, in a block that its backward belongs to, and that of the whole batch."""
         with self._engine.updating(model, freeze_bn):
             with self._engine.autocast(examples.x_adv.device):
-                loss = objective.loss(through, examples)
+                loss, of_batch = objective.losses(through, examples)
             if not loss.requires_grad:
                 raise troubles.error("nothing_to_train")
-            yield loss
+            yield loss, of_batch
 
     def _replayed(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool):
         """Loss of a replay where there is a graph for so many rows, else None. There is no padding: rows are exact."""
