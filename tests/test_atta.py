@@ -129,6 +129,35 @@ def test_goes_on_bit_by_bit(images):
         assert torch.equal(kept_of(second), kept_of(whole))
 
 
+@pytest.mark.parametrize("augment", ["crop+flip", "none"])
+def test_an_update_that_fails_leaves_what_is_kept(augment, images):
+    trainer = trainer_of()
+    trainer.fit(loader_of(images, augment), 2)
+    before = kept_of(trainer).clone()
+    loader = loader_of(images, augment)
+    loader.set_epoch(3)
+    batch, y = next(iter(loader))
+    hook = next(trainer.model.parameters()).register_hook(lambda g: g * torch.nan)
+    with pytest.raises(ham.NonFiniteError):
+        trainer.train_step(batch, y, 3)
+    assert torch.equal(kept_of(trainer), before)
+    hook.remove()
+    trainer.train_step(batch, y, 3)
+    changed = (kept_of(trainer) != before).any(3).any(2).any(1)
+    assert set(changed.nonzero()[:, 0].tolist()) == set(batch.shown.numbers.tolist())
+
+
+def test_a_step_copies_the_rows_of_its_batch_alone(images, monkeypatch):
+    trainer = trainer_of()
+    trainer.fit(loader_of(images), 1)
+    copied = []
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda t, **how: copied.append(t) or empty_like(t, **how))
+    trainer.fit(loader_of(images), 2)
+    assert copied
+    assert not [t for t in copied if t.shape == kept_of(trainer).shape]
+
+
 @pytest.mark.parametrize("rule", ["hard_share", "hedge", "dafa"])
 def test_with_class_weights(rule, images):
     """What it keeps of images stands beside what the switches keep of classes, also over a checkpoint."""

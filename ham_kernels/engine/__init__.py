@@ -8,7 +8,7 @@ attack or a method.
 """
 
 from .asked import logits_of
-from .buffers import Buffers
+from .buffers import Buffers, Rows
 from .engine import PLAIN, Engine, fast, plain
 from .first_look import ROWS, findings, first_look, look_once, runnable
 from .host_reads import BatchGuard, NonFiniteError, Stopwatch, largest_entries, no_gradient, start_read
@@ -28,6 +28,7 @@ __all__ = [
     "EngineOptions",
     "EngineWarning",
     "NonFiniteError",
+    "Rows",
     "Stopwatch",
     "attack_mode",
     "fast",

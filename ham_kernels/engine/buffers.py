@@ -6,14 +6,36 @@ import torch
 from torch import Tensor, nn
 
 
+class Rows:
+    """The rows of a buffer that were written last, as they were before: a large one need not be copied to be undone.
+
+    A module has it as `rows_written[name of the buffer]`, and writes this buffer once a step, behind `note`.
+    """
+
+    def __init__(self):
+        self.writes = 0
+
+    def note(self, buffer: Tensor, rows: Tensor) -> None:
+        """These rows, (r,) int64, will be written."""
+        self.writes += 1
+        self._last = buffer, rows, buffer.index_select(0, rows)
+
+    def undo(self) -> None:
+        buffer, rows, values = self._last
+        buffer.index_copy_(0, rows, values)
+
+
 class Buffers:
-    """The buffers of these modules as they are now, copied with one launch per dtype."""
+    """The buffers of these modules as they are now, copied with one launch per dtype, but for those that note rows."""
 
     def __init__(self, *tops: nn.Module):
         self._modules = [m for top in tops for m in top.modules()]
+        noted = {(m, name): rows for m in self._modules for name, rows in getattr(m, "rows_written", {}).items()}
+        self._noted = [(rows, rows.writes) for rows in noted.values()]
         self._slots = [(m, name, b) for m in self._modules for name, b in m._buffers.items() if b is not None]
         # a view that repeats its memory cannot be written in place, so that it cannot have moved either
-        self._here = [b for _, _, b in self._slots if b.numel() < 2 or 0 not in b.stride()]
+        copied = [b for m, name, b in self._slots if (m, name) not in noted]
+        self._here = [b for b in copied if b.numel() < 2 or 0 not in b.stride()]
         self._values = [torch.empty_like(b) for b in self._here]
         _copy(self._values, self._here)
 
@@ -27,6 +49,9 @@ class Buffers:
             if m._buffers[name] is not b:
                 m._buffers[name] = b
         _copy(self._here, self._values)
+        for rows, writes in self._noted:
+            if rows.writes > writes:
+                rows.undo()
 
 
 @torch.no_grad()

@@ -8,8 +8,7 @@ As released (the training on CIFAR-10), with its step and reset; its paper's nam
 default is 10. Differences: perturbations begin with 0 (theirs: 0.001 * N(0, 1)), are kept in half precision (1e-5 of a
 pixel's range at eps 8/255), and are taken in eval mode as everywhere here. Images must come from a loader that tells
 which they are (`data.Batches`, as of all sets in memory), of one process, one batch at a time. The kept perturbations
-take as much memory, and as much of a checkpoint, as the padded training images do as 16-bit numbers; each step copies
-them, so that an update that fails leaves them as they were.
+take as much memory, and as much of a checkpoint, as the padded training images do as 16-bit numbers.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ class ATTA(Method):
     title = "ATTA"
     remembers_rows = True
     remembers_first = True
+    writes_rows_of = ("perturbations",)
 
     k: Annotated[int, Ge(1), Words("{} steps an epoch")] = 1
     """Steps of the attack in each epoch, of the size that the training was told, or as many as step_sizes."""
@@ -68,7 +68,9 @@ class ATTA(Method):
         """What rows that are not attacked further have gone is kept too, where they stay in the loss."""
         super().observe(examples, memory)
         rows = slice(None) if examples.index is None else examples.index.long()
-        _shown(memory).write(memory.perturbations, examples.x_adv - examples.x, rows)
+        shown, kept = _shown(memory), memory.perturbations
+        memory.rows_written["perturbations"].note(kept, shown.numbers[rows])
+        shown.write(kept, examples.x_adv - examples.x, rows)
 
     def end_epoch(self, end, memory):
         super().end_epoch(end, memory)

@@ -61,6 +61,7 @@ class Method:
     remembers_first: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False  # learns from another classifier, whose forward `cost` does not count
     remembers_rows: ClassVar[bool] = False  # a memory of places in a batch, which several processes cannot share
+    writes_rows_of: ClassVar[tuple[str, ...]] = ()  # large buffers of its memory, written through `rows_written` alone
     replays: ClassVar[int] = 1  # updates of each batch, one behind the other
     target_forwards: ClassVar[float] = 0  # of the full batch, before the attack
     update_forwards: ClassVar[float] = 3  # cost of an update, in forwards of its rows
