@@ -351,7 +351,8 @@ def test_slices_of_ranks_are_the_batch_of_one_process(source, world):
     ranks = [data.loaders(images, 16, rank=rank, world=world, **how).train for rank in range(world)]
     parts = [list(rank) for rank in ranks]
     for (x, y), *slices in zip(whole, *parts, strict=True):
-        assert [len(part[1]) for part in slices] == [b - a for a, b in (slice_of(16, r, world) for r in range(world))]
+        rows = [len(part[1]) for part in slices]
+        assert rows == [b - a for a, b in (slice_of(16, r, world) for r in range(world))] == ranks[0].rows_of_each(0)
         assert torch.equal(torch.cat([part[0] for part in slices]), x)
         assert torch.equal(torch.cat([part[1] for part in slices]), y)
     for rank in ranks:

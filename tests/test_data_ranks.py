@@ -27,6 +27,14 @@ def ranks(source, batch_size: int, world: int, **how) -> list:
     return loaders
 
 
+def given(loaders: list) -> list[list]:
+    """The batches of each rank, of which all know how many rows the others give."""
+    parts = [list(loader) for loader in loaders]
+    rows = [[len(y) for _, y in batches] for batches in zip(*parts, strict=True)] + [[]]
+    assert all([loader.rows_of_each(b) for b in range(len(rows))] == rows for loader in loaders)
+    return parts
+
+
 def check_union(whole: list, parts: list[list]) -> None:
     """parts: batches of each rank."""
     for (x, y), *slices in zip(whole, *parts, strict=True):
@@ -57,7 +65,7 @@ def test_slices_of_images_in_memory_are_the_batch_of_one_process(world, how):
         whole = list(ranks(source, batch_size, 1, **how)[0])
         loaders = ranks(source, batch_size, world, **how)
         assert [len(loader) for loader in loaders] == [len(whole)] * world
-        check_union(whole, [list(loader) for loader in loaders])
+        check_union(whole, given(loaders))
         if not how.get("balanced"):
             drawn = torch.cat([y for loader in loaders for _, y in loader])
             assert sorted(drawn.tolist()) == list(range(53))
@@ -66,7 +74,7 @@ def test_slices_of_images_in_memory_are_the_batch_of_one_process(world, how):
 def test_slices_in_the_order_of_the_set():
     x, y = images().part("train")
     whole = list(data.Batches(x, y, 16, shuffle=False))
-    check_union(whole, [list(data.Batches(x, y, 16, shuffle=False, rank=rank, world=3)) for rank in range(3)])
+    check_union(whole, given([data.Batches(x, y, 16, shuffle=False, rank=rank, world=3) for rank in range(3)]))
 
 
 def test_a_position_counts_global_batches():
@@ -93,7 +101,7 @@ def test_slices_of_files_are_the_batch_of_one_process(photos, world, balanced):
     """Batches of 4, 4 and 2."""
     how = {"size": 12, "balanced": balanced}
     whole = list(ranks(photos, 4, 1, **how)[0])
-    check_union(whole, [list(loader) for loader in ranks(photos, 4, world, **how)])
+    check_union(whole, given(ranks(photos, 4, world, **how)))
     loaders = ranks(photos, 4, world, **how)
     for loader in loaders:
         loader.set_position(2)

@@ -239,7 +239,18 @@ def test_processes_without_rows(world, tmp_path):
     )
 
 
-def with_bad(rank: int) -> dict:
+class Known(list):
+    """Batches that tell what every process gives, as those of the package do."""
+
+    def __init__(self, batches: list, rank: int):
+        super().__init__(batches)
+        self.rank, self.world = rank, 2
+
+    def rows_of_each(self, b: int) -> list[int]:
+        return [ROWS // 2] * 2
+
+
+def with_bad(rank: int, known: bool) -> dict:
     """What process 0 and 1 raise when something is wrong on process 1 alone, and that nothing has moved."""
     said = {}
     good = mine(batches(1)[0], rank, 2)
@@ -269,6 +280,7 @@ def with_bad(rank: int) -> dict:
             elif name == "short":
                 count = 0
         loader = [batch] * count if name != "short" else [good] * (2 - rank)
+        loader = Known(loader, rank) if known and name != "short" else loader
         try:
             trainer.fit(loader, 3, **ends)
         except Exception as error:
@@ -279,8 +291,9 @@ def with_bad(rank: int) -> dict:
     return said
 
 
-def test_what_is_wrong_on_one_process_raises_on_all(tmp_path):
-    first, second = on_ranks(2, with_bad, tmp_path)
+@pytest.mark.parametrize("known", [False, True])
+def test_what_is_wrong_on_one_process_raises_on_all(known, tmp_path):
+    first, second = on_ranks(2, with_bad, tmp_path, known)
     for name, words in {
         "nan": "process 1 failed before the end of this step", "label": "process 1 failed", "pixel": "process 1 failed",
         "shape": "process 1 failed", "draw": "process 1 failed", "callback": "process 1 ended the training",
