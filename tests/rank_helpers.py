@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def started(world: int, function, folder: Path, *args) -> tuple[Path, list[mp.Pr
 def _one(rank: int, world: int, store: str, names, sys_path, args) -> None:
     sys.path[:0] = [p for p in sys_path if p not in sys.path]
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", module=r"torch\.distributed")
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=SECONDS)

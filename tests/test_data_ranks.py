@@ -71,6 +71,12 @@ def test_slices_of_images_in_memory_are_the_batch_of_one_process(world, how):
             assert sorted(drawn.tolist()) == list(range(53))
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_set_of_two_images(world):
+    source = images(2)
+    check_union(list(ranks(source, 16, 1)[0]), given(ranks(source, 16, world)))
+
+
 def test_slices_in_the_order_of_the_set():
     x, y = images().part("train")
     whole = list(data.Batches(x, y, 16, shuffle=False))

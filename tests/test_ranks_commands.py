@@ -72,6 +72,23 @@ def until(what, process, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
+def writing(rank: int, folder: str) -> list[str]:
+    """What this process writes in a folder while it trains there and judges."""
+    written = []
+
+    def watch(event: str, args: tuple) -> None:
+        if event == "open" and (set(str(args[1])) & set("wax+") or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)):
+            written.append(str(args[0]))
+        elif event in ("os.rename", "os.mkdir", "os.remove", "os.utime", "os.chmod", "os.link", "os.symlink"):
+            written.extend(map(str, args[:2]))
+
+    sys.addaudithook(watch)  # there is no taking it off: the process ends behind the test
+    run = f"{folder}/run"
+    train_command.train(parse_train(HAM).settings, run, quiet=True)
+    judged(rank, run)
+    return [path for path in written if path.startswith(folder)]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """one: of one process; two: of two."""
@@ -94,6 +111,12 @@ def test_one_folder_as_of_one_process(runs):
     assert json.loads((runs / "two/status.json").read_text())["state"] == "finished"
 
 
+def test_one_process_writes(tmp_path):
+    first, second = on_ranks(2, writing, tmp_path, str(tmp_path / "here"))
+    assert {Path(path).name for path in first} >= {"config.toml", "metrics.jsonl"}
+    assert not second
+
+
 def test_one_process_of_torchrun_is_none_of_several(runs):
     ham("1", "train", *HAM, "--out", "launched", "--quiet", cwd=runs)
     assert far(newest(runs / "launched"), newest(runs / "one")) == 0.0
@@ -107,12 +130,14 @@ def test_the_same_flags_by_any_number_of_processes(runs, tmp_path):
         else:
             on_ranks(world, judged, tmp_path, str(runs / "one"))
         (path,) = (runs / "one/evaluation").glob("*seed7.json")
-        flags[world] = {name: a["correct"] for name, a in json.loads(path.read_text())["attacks"].items()}
+        flags[world] = json.loads(path.read_text())["attacks"]
+        for found in flags[world].values():
+            del found["seconds"]
         path.unlink()
         for store in (runs / "one/evaluation").glob(".*.flags.json"):
             store.unlink()
     assert flags[1] == flags[2] == flags[3]
-    assert len(flags[1]["clean"]) == 60
+    assert len(flags[1]["clean"]["correct"]) == 60
 
 
 def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import test_ranks_training
@@ -20,7 +21,17 @@ def mutated(rank: int, mutation: str, patch: pytest.MonkeyPatch) -> dict:
 
     patch.setattr(ranks.Ranks, "check_alike", lambda self, model: None)  # which would see some of them first
     if mutation == "no world in the loss":
-        patch.setattr(objective.Objective, "losses", losses_of_one)
+        losses = objective.Objective.losses
+        patch.setattr(objective.Objective, "losses", lambda *how: tuple(loss / 2 for loss in losses(*how)))
+    elif mutation == "local rows":
+        patch.setattr(
+            mining.Examples, "everywhere", property(lambda e: mining.Everywhere(2 * e.n, 2 * e.n_hard, 2 * e.n_kept))
+        )
+        uneven = slice(8) if rank == 0 else slice(8, None)
+        patch.setattr(test_ranks_training, "mine", lambda batch, *which: tuple(t[uneven] for t in batch))
+    elif mutation == "random rows by local row":
+        here = mining._random_here
+        patch.setattr(mining, "_random_here", lambda place, *how: here(replace(place, first_row=0), *how))
     elif mutation == "local mean of the weights":
         patch.setattr(mining.Examples, "of_mean_one", lambda self, weights: weights / weights.mean())
     elif mutation == "noise by local row":
@@ -43,14 +54,10 @@ def mutated(rank: int, mutation: str, patch: pytest.MonkeyPatch) -> dict:
     return trained(rank, METHOD_OF.get(mutation, "ham"))
 
 
-def losses_of_one(objective, model, examples):
-    loss = objective.method.loss_of(model, examples, objective)
-    return loss, loss.detach()
-
-
-METHOD_OF = {"local class sums": "ham_jump"}
+METHOD_OF = {"local rows": "pgd_at", "random rows by local row": "ham_random", "local class sums": "ham_jump"}
 MUTATIONS = [
-    "no world in the loss", "local mean of the weights", "noise by local row", "local BatchNorm", "local class sums",
+    "no world in the loss", "local rows", "local mean of the weights", "noise by local row", "random rows by local row",
+    "local BatchNorm", "local class sums",
     "gradients stay", "a row moved twice", "a slice is padded",
 ]  # fmt: skip
 
@@ -65,7 +72,7 @@ def each_mutated(rank: int) -> dict:
 
 
 def test_a_mutation_is_seen(tmp_path):
-    one = {key: trained(0, key, world=1)["first"] for key in ("ham", "ham_jump")}
+    one = {key: trained(0, key, world=1)["first"] for key in ("ham", *METHOD_OF.values())}
     found = on_ranks(2, each_mutated, tmp_path)[0]
     seen = {mutation: far(first, one[METHOD_OF.get(mutation, "ham")]) for mutation, first in found.items()}
     assert seen.pop("none") <= 2e-6  # none of them outlasts its turn

@@ -170,6 +170,9 @@ def sent(rank: int, loads: bool) -> dict:
         model, torch.optim.SGD(model.parameters(), 0.1), **ATTACK, screen_steps=2, start_epoch=1, seed=3
     )
 
+    for name in ("broadcast", "all_gather", "all_gather_into_tensor", "_broadcast_coalesced"):
+        setattr(dist, name, lambda *args, name=name, **how: pytest.fail(f"{name} was called"))
+
     def hook(state, bucket):
         buckets.append(bucket.index())
         return allreduce_hook(state, bucket)
@@ -190,7 +193,10 @@ def sent(rank: int, loads: bool) -> dict:
         sums.pop()  # that both leave
     else:
         trainer.train_step(*mine(batches(1)[0], rank, 2), epoch=1)
-    return {"sums": sums, "moves": len(moves), "buckets": buckets, "in_attack": in_attack}
+    found = {"sums": list(sums), "moves": len(moves), "buckets": list(buckets), "in_attack": list(in_attack)}
+    loss = ham.ham_loss(trainer._update._through, *mine(batches(1)[0], rank, 2), eps=0.2, step_size=0.05)
+    assert loss.dtype == torch.float32
+    return found
 
 
 @pytest.mark.parametrize("loads", [False, True])
@@ -198,7 +204,7 @@ def test_an_attack_sends_nothing_and_an_update_little(loads, tmp_path):
     for found in on_ranks(2, sent, tmp_path, loads):
         # rows of each, which a loader of ours knows beforehand, facts of each at the look, and loss with weights
         assert len(found["sums"]) == 3 - loads
-        assert max(found["sums"]) <= 2 * 9
+        assert max(found["sums"]) <= 2 * 10
         assert found["moves"] <= 1
         assert found["buckets"] == [0]  # one pass over the gradients, of one bucket
         assert {buckets for _, buckets in found["in_attack"]} == {0}
@@ -222,39 +228,40 @@ def uneven(rank: int, world: int | None = None) -> list:
         x = torch.rand(rows, 1, 8, 8, generator=torch.Generator().manual_seed(rows))
         y = copy.deepcopy(model).eval()(x).argmax(1)
         y[easy:] = (y[easy:] + 1) % CLASSES  # the first are easy
+        before = copy.deepcopy(trainer.state_dict())
         report = trainer.train_step(*mine((x, y), rank, world), epoch=1)
-        assert (report.n, report.n_hard) == (rows, rows - min(easy, rows))
+        assert (report.n, report.n_hard, report.n_kept) == (rows, *[rows - min(easy, rows)] * 2)
+        if not report.n_kept:
+            assert all(alike(before[part], trainer.state_dict()[part]) for part in ("model", "ema"))
         found.append({"model": trainer.state_dict()["model"], "loss": report.loss, "steps": trainer.steps_done})
     return found
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_processes_without_rows(world, tmp_path):
     one, ranks = uneven(0, world=1), on_ranks(world, uneven, tmp_path)
     for i, alone in enumerate(one):
         assert all(alike(rank[i], ranks[0][i]) for rank in ranks)
         assert far(ranks[0][i], alone) <= 2e-6, i
-    assert alike(
-        ranks[0][4]["model"], net(1).state_dict() | {k: v for k, v in ranks[0][4]["model"].items() if "5." in k}
-    )
 
 
 class Known(list):
     """Batches that tell what every process gives, as those of the package do."""
 
-    def __init__(self, batches: list, rank: int):
+    def __init__(self, batches: list, rank: int, rows: int = ROWS):
         super().__init__(batches)
-        self.rank, self.world = rank, 2
+        self.rank, self.world, self.rows = rank, 2, rows
 
     def rows_of_each(self, b: int) -> list[int]:
-        return [ROWS // 2] * 2
+        return [self.rows // 2] * 2
 
 
 def with_bad(rank: int, known: bool) -> dict:
     """What process 0 and 1 raise when something is wrong on process 1 alone, and that nothing has moved."""
     said = {}
     good = mine(batches(1)[0], rank, 2)
-    nets = {name: net() for name in ("nan", "label", "pixel", "shape", "draw", "callback", "epoch", "short")}
+    names = ("nan", "label", "pixel", "shape", "draw", "callback", "epoch", "short", "rank", "told", "rows")
+    nets = {name: net() for name in names[: None if known else 8]}
     for name, model in nets.items():
         trainer = ham.HAMTrainer(
             model, torch.optim.SGD(model.parameters(), 0.1), **ATTACK, screen_steps=2, start_epoch=1
@@ -280,7 +287,10 @@ def with_bad(rank: int, known: bool) -> dict:
             elif name == "short":
                 count = 0
         loader = [batch] * count if name != "short" else [good] * (2 - rank)
-        loader = Known(loader, rank) if known and name != "short" else loader
+        if known:
+            loader = Known(loader, 0 if name == "rank" else rank, ROWS - 2 * rank if name in ("told", "rows") else ROWS)
+            if name == "rows" and rank == 1:
+                loader[0] = x[1:], y[1:]  # as many as it told, and process 0 another number
         try:
             trainer.fit(loader, 3, **ends)
         except Exception as error:
@@ -294,11 +304,18 @@ def with_bad(rank: int, known: bool) -> dict:
 @pytest.mark.parametrize("known", [False, True])
 def test_what_is_wrong_on_one_process_raises_on_all(known, tmp_path):
     first, second = on_ranks(2, with_bad, tmp_path, known)
+    elsewhere = "process {} is not where this one is"
+    if known:
+        for name in ("short", "rank", "rows"):
+            for r, said in enumerate((first, second)):
+                assert elsewhere.format(1 - r) in said[name][1], name
+        assert "process 1 failed" in first["told"][1]
+        assert "train_loader: gave 12 rows, and its rows_of_each told 11" in second["told"][1]
     for name, words in {
         "nan": "process 1 failed before the end of this step", "label": "process 1 failed", "pixel": "process 1 failed",
         "shape": "process 1 failed", "draw": "process 1 failed", "callback": "process 1 ended the training",
         "epoch": "process 1 ended the training",
-        "short": "process 1 has given its last batch",
+        "short": elsewhere.format(1) if known else "process 1 has given its last batch",
     }.items():  # fmt: skip
         kind, said, left = first[name]
         assert (kind, left) == (RankError.__name__, name in ("callback", "epoch"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Ranks:
 
         For what one process makes and the others then find: a download, a folder, a cache.
         """
-        with Meeting(self, 0, torch.device("cpu"), what=what) as meeting:
+        with Meeting(self, torch.device("cpu"), what=what) as meeting:
             if self.rank == 0:
                 yield
             meeting.table([])
@@ -200,20 +201,22 @@ def wrapped(model: nn.Module, ranks: Ranks) -> nn.Module | None:
 
 # ---------------------------------------------------------------- meetings
 _FINE, _FAILED, _LEFT = 0.0, 1.0, 2.0
+_WIDTH = 8  # numbers of each process; all meetings have so many, so that processes at unlike ones hear that they are
 
 
 class Meeting:
     """One point of the work at which all processes meet: who fails on the way there says so, and all raise.
 
-    Within `with`, `table` is called once, with as many numbers on each process. An error before it, in place of the
-    call, is told to the others, whose own call raises RankError.
+    Within `with`, `table` is called once, with as many numbers on each process, 8 at most. An error before it, in place
+    of the call, is told to the others, whose own call raises RankError, as that of all does where one is at another
+    point, or knows another `alike`.
 
-    Args: width: the most numbers that `table` takes. Where one process may already be at the next meeting when another
-        tells what went wrong, both have one width.  device: of the model.
+    Args: device: of the model.  what: names the point.  alike: a number that must be the same on all.
     """
 
-    def __init__(self, ranks: Ranks, width: int, device: torch.device, *, what: str = "this step"):
-        self._ranks, self._width, self._what = ranks, width, what
+    def __init__(self, ranks: Ranks, device: torch.device, *, what: str = "this step", alike: int = 0):
+        self._ranks, self._what = ranks, what
+        self._point = float(zlib.crc32(f"{what} {alike}".encode()))
         self._device = ranks.device(device)
         self._held = not ranks.several
 
@@ -222,19 +225,25 @@ class Meeting:
         if not self._ranks.several:
             return [list(mine)]
         mine = torch.as_tensor(mine, dtype=torch.float64, device=self._device)
-        if (n := len(mine)) > self._width:
-            raise ValueError(f"mine: got {n} numbers; this meeting hears {self._width}")
-        return [numbers[:n] for numbers in self._hear(_FINE, nn.functional.pad(mine, (0, self._width - n)))]
+        if (n := len(mine)) > _WIDTH:
+            raise ValueError(f"mine: got {n} numbers; a meeting hears {_WIDTH}")
+        return [numbers[:n] for numbers in self._hear(_FINE, nn.functional.pad(mine, (0, _WIDTH - n)))]
 
     def _hear(self, how: float, mine: Tensor) -> list[list[float]]:
         self._held = True
-        rows = self._ranks.table(torch.cat([mine.new_full((1,), how), mine])).tolist()
-        for r, (how_is_it, *_) in enumerate(rows):
-            if how_is_it != _FINE and r != self._ranks.rank:
-                if how_is_it == _LEFT:
-                    raise RankError(f"process {r} ended the training before {self._what}", left=True)
+        heard = self._ranks.table(torch.cat([mine.new_tensor([how, self._point]), mine])).tolist()
+        others = [(r, row) for r, row in enumerate(heard) if r != self._ranks.rank]
+        for r, (how_is_it, *_) in others:
+            if how_is_it == _LEFT:
+                raise RankError(f"process {r} ended the training before {self._what}", left=True)
+            if how_is_it == _FAILED:
                 raise RankError(f"process {r} failed before the end of {self._what}; its own message says why")
-        return [numbers for _, *numbers in rows]
+        if how == _FINE and (apart := [r for r, (_, point, *_) in others if point != self._point]):
+            raise RankError(
+                f"process {apart[0]} is not where this one is, at {self._what}; all must be given the same work: as "
+                "many batches, of loaders that are told their rank and the world"
+            )
+        return [numbers for _, _, *numbers in heard]
 
     def leave(self) -> None:
         """Tells the others that this process goes, and nothing has failed."""
@@ -244,7 +253,7 @@ class Meeting:
         if self._held:
             return
         with suppress(RankError):  # both fail, each with its own message
-            self._hear(how, torch.zeros(self._width, dtype=torch.float64, device=self._device))
+            self._hear(how, torch.zeros(_WIDTH, dtype=torch.float64, device=self._device))
 
     def __enter__(self) -> Meeting:
         return self

@@ -109,9 +109,6 @@ class BatchGuard:
         return found
 
 
-WIDTH = 7  # numbers that `read` sends where there are several processes
-
-
 def largest_entries(gradient: Tensor) -> Tensor:
     """(n,), the largest absolute value of each row; NaN where a row holds one."""
     return gradient.abs().amax(tuple(range(1, gradient.dim())))

@@ -70,7 +70,7 @@ def accuracies(
     flags: dict[str, list[Tensor]] = {name: [] for name in wanted}
     no_gradient = dict.fromkeys(wanted, 0)
     labels, classes = [], 0
-    with Meeting(ranks, 2, device, what="the judgement") as meeting:
+    with Meeting(ranks, device, what="the judgement") as meeting:
         with judged(model, search):
             for b, x, y in batches(loader, device):
                 if look and b == 0:

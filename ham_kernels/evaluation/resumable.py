@@ -151,7 +151,7 @@ class _Run:
         if not missing:
             return
         start, found, mine = time.perf_counter(), None, self.ranks.rank
-        with Meeting(self.ranks, 0, self.device, what="the judgement of these batches") as meeting:
+        with Meeting(self.ranks, self.device, what="the judgement of these batches") as meeting:
             if mine < len(missing):
                 b, data, x, y = missing[mine]
                 if not self.looked:

@@ -52,7 +52,7 @@ def loss(
     else:
         objective = Objective(method, PGD(eps, step_size, steps, norm), ranks=ranks_of(group))
     ranks = objective.ranks
-    with Meeting(ranks, 3, getattr(x, "device", torch.device("cpu"))) as meeting:
+    with Meeting(ranks, getattr(x, "device", torch.device("cpu")), what="this batch") as meeting:
         checks.batch(x, y, empty=ranks.several)
         seed = draw_seed(generator)
         heard = meeting.table([len(y), seed >> 31, seed & (2**31 - 1)])  # each exact in fp64

@@ -14,7 +14,6 @@ from ..attack.pgd import PGD, ActiveSet, Attack
 from ..distributed import ALONE, Meeting, Ranks
 from ..distributed.balance import Plan, back, move, pays, plan
 from ..engine import PLAIN, Engine
-from ..engine.host_reads import WIDTH
 from ..ops._philox import ROWS, philox_uniform
 from .settings import Method
 
@@ -53,7 +52,7 @@ def place_of(ranks: Ranks, rows: Sequence[float], device: torch.device, rebalanc
         yield WHOLE
         return
     sizes = [int(n) for n in rows]
-    with Meeting(ranks, WIDTH, device) as meeting:
+    with Meeting(ranks, device, alike=sum(sizes)) as meeting:
         yield Place(ranks, sum(sizes[: ranks.rank]), sum(sizes), meeting, rebalances)
 
 
@@ -109,7 +108,7 @@ class Examples:
         """
         if not self.ranks.several:
             return weights / weights.mean().clamp_min(TINY)
-        self.weight_sum = weights.sum()
+        self.weight_sum = weights.detach().sum()
         return weights
 
     @property

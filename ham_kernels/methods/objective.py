@@ -135,8 +135,8 @@ class Objective(nn.Module):
         weight = own.new_zeros(()) if examples.weight_sum is None else examples.weight_sum
         # every loss is a sum of rows times their weights, so that the mean of these may come behind it
         total, weight = self.ranks.sum_(torch.stack([own.detach().double(), weight.double()]))
-        divisor = max(examples.everywhere.n_kept, 1) if examples.weight_sum is None else weight.clamp_min(TINY)
-        return own * (self.ranks.world / divisor), total / divisor
+        weight = max(examples.everywhere.n_kept, 1) if examples.weight_sum is None else weight.clamp_min(TINY)
+        return (own * (self.ranks.world / weight)).to(own.dtype), total / weight
 
     def around(self, model: nn.Module, examples: Examples, gradients: Gradients):
         """Context of an update; see `Method.around`."""

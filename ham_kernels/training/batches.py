@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..common import checks
 from ..distributed import Meeting, RankError, Ranks
 from ..engine import NonFiniteError, model_device
-from ..engine.host_reads import WIDTH
 
 
 class Feed:
@@ -53,17 +52,22 @@ class Feed:
         """Of batches that no loader gave."""
         with self._meeting() as meeting:
             self._check(batches)
+            if self.ranks.several and len(batches) > 1:
+                raise ValueError(f"batches: got {len(batches)}; several processes train on one at a time")
             return _rows(meeting, batches)
 
     def _meeting(self) -> Meeting:
-        return Meeting(self.ranks, WIDTH, self.device)
+        return Meeting(self.ranks, self.device, what="this batch")
 
     def _known(self, loader: Iterable, done: int, batches: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
         """How many rows each process has of a batch behind the first `done`, where the loader knows; else none."""
         place = getattr(loader, "rank", None), getattr(loader, "world", None)
         if not batches or place != (self.ranks.rank, self.ranks.world) or not hasattr(loader, "rows_of_each"):
             return []
-        return loader.rows_of_each(done)
+        rows, here = loader.rows_of_each(done), len(batches[0][1])
+        if rows[self.ranks.rank] != here:
+            raise ValueError(f"train_loader: gave {here} rows, and its rows_of_each told {rows[self.ranks.rank]}")
+        return rows
 
     def _check(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         check_group(batches, model_device(self.model), empty=self.ranks.several)

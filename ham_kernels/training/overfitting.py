@@ -116,7 +116,7 @@ class OverfittingCheck:
         checks.choice("precision", precision, PRECISIONS)
         here = slice(max(ROWS - place.first_row, 0))
         x, y = x[here], y[here]
-        with Meeting(self._ranks, 3, x.device, what="the watch over one-step attacks") as meeting, attack_mode(model):
+        with Meeting(self._ranks, x.device, what="the watch over one-step attacks") as meeting, attack_mode(model):
             resist = [
                 self._resisting(model, x, y, pgd, epoch, precision, place.first_row)
                 for pgd in (self.one_step, self.multi_step)

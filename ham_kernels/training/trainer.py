@@ -16,7 +16,6 @@ from ..attack.pgd import PGD
 from ..common import checks, troubles
 from ..distributed import Meeting, inner_model, ranks_of, wrapped
 from ..engine import Buffers, Engine, EngineOptions, Stopwatch, look_once, model_device, note_resting
-from ..engine.host_reads import WIDTH
 from ..evaluation import ClassAccuracy
 from ..evaluation.evaluate import accuracies
 from ..evaluation.named_attacks import plans
@@ -284,7 +283,7 @@ class Trainer:
     @contextmanager
     def _told_that_it_leaves(self) -> Iterator[None]:
         """What a callback raises ends the training on all processes, before the next batch."""
-        with Meeting(self.ranks, WIDTH, self.device, what="the next batch") as meeting:
+        with Meeting(self.ranks, self.device, what="the next batch") as meeting:
             try:
                 yield
             except BaseException:
