@@ -11,6 +11,7 @@ from ham_kernels import report
 from ham_kernels.report.comparing.sections import sections
 from ham_kernels.report.reading.find_runs import read_runs
 
+UNSCREENED = {"method.early_drop": False, "method.reweight": False}
 ACCURACY = {"clean": [0.9, 0.8], "pgd20": [0.5, 0.3]}
 
 
@@ -117,6 +118,25 @@ def test_titles_name_what_scales_with_the_epochs_only_among_equal_epochs(tmp_pat
     later = {**long, "optim.milestones": [20]}
     found = titles(tmp_path / "b", ("ham", short), ("ham", long), ("ham", later))
     assert found == ["HAM, 4 epochs", "HAM, 24 epochs, milestones=[18]", "HAM, 24 epochs, milestones=[20]"]
+
+
+def test_titles_of_as_many_updates_name_no_epochs(tmp_path):
+    replayed = {"optim.epochs": 3, "optim.milestones": [2], "method.replays": 8, **UNSCREENED}
+    usual = {"optim.epochs": 24, "optim.milestones": [18]}
+    assert titles(tmp_path / "a", ("pgd_at", usual), ("free_at", replayed)) == ["PGD-AT", "Free-AT"]
+    found = titles(tmp_path / "b", ("pgd_at", usual), ("free_at", {**replayed, "optim.epochs": 4}))
+    assert found == ["PGD-AT, 24 epochs", "Free-AT, 4 epochs"]
+
+
+def test_titles_name_teachers_where_they_are_several(tmp_path):
+    taught = {"run.teacher": "runs/a", "run.teacher_digest": "1", **UNSCREENED}
+    assert titles(tmp_path / "a", ("pgd_at", {}), ("rslad", taught), ("absld", taught)) == ["PGD-AT", "RSLAD", "ABSLD"]
+    other = {**taught, "run.teacher": "runs/b", "run.teacher_digest": "2"}
+    found = titles(tmp_path / "b", ("rslad", taught), ("absld", other))
+    assert found == ["RSLAD, teacher=runs/a", "ABSLD, teacher=runs/b"]
+    later = {**taught, "run.teacher_digest": "3"}
+    found = titles(tmp_path / "c", ("rslad", taught), ("absld", later))
+    assert found == ["RSLAD, teacher_digest=1", "ABSLD, teacher_digest=3"]
 
 
 def test_titles_of_the_engines_options(tmp_path):
