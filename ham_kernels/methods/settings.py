@@ -292,7 +292,9 @@ class Method:
         return examples.of_mean_one(weights) if self.scales_weights else weights
 
     def loss_of(self, model: nn.Module, examples: Examples, memory: Objective) -> Tensor:
-        """0-dim. Here: the weighted mean of the cross entropies at x_adv."""
+        """0-dim: a mean over the rows, each of all its terms times its weight (`losses.weighted_mean`); where several
+        processes train, it is divided by the mean of the weights only then. Here: of the cross entropies at x_adv.
+        """
         from .losses import adversarial_ce
 
         return adversarial_ce(self, model, examples)

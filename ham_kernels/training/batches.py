@@ -62,7 +62,12 @@ class Feed:
     def _known(self, loader: Iterable, done: int, batches: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
         """How many rows each process has of a batch behind the first `done`, where the loader knows; else none."""
         place = getattr(loader, "rank", None), getattr(loader, "world", None)
-        if not batches or place != (self.ranks.rank, self.ranks.world) or not hasattr(loader, "rows_of_each"):
+        if (
+            not self.ranks.several
+            or not batches
+            or place != (self.ranks.rank, self.ranks.world)
+            or not hasattr(loader, "rows_of_each")
+        ):
             return []
         rows, here = loader.rows_of_each(done), len(batches[0][1])
         if rows[self.ranks.rank] != here:
