@@ -16,6 +16,7 @@ from readme.frontier import frontier
 from readme.methods_table import details, methods
 from readme.presets import presets
 from readme.questions import questions
+from readme.screened import screened
 from readme.troubles import troubles
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,8 @@ PAGES: dict[Path, Sections] = {
     },
     ROOT / "docs" / "results.md": {
         "methods_digits": measured.methods_digits,
+        "field_digits": measured.field_digits,
+        "screened_digits": screened,
         "methods_cifar10": measured.methods_cifar10,
         "odi": measured.odi,
         "autoattack": timed.autoattack,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import update_readme  # noqa: E402
-from readme import measured, questions, timed  # noqa: E402
+from readme import frontier, measured, questions, timed  # noqa: E402
 
 
 @pytest.fixture
@@ -106,6 +106,39 @@ def test_each_device_has_its_own_tables(results):
     change(results / "bench_training_gpu.json", edit)
     for text in (timed.training(ROOT), timed.training_short(ROOT)):
         assert 0 < text.index("GPU: A GPU") < text.index("GPU: none")
+
+
+def test_reports_of_one_setting_are_one_table(results):
+    """What one report has may be better than what another one has; both have the same baseline."""
+    first, second = frontier.SWEEPS[0]
+    methods = {m["title"]: m for m in frontier.methods_of(frontier.SWEEPS[0])}
+    assert "PGD-AT" not in methods["WAT"]["worse_than"]
+    better = methods["WAT"]
+
+    def edit(data):
+        found = data["sections"][0]["frontier"]["methods"]
+        found[:] = [m for m in found if m["baseline"]]
+        found.append({**better, "title": "the other", "relative_time": better["relative_time"] - 0.01})
+        found.append({**better, "title": "untimed", "relative_time": None})
+
+    change(results / second / "data.json", edit)
+    methods = {m["title"]: m for m in frontier.methods_of(frontier.SWEEPS[0])}
+    assert (
+        len(methods)
+        == len(json.loads((results / first / "data.json").read_text())["sections"][0]["frontier"]["methods"]) + 2
+    )
+    assert methods["WAT"]["worse_than"] == ["the other"]
+    assert not methods["the other"]["worse_than"]
+    assert "| **the other** |" in frontier.frontier(ROOT)
+    assert "| WAT |" in frontier.frontier(ROOT)
+
+    def other_baseline(data):
+        (pgd_at,) = (g for g in data["sections"][0]["groups"] if g["title"] == "PGD-AT")
+        pgd_at["accuracy"]["ema"]["autoattack"]["worst"]["values"][1] += 0.06
+
+    change(results / second / "data.json", other_baseline)
+    with pytest.raises(ValueError, match="sweep_field_digits: its PGD-AT of seed 1 is not that of sweep_methods"):
+        frontier.frontier(ROOT)
 
 
 def test_a_report_names_runs_that_did_not_finish(results):

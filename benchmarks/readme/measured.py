@@ -183,13 +183,15 @@ def _check_headline(section: dict, folder: Path) -> None:
         )
 
 
-def machines_of(data: dict) -> str:
-    """Where and when the runs of a report were made."""
-    machines = sorted({run["machine"] for run in data["runs"]})
-    versions = sorted({run["versions"].get("torch", "unknown") for run in data["runs"]})
-    commits = sorted({run["commit"] or "unknown" for run in data["runs"]})
+def machines_of(*reports: dict) -> str:
+    """Where and when the runs of reports were made."""
+    runs = [run for data in reports for run in data["runs"]]
+    machines = sorted({run["machine"] for run in runs})
+    versions = sorted({run["versions"].get("torch", "unknown") for run in runs})
+    commits = sorted({run["commit"] or "unknown" for run in runs})
     word = "commit" if len(commits) == 1 else "commits"
-    return f"{'; '.join(machines)}; torch {', '.join(versions)}; {word} {', '.join(commits)}; {data['made'][:10]}"
+    made = sorted({data["made"][:10] for data in reports})
+    return f"{'; '.join(machines)}; torch {', '.join(versions)}; {word} {', '.join(commits)}; {', '.join(made)}"
 
 
 def _judgements(data: dict) -> str:
@@ -242,6 +244,19 @@ def methods_digits(here: Path) -> str:
         "'*random_rows'` likewise, `ham evaluate RUN --attacks autoattack --search fast --batch-size 600 "
         "--no-analyses` of each run, on all 517 test images, and `ham report` of them; {machines}. CPU times are of "
         "one thread; the other core had other work.",
+    )  # fmt: skip
+
+
+def field_digits(here: Path) -> str:
+    return report(
+        here, "sweep_field_digits",
+        "`ham train --method trades --model small_cnn --seed 9 --out runs/teacher`, then `ham sweep methods --only "
+        "pgd_at fair fsr frl cfol fair_tat mail bat fat rslad fair_ard absld free_at atta --seeds {seeds} --teacher "
+        "runs/teacher --attacks clean pgd20 cw20 autoattack --search fast --out runs/field-digits` on the digits; for "
+        "fine-tuned models `ham train --from runs/field-digits/pgd_at-seedN --method frl` (fsr, faal, fair), and for "
+        "ATTA with the switches of `fair` `ham train --method atta --step-sizes 1 --loss boosted_ce --class-weights "
+        "hedge`, both judged by `ham evaluate` likewise. AutoAttack on all 517 test images; {machines}. CPU times are "
+        "of one thread, the other core had other work; those of a teacher's training are not in them.",
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from ham_kernels.commands.flag_base import PRESETS
 from ham_kernels.methods.registry import class_of
 from ham_kernels.report.text_format import attack_title
 from readme import measured
-from readme.frontier import share
+from readme.frontier import SWEEPS, methods_of, share
 from readme.output import markdown
 
 OWN = ("fair", "HAM")  # not of a paper about fairness; HAM's has its own page
@@ -33,9 +33,9 @@ RULES: dict[str, tuple[str, Callable[[Method, Method], bool]]] = {
 
 def presets(_: Path) -> str:
     """Raises: ValueError where a rule does not choose what the flag stands for."""
-    data = measured.read("sweep_methods_digits/data.json")
-    (section,) = data["sections"]
-    methods = section["frontier"]["methods"]
+    folders = SWEEPS[0]
+    data = [measured.read(f"{name}/data.json") for name in folders]
+    (section,), methods = data[0]["sections"], methods_of(folders)
     base = next(m for m in methods if m["baseline"])
     attack = attack_title(section["frontier"]["attack"])
     rows = [["`--preset`", "is", "chosen as", f"average %, {attack}", "worst class %", "time / PGD-AT"]]
@@ -51,6 +51,6 @@ def presets(_: Path) -> str:
     rows.append(["", "PGD-AT", "", share(base["average"]), share(base["worst"]), "1.00"])
     said = (
         f"{section['dataset']}, ε {section['eps']:.3g}, {base['seeds']} seeds, ± half the 95 % interval over them; "
-        f"{measured.machines_of(data)}."
+        f"{measured.machines_of(*data)}."
     )
     return f"{said}\n\n{markdown(rows)}"

@@ -48,7 +48,7 @@ def _values(group: dict, attack: str, measure: str) -> dict[int, float]:
     )
 
 
-def _difference(group: dict, base: dict, attack: str, measure: str) -> str:
+def difference(group: dict, base: dict, attack: str, measure: str) -> str:
     ours, theirs = _values(group, attack, measure), _values(base, attack, measure)
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     interval = mean_interval(differences)
@@ -61,7 +61,7 @@ def _of_parts(groups: dict, attack: str, shown: list[str]) -> str:
     base = groups["PGD-AT"]
     for title in shown:
         cost = groups[title]["forwards"]["mean"] / base["forwards"]["mean"]
-        told = [_difference(groups[title], base, attack, m) for m in ("average", "worst", "std")]
+        told = [difference(groups[title], base, attack, m) for m in ("average", "worst", "std")]
         rows.append([PARTS[title], *told, f"{cost:.2f}"])
     return markdown(rows)
 
