@@ -34,7 +34,9 @@ def images(n: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", sorted(steps.LOOPS.keys() - {"faal"}))
 def test_a_loop_makes_the_passes_that_it_states(name):
     x = images(4)
-    assert steps.count(name + steps.LOOP, model_of("small_cnn", x), x, torch.arange(4))["right"]
+    model = model_of("small_cnn", x)
+    y = model.eval()(x).argmin(1)  # no attack turns a row, as BAT's count has it
+    assert steps.count(name + steps.LOOP, model, x, y)["right"]
 
 
 @pytest.mark.slow
