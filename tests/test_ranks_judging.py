@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from judging_nets import EPS, STEP_SIZE, digit_batches, robust_cnn
 from rank_helpers import on_ranks
-from test_ranks_training import batches, net
 from torch import nn
 
 import ham_kernels as ham
@@ -15,11 +14,11 @@ from ham_kernels.evaluation import autoattack, judge
 pytestmark = pytest.mark.slow
 
 
-def accuracies(world: int | None) -> dict:
-    model = net(2)
+def accuracies(model: nn.Module, world: int | None) -> dict:
+    """Of all test images of the digits."""
     found = ham.evaluate(
-        nn.parallel.DistributedDataParallel(model) if world is None else model, batches(5, 11),
-        ("clean", "pgd3", "cw3"), eps=0.05, step_size=0.02, group="auto" if world is None else None,
+        nn.parallel.DistributedDataParallel(model) if world is None else model, digit_batches(),
+        ("clean", "pgd20", "cw20"), eps=EPS, step_size=STEP_SIZE, group="auto" if world is None else None,
     )  # fmt: skip
     return {name: (a.n, a.accuracy, a.per_class, a.no_gradient) for name, a in found.items()}
 
@@ -38,7 +37,7 @@ def flags(model: nn.Module, world: int | None) -> dict:
 
 
 def judged(rank: int, robust: nn.Module, world: int | None = None) -> dict:
-    return {"accuracies": accuracies(world), "flags": flags(robust, world)}
+    return {"accuracies": accuracies(robust, world), "flags": flags(robust, world)}
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +49,7 @@ def one(one_thread) -> dict:
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_image_is_judged_once(one, world, tmp_path):
     assert on_ranks(world, judged, tmp_path, robust_cnn()) == [one] * world
+    assert {n for n, *_ in one["accuracies"].values()} == {517}
     correct = one["flags"]["autoattack"][0]
     assert len(correct) == 40
     assert 0 < correct.count("1") < one["flags"]["clean"][0].count("1")

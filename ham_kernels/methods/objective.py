@@ -123,12 +123,12 @@ class Objective(nn.Module):
         """0-dim. Of several processes, the mean over them is the loss of the batch, and that of their gradients its
         gradient: a mean over the rows of one is scaled to its share of what they weigh in the loss.
         """
-        return self.losses(model, examples)[0]
+        return self.losses(model, examples)[0] if self.ranks.several else self.method.loss_of(model, examples, self)
 
     def losses(self, model: nn.Module, examples: Examples) -> tuple[Tensor, Tensor]:
         """0-dim: the loss as in `loss`, and that of the whole batch, without gradient."""
         if not self.ranks.several:
-            loss = self.method.loss_of(model, examples, self)
+            loss = self.loss(model, examples)
             return loss, loss.detach()
         with synced_batchnorm(model, self.ranks):
             own = self.method.loss_of(model, examples, self) * examples.n_kept
