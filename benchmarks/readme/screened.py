@@ -29,5 +29,6 @@ def screened(here: Path) -> str:
 SAID = (
     "`ham sweep methods --only trades wat mart trades-jump wat-jump mart-jump --screen-steps 5 --no-masking --seeds "
     "{seeds} --attacks clean pgd20 cw20 autoattack --search fast --out runs/screened-digits` on the digits, AutoAttack "
-    "on all 517 test images; {machines}. CPU times are of one thread; the other core had other work."
+    "on all 517 test images; TRADES and MART have seeds 0 to 2; {machines}. CPU times are of "
+    "one thread; the other core had other work."
 )
