@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ham_kernels.report.comparing.frontier import better
 from ham_kernels.report.text_format import attack_title
 from readme import measured
 from readme.output import markdown
@@ -42,8 +43,12 @@ def methods_of(folders: Sequence[str]) -> list[dict]:
             first = accuracies.setdefault(run, accuracy)
             if any(abs(a - b) > much for a, b, much in zip(first, accuracy, APART, strict=True)):
                 raise ValueError(f"{folder}: its {run[0]} of seed {run[1]} is not that of {folders[0]}")
-    for m in found.values():
-        m["worse_than"] = [other["title"] for other in found.values() if _better(other, m)]
+    timed = [m for m in found.values() if m["relative_time"] is not None]
+    for m in found.values():  # absolute times are of their own report
+        m["time"] = {"mean": m["relative_time"]}
+        m["worse_than"] = []
+    for m in timed:
+        m["worse_than"] = [other["title"] for other in timed if better(other, m, "time")]
     return list(found.values())
 
 
@@ -54,16 +59,6 @@ def _by_seed(section: dict) -> Iterator[tuple[tuple[str, int], tuple[float, floa
         if judged is not None and len(judged["average"]["values"]) == len(group["seeds"]):
             values = zip(judged["average"]["values"], judged["worst"]["values"], strict=True)
             yield from zip(((group["title"], seed) for seed in group["seeds"]), values, strict=True)
-
-
-def _better(a: dict, b: dict) -> bool:
-    """By means, as `dominated_by` of a report has it; times are those relative to the baseline of their own report."""
-    pairs = [(a[key]["mean"], b[key]["mean"]) for key in ("average", "worst")]
-    times = a["relative_time"], b["relative_time"]
-    if None in times or any(None in pair for pair in pairs):
-        return False
-    gains = [times[1] - times[0], *(ours - theirs for ours, theirs in pairs)]
-    return min(gains) >= 0 and max(gains) > 0
 
 
 def _of_setting(folders: Sequence[str]) -> list[str]:

@@ -231,7 +231,8 @@ class Meeting:
 
     def _hear(self, how: float, mine: Tensor) -> list[list[float]]:
         self._held = True
-        heard = self._ranks.table(torch.cat([mine.new_tensor([how, self._point]), mine])).tolist()
+        head = (mine.new_full((1,), number) for number in (how, self._point))  # filled there, not copied to it
+        heard = self._ranks.table(torch.cat([*head, mine])).tolist()
         others = [(r, row) for r, row in enumerate(heard) if r != self._ranks.rank]
         for r, (how_is_it, *_) in others:
             if how_is_it == _LEFT:

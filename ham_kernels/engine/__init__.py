@@ -8,7 +8,7 @@ attack or a method.
 """
 
 from .asked import logits_of
-from .buffers import Buffers, Rows
+from .buffers import Buffers, LastWrite
 from .engine import PLAIN, Engine, fast, plain
 from .first_look import ROWS, findings, first_look, look_once, runnable
 from .host_reads import BatchGuard, NonFiniteError, Stopwatch, largest_entries, no_gradient, start_read
@@ -28,7 +28,7 @@ __all__ = [
     "EngineOptions",
     "EngineWarning",
     "NonFiniteError",
-    "Rows",
+    "LastWrite",
     "Stopwatch",
     "attack_mode",
     "fast",

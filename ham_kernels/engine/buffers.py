@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Rows:
+class LastWrite:
     """The rows of a buffer that were written last, as they were before: a large one need not be copied to be undone.
 
     A module has it as `rows_written[name of the buffer]`, and writes this buffer once a step, behind `note`.

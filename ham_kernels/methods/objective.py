@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..attack.pgd import PGD
 from ..common import checks
 from ..distributed import ALONE, Ranks, synced_batchnorm
-from ..engine import PLAIN, Engine, Rows, attack_mode
+from ..engine import PLAIN, Engine, LastWrite, attack_mode
 from .awp import Gradients
 from .class_weights import for_rows
 from .mining import TINY, WHOLE, Examples, Place, mine, split
@@ -74,7 +74,7 @@ class Objective(nn.Module):
         self.noise = 0, 0, 0  # seed, step and first row of the batch under way, which name its random numbers
         self.memories = 0  # how often the buffers were made anew: what was captured with others must not be replayed
         self._remembers = bool(method.remembers(2))
-        self.rows_written = {name: Rows() for name in method.writes_rows_of}
+        self.rows_written = {name: LastWrite() for name in method.writes_rows_of}
 
     def examples(
         self, model: nn.Module, x: Tensor, y: Tensor, *, seed: int, step: int, engine: Engine = PLAIN

@@ -11,7 +11,7 @@ from ...common.one_class import answers_one_class
 from ..reading.evaluations import WEIGHTS, Evaluation
 from ..reading.runs import Run
 from ..text_format import attack_title
-from .groups import Group, Section
+from .groups import Group, Section, passes_of
 
 Training = dict[str, list[str]]  # see `training_of`
 
@@ -34,8 +34,7 @@ _SWITCH = {None: "off", False: "off", True: "on", "require": "on"}
 def training_of(settings: Mapping[str, Any], runs: Sequence[Run]) -> Training:
     """{what: its values, one for most} of a group's runs, in words: WORK, PLACE and MEANS."""
     out = {what: [_value(what, settings.get(key))] for what, key in (WORK | MEANS).items()}
-    if (replays := settings.get("method.replays")) and isinstance(epochs := settings.get("optim.epochs"), int):
-        out["epochs"] = [_value("epochs", epochs * replays)]  # as many updates
+    out["epochs"] = [_value("epochs", passes_of(settings))]
     machines = {_as_fast(machine) for run in runs for machine in machines_of(run)}
     out["device"] = sorted({_device(settings.get("run.device"), machine) for machine in machines})
     out["machine"] = sorted(machines)

@@ -56,6 +56,12 @@ def frontier(groups: Sequence[dict[str, Any]], attack: str | None) -> dict[str, 
     return {"attack": attack, "methods": methods, "left_out": left_out, "untimed": untimed, "clock": clock}
 
 
+def better(a: dict[str, Any], b: dict[str, Any], cost: str) -> bool:
+    """Whether a dominates b, by means that are all known."""
+    gains = [b[cost]["mean"] - a[cost]["mean"], *(a[name]["mean"] - b[name]["mean"] for name in GAINS)]
+    return min(gains) >= 0 and max(gains) > 0
+
+
 def undominated(methods: Sequence[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
     """Those of known cost that nothing dominates."""
     return [m for m in methods if m[cost]["mean"] is not None and not m["dominated_by"][cost]]
@@ -138,18 +144,13 @@ def _differences(spreads: Sequence[dict], paired: bool) -> list[float]:
 # ---------------------------------------------------------------- dominance
 def _dominate(methods: list[dict], groups: Sequence[dict], spreads: dict, cost: str) -> None:
     known = [i for i, m in enumerate(methods) if None not in (m[n]["mean"] for n in (cost, *GAINS))]
-    over = {i: [j for j in known if _better(methods[j], methods[i], cost)] for i in known}
+    over = {i: [j for j in known if better(methods[j], methods[i], cost)] for i in known}
     for i in known:
         methods[i]["dominated_by"][cost] = [
             {"title": methods[j]["title"], "clear": _clear(groups[j], groups[i], spreads, cost)}
             for j in over[i]
             if not over[j]
         ]
-
-
-def _better(a: dict, b: dict, cost: str) -> bool:
-    gains = [b[cost]["mean"] - a[cost]["mean"], *(a[name]["mean"] - b[name]["mean"] for name in GAINS)]
-    return min(gains) >= 0 and max(gains) > 0
 
 
 def _clear(a: dict, b: dict, spreads: dict, cost: str) -> bool | None:

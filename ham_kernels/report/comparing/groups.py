@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,13 @@ def _is_its_own_warm_up(method: Method, settings: dict[str, Any]) -> bool:
     except (TypeError, ValueError):
         return False
     return warm_up == method and not settings.get("warm_up.natural_epochs")
+
+
+def passes_of(settings: Mapping[str, Any]) -> Any:
+    """Epochs times the updates of each batch: trainings with as many make as many updates. As it stands, where a run
+    tells no number."""
+    epochs = settings.get("optim.epochs")
+    return epochs * settings.get("method.replays", 1) if isinstance(epochs, int) else epochs
 
 
 def canonical(value: Any) -> str:

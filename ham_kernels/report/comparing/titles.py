@@ -10,7 +10,7 @@ from ...common import field_types
 from ...common.field_types import Words, shown
 from ...methods.settings import Method
 from ...runs.settings import TrainSettings
-from .groups import Group, Section, canonical
+from .groups import Group, Section, canonical, passes_of
 
 _ORDER = ("method", "warm_up", "attack", "model", "optim", "data", "run", "engine")
 
@@ -49,7 +49,7 @@ def _title(group: Group, groups: list[Group]) -> str:
             peers = [g for g in peers if key in g.settings]  # in others it has no effect
         if key.startswith("optim."):  # a fine-tuning has a course of its own
             peers = [g for g in peers if ("run.weights" in g.settings) == ("run.weights" in group.settings)]
-        if key == "optim.epochs" and len({_updates(g) for g in peers}) == 1:
+        if key == "optim.epochs" and len({canonical(passes_of(g.settings)) for g in peers}) == 1:
             continue  # of batches that are trained on several times
         if key == "run.teacher":
             peers = [g for g in peers if g.settings.get(key)]  # not all methods learn from one
@@ -58,12 +58,6 @@ def _title(group: Group, groups: list[Group]) -> str:
         if group in peers:
             title.append(_word(group, peers, key, default, words))
     return ", ".join(word for word in title if word)
-
-
-def _updates(group: Group) -> Any:
-    """Epochs times the updates of each batch."""
-    epochs, replays = group.settings.get("optim.epochs"), group.settings.get("method.replays", 1)
-    return epochs * replays if isinstance(epochs, int) else canonical(epochs)
 
 
 def _known(method: Method | None) -> dict[str, tuple[Any, Words]]:
