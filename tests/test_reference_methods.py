@@ -97,7 +97,7 @@ def epochs(seed):
         noise = torch.rand(30, 1, 6, 6, generator=g)
         return 0.5 * patterns[y] + 0.5 * noise, torch.where(noise[:, 0, 0, 0] < 0.2, (y + 1) % classes, y)
 
-    return [[batch(CLASSES) for _ in range(3)], [batch(CLASSES - 1) for _ in range(2)], [batch(CLASSES)] * 2]
+    return [[batch(c) for _ in range(n)] for c, n in ((CLASSES, 3), (CLASSES - 1, 2), (CLASSES, 2))]
 
 
 # ---------------------------------------------------------------- ours and theirs
@@ -167,11 +167,12 @@ def same_start(trainer: ham.Trainer, dtype: torch.dtype = torch.float32) -> tupl
 def test_same_updates_as_the_reference(name, switches, epochs):
     """Each from the same weights, since differences of rounding would grow; the class state is each one's own.
 
-    The truth is the reference in fp64; what its fp32 errs by says how much rounding decides in this batch: much in an
-    attack on a KL divergence that is still near 0.
+    The truth is the reference in fp64; what its fp32 errs by says how much rounding decides in this batch: most where
+    the attack is on a KL divergence that is still near 0, and there in a row or two, which need not be the same ones.
     """
     trainer, reference = trainer_of(smooth_net(), name, switches), reference_of(name, switches)
     made, kept = examples_of(trainer), []
+    scale = L2["eps"] * (10 if reference.raises == "kl" else 1)
     for epoch, batches in enumerate(epochs, 1):
         for x, y in batches:
             twin, optimizer = same_start(trainer)
@@ -188,7 +189,7 @@ def test_same_updates_as_the_reference(name, switches, epochs):
             kept.append(ours.n_kept)
             assert ours.n_kept == len(update.rows) == len(truth.rows)
             rows = update.rows
-            assert_near("x_adv", ours.x_adv, truth.x_adv[rows], update.x_adv[rows], scale=L2["eps"])
+            assert_near("x_adv", ours.x_adv, truth.x_adv[rows], update.x_adv[rows], scale=scale)
             # A looser bound: of numbers that were summed over epochs, then divided by their mean.
             assert_near("weights", weights_of(ours), truth.weights, update.weights, scale=50)
             assert_near("loss", loss, truth.loss, update.loss, scale=max(1, abs(truth.loss)))
@@ -197,7 +198,7 @@ def test_same_updates_as_the_reference(name, switches, epochs):
                 assert_near(key, *values, scale=1)
         end_epoch(trainer, epoch)
         reference.end_epoch()
-    assert len(kept) >= 3  # of 7; the last two are the same images, and may both be skipped
+    assert len(kept) >= 4  # of 7
 
 
 def assert_near(of: str, ours, truth, plain, *, scale: float) -> None:
