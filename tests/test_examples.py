@@ -1,4 +1,4 @@
-"""Each example trains the same model on two processes as on one, and the scripts for clusters are what they say."""
+"""Each example has the gradients of one process on two as well, and the scripts for clusters are what they say."""
 
 from __future__ import annotations
 
@@ -22,23 +22,27 @@ LOOPS = {
 OWN_LAUNCHER = ("fabric_loop", "lightning_loop")
 
 
-def run(name: str, world: int, out: Path) -> dict[str, torch.Tensor]:
-    """The weights after two updates, on 64 images and on those left: 33, or one, so that a process has none."""
+def run(name: str, world: int, out: Path) -> tuple[dict[str, torch.Tensor], list[list[torch.Tensor]]]:
+    """(weights after two updates, gradients of each), on 64 images and on those left: 33, or one, so that a process has
+    none.
+    """
+    noted = out.with_suffix(".gradients")
     told = ["--epochs", "1", "--images", "65" if name in ("ddp", "fsdp2") else "97", "--out", str(out)]
     if name in OWN_LAUNCHER:
         launcher, told = [], [*told, "--devices", str(world)]
     else:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)] if world > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"EXAMPLE": str(EXAMPLES / f"{name}.py"), "GRADIENTS": str(noted)}
     for _ in range(4):
         done = subprocess.run(
-            [sys.executable, *launcher, str(EXAMPLES / f"{name}.py"), *told], env=environment, cwd=out.parent,
-            capture_output=True, text=True, timeout=280,
+            [sys.executable, *launcher, str(Path(__file__).with_name("noting_gradients.py")), *told], env=environment,
+            cwd=out.parent, capture_output=True, text=True, timeout=280,
         )  # fmt: skip
         if "terminate called without an active exception" not in done.stderr:  # torch, when a process unloads it
             break
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out)
+    return torch.load(out), torch.load(noted)
 
 
 @pytest.mark.slow
@@ -46,10 +50,19 @@ def run(name: str, world: int, out: Path) -> dict[str, torch.Tensor]:
 def test_two_processes_train_as_one(name, tmp_path):
     if LOOPS[name]:
         pytest.importorskip(LOOPS[name])
-    one, two = (run(name, world, tmp_path / f"{world}.pt") for world in (1, 2))
+    (one, by_one), (two, by_two) = (run(name, world, tmp_path / f"{world}.pt") for world in (1, 2))
     assert one.keys() == two.keys()
     for key, t in one.items():
-        assert (t.double() - two[key].double()).abs().max() <= 1e-5 * t.double().abs().max().clamp_min(1), key
+        assert far(two[key], t) <= 1e-6, key
+    assert len(by_one) == 2
+    for update, gradients in enumerate(by_one):
+        for alone, together in zip(gradients, by_two[update], strict=True):
+            assert far(together, alone) <= 1e-6, update
+
+
+def far(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, relative to the largest entry where that is above 1."""
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1))
 
 
 def test_the_scripts_for_clusters():

@@ -23,7 +23,8 @@ from ham_kernels.common.files import load
 pytestmark = pytest.mark.slow
 
 SETTINGS = "--dataset digits --train-images 256 --val-images 40 --test-images 60 --batch-size 64 --epochs 3 --lr 0.02"
-HAM = [*SETTINGS.split(), "--start-epoch", "2", "--ema-decay", "0.5", "--device", "cpu"]
+# An L2 attack, since rounding may turn the sign of a gradient, and then a pixel.
+HAM = [*SETTINGS.split(), *"--norm l2 --eps 1.5 --step-size 0.4 --start-epoch 2 --ema-decay 0.5 --device cpu".split()]
 JUDGED = ["--attacks", "clean", "pgd5", "cw3", "--batch-size", "16", "--no-analyses", "--seed", "7", "--device", "cpu"]
 
 
@@ -148,17 +149,21 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
         on_ranks(world, resumed, tmp_path, str(runs / name))
     four, back = newest(runs / "four"), newest(runs / "back")
     assert four["trainer"]["steps_done"] == back["trainer"]["steps_done"] == 16
-    assert far(four, back) < 5e-3
+    assert far(four, back) < 1e-3  # a ReLU may turn by rounding; test_ranks_exact.py has a smooth model
 
 
 def test_sigterm_to_the_launcher_ends_with_a_checkpoint(runs, tmp_path):
     process = ham(2, "train", *HAM, "--epochs", "200", "--out", "long", cwd=tmp_path, wait=False)
     until(lambda: (tmp_path / "long/metrics.jsonl").exists() and (tmp_path / "long/metrics.jsonl").read_text(), process)
     os.kill(process.pid, signal.SIGTERM)
+    began = time.monotonic()
     said, _ = process.communicate(timeout=60)
+    assert time.monotonic() - began < 10, said  # a step takes milliseconds
     assert process.returncode != 0
     assert json.loads((tmp_path / "long/status.json").read_text())["state"] == "interrupted", said
-    assert newest(tmp_path / "long")["trainer"]["steps_done"] > 0
+    assert said.count("stopped by SIGTERM") == 1, said
+    ended = len((tmp_path / "long/metrics.jsonl").read_text().splitlines())
+    assert 4 * ended <= newest(tmp_path / "long")["trainer"]["steps_done"] <= 4 * ended + 4  # of 4 an epoch, none lost
 
 
 def test_one_process_killed_ends_all_and_loses_nothing(runs, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from unittest import mock
 
@@ -154,6 +155,33 @@ def one_update(rank: int, kind: str, seed: int, world: int | None = None) -> dic
     return {"model": model.state_dict(), "loss": report.loss, "counts": counts, "rows": rows}
 
 
+# ---------------------------------------------------------------- 6 updates in fp32
+def six(rank: int, world: int | None = None, midway: dict | None = None) -> dict:
+    """The weights after 6 updates by the package's own arithmetic, the last three from the state `midway` on. An L2
+    attack has no sign that rounding could turn.
+    """
+    alone, world = world == 1, world or dist.get_world_size()
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Tanh(), nn.AvgPool2d(4), nn.Flatten(),
+        nn.Linear(24, CLASSES),
+    )  # fmt: skip
+    trainer = ham.HAMTrainer(
+        model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), eps=1.0, step_size=0.3, steps=4, norm="l2",
+        screen_steps=2, start_epoch=1, ema_decay=0.5, seed=3, group=None if alone else "auto",
+    )  # fmt: skip
+    batches = [mine(batch, rank, world) for batch in uneven_batches()[-6:]]
+    if midway is None:
+        trainer.fit(batches[:3], 1)
+        midway = copy.deepcopy(trainer.state_dict())
+    else:
+        trainer.load_state_dict(copy.deepcopy(midway))  # the processes share its memory
+    trainer.fit(batches[3:], 2)
+    state, last = trainer.state_dict(), trainer.history[-1]
+    weights = {"model": state["model"], "ema": state["ema"]}
+    return {"weights": weights, "midway": midway, "counts": (last.n, last.n_hard, last.skipped)}
+
+
 # ---------------------------------------------------------------- 100 updates, by their bits
 def digests(rank: int, precision: str) -> dict[str, str]:
     """Of all that a training goes on from, after 100 updates."""
@@ -179,11 +207,13 @@ def digests(rank: int, precision: str) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------- all of it in one group of processes
-def trained(rank: int, world: int | None = None) -> dict:
+def trained(rank: int, world: int | None = None, midway: dict | None = None) -> dict:
     """Four processes take a case less of those with most messages."""
     cases = CASES[:1] if world is None and dist.get_world_size() > 2 else CASES
     found = {"exact": {case: exact(rank, *case, world=world) for case in cases}}
     found["one"] = {(kind, seed): one_update(rank, kind, seed, world) for kind in KINDS for seed in range(STATES)}
+    found["six"] = six(rank, world)
+    found["went on"] = six(rank, world, midway)
     if world is None and len(cases) == len(CASES):
         found["digests"] = {precision: digests(rank, precision) for precision in ("fp32", "bf16")}
     return found
@@ -200,8 +230,8 @@ def two(tmp_path_factory) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory) -> list[dict]:
-    return on_ranks(4, trained, tmp_path_factory.mktemp("four"))
+def four(two, tmp_path_factory) -> list[dict]:
+    return on_ranks(4, trained, tmp_path_factory.mktemp("four"), None, two[0]["six"]["midway"])
 
 
 @pytest.mark.parametrize(("world", "norm", "rebalance"), [*(("two", *case) for case in CASES), ("four", *CASES[0])])
@@ -213,6 +243,15 @@ def test_60_updates_in_fp64(one, world, norm, rebalance, request):
         assert found["counts"] == alone["counts"]
         assert (found["moved"] > 20) == rebalance
         assert far(found["state"], alone["state"]) <= 1e-12
+
+
+def test_6_updates_in_fp32(one, two, four):
+    """By other numbers of processes, and begun by two and ended by others."""
+    alone, of_two = one["six"], two[0]["six"]
+    went_on = six(0, world=1, midway=of_two["midway"])
+    for found in (of_two, *(rank["six"] for rank in four), went_on, *(rank["went on"] for rank in four)):
+        assert found["counts"] == alone["counts"]
+        assert far(found["weights"], alone["weights"]) <= 1e-5
 
 
 @pytest.mark.parametrize("world", ["two", "four"])
