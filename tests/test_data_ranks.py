@@ -136,6 +136,25 @@ def test_a_rank_decodes_its_rows_only(photos, tmp_path, workers):
     check_union(whole, parts)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_turn_decodes_its_batches_only(photos, tmp_path, workers):
+    """Batches of 3, 3, 3 and 1; the files of the others are gone."""
+    missing, order = str(tmp_path / "gone.jpg"), torch.arange(10)
+    whole = list(data.FileBatches(photos.files_train, order, 3, shuffle=False, size=12))
+    for turn in range(3):
+        files = [file if row // 3 % 3 == turn else missing for row, file in enumerate(photos.files_train)]
+        loader = data.FileBatches(files, order, 3, shuffle=False, size=12, workers=workers)
+        check_union(whole[turn::3], [list(loader.turns(turn, 3))])
+
+
+@pytest.mark.parametrize("batch_size", [16, 7, 100])
+def test_turns_are_every_third_batch(batch_size):
+    (loader,) = ranks(images(), batch_size, 1)
+    whole = list(loader)
+    for turn in range(3):
+        check_union(whole[turn::3], [list(loader.turns(turn, 3))])
+
+
 def test_a_rank_gathers_its_rows_only(monkeypatch):
     gathered, index_select = [], torch.Tensor.index_select
     loader = ranks(images(), 16, 8)[7]

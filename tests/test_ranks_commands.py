@@ -24,7 +24,8 @@ pytestmark = pytest.mark.slow
 
 SETTINGS = "--dataset digits --train-images 256 --val-images 40 --test-images 60 --batch-size 64 --epochs 3 --lr 0.02"
 # An L2 attack, since rounding may turn the sign of a gradient, and then a pixel.
-HAM = [*SETTINGS.split(), *"--norm l2 --eps 1.5 --step-size 0.4 --start-epoch 2 --ema-decay 0.5 --device cpu".split()]
+SMOOTH = f"{SETTINGS} --norm l2 --eps 1.5 --step-size 0.4"
+HAM = [*SMOOTH.split(), "--start-epoch", "2", "--ema-decay", "0.5", "--device", "cpu"]
 JUDGED = ["--attacks", "clean", "pgd5", "cw3", "--batch-size", "16", "--no-analyses", "--seed", "7", "--device", "cpu"]
 
 

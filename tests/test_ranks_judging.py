@@ -6,8 +6,10 @@ import pytest
 from judging_nets import EPS, STEP_SIZE, digit_batches, robust_cnn
 from rank_helpers import on_ranks
 from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import ham_kernels as ham
+from ham_kernels import data
 from ham_kernels.distributed import ranks_of
 from ham_kernels.evaluation import autoattack, judge
 
@@ -53,3 +55,61 @@ def test_every_image_is_judged_once(one, world, tmp_path):
     correct = one["flags"]["autoattack"][0]
     assert len(correct) == 40
     assert 0 < correct.count("1") < one["flags"]["clean"][0].count("1")
+
+
+# ---------------------------------------------------------------- loaders that cannot be shared out
+def gives_bad_batch(rank: int):
+    """Its second batch is process 1's."""
+    x, y = digit_batches(16)[0]
+    yield x[:8], y[:8]
+    yield x[8:] + rank, y[8:]
+
+
+def refused(rank: int) -> dict[str, list[str]]:
+    """What `ham.evaluate` and `judge` raise on this process."""
+    x, y = digit_batches(16)[0]
+    bytes_, images = (x * 255).byte(), TensorDataset(x, y)
+    loaders = {
+        "of a rank": lambda: data.Batches(bytes_, y, 4, shuffle=False, rank=rank, world=2),
+        "with a sampler": lambda: DataLoader(images, 4, sampler=DistributedSampler(images, 2, rank, shuffle=False)),
+        "unlike": lambda: [(x, y)] * (2 if rank else 5),
+        "none": list,
+        "bad batch": lambda: gives_bad_batch(rank),
+    }
+    model, how, said = robust_cnn(), {"eps": EPS, "step_size": STEP_SIZE}, {}
+    for name, loader in loaders.items():
+        said[name] = []
+        for call in (
+            lambda given: ham.evaluate(model, given, ("pgd2",), **how),
+            lambda given: judge(model, given, ("pgd2",), classes=10, ranks=ranks_of(), **how),
+        ):
+            with pytest.raises(ValueError, match=r"\w") as error:
+                call(loader())
+            said[name].append(str(error.value))
+    return said
+
+
+def test_loaders_that_cannot_be_shared_out(tmp_path):
+    both = on_ranks(2, refused, tmp_path)
+    for said in both:
+        for name in ("of a rank", "with a sampler"):
+            assert all("each must be able to get all of them" in words for words in said[name]), name
+        assert all("it must give the same on each" in words for words in said["unlike"])
+    first, second = both
+    assert all("gave no batch" in words for words in first["none"])
+    assert all("process 0 failed" in words for words in second["none"])
+    assert all("process 1 failed" in words for words in first["bad batch"])
+    assert all("pixels run from" in words for words in second["bad batch"])
+
+
+def test_a_plain_loader_of_torch_is_shared_out(tmp_path):
+    alone, *ranks = by_torch(0, 1), *on_ranks(2, by_torch, tmp_path)
+    assert ranks == [alone] * 2
+    assert alone[0] == 40
+
+
+def by_torch(rank: int, world: int | None = None) -> tuple:
+    images = TensorDataset(*digit_batches(40)[0])
+    group = None if world == 1 else "auto"
+    (found,) = ham.evaluate(robust_cnn(), DataLoader(images, 8), ("clean",), eps=EPS, group=group).values()
+    return found.n, found.accuracy, found.per_class

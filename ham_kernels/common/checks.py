@@ -133,11 +133,12 @@ def same(name: str, t, other_name: str, other: Tensor) -> None:
 
 def own_memory(name: str, t: Tensor) -> None:
     """A tensor that is written in place: each element has a place of its own, as in slices and transposes of one."""
-    reach = 0  # of the dimensions so far, from the smallest stride on
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+    reach, strides = 0, t.stride()  # reach: of the dimensions so far, from the smallest stride on
+    for dim in sorted(range(t.dim()), key=lambda dim: strides[dim]):  # torch 2.10 compiles no sort of tuples
+        stride, size = strides[dim], t.shape[dim]
         if size > 1 and t.numel() and stride <= reach:
             raise ValueError(
-                f"{name}: has strides {t.stride()} for shape {tuple(t.shape)}, so that elements share memory, but it "
+                f"{name}: has strides {strides} for shape {tuple(t.shape)}, so that elements share memory, but it "
                 "is written in place; give it memory of its own (.clone() or .contiguous())"
             )
         reach += (size - 1) * stride

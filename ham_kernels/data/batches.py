@@ -82,9 +82,13 @@ class EpochLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         first, self._position = self._position, 0
-        return self._batches(first, self.epoch)
+        return self._batches(range(first, len(self)), self.epoch)
 
-    def _batches(self, first: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def turns(self, turn: int, of: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Global batches turn, turn + of, ... of the epoch; the others are not made."""
+        return self._batches(range(turn, len(self), of), self.epoch)
+
+    def _batches(self, numbers: range, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         raise NotImplementedError
 
     def rows_of_each(self, b: int) -> list[int]:
@@ -176,11 +180,11 @@ class Batches(EpochLoader):
         most = -(-min(batch_size, len(x)) // self.world)
         self._windows = None if augment == "none" else Windows(x.shape, most, self.device)
 
-    def _batches(self, first: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, numbers: range, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = epoch_generator(self.seed, epoch)
         order = self._order(generator).to(self.device)
         draws = self._draws(generator)
-        for b in range(first, len(self)):
+        for b in numbers:
             here = self._places(b)
             if self.shuffle or self.balanced:
                 x, y = self._x.index_select(0, order[here]), self._y.index_select(0, order[here])

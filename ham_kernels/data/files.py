@@ -58,12 +58,12 @@ class FileBatches(EpochLoader):
         self._decoder = _Decoder(list(files), y, augment, checks.integer("size", size, 1), seed)
         self._white = torch.tensor(255.0, device=self.device)
 
-    def _batches(self, first: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, numbers: range, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = epoch_generator(self.seed, epoch)
         loader = DataLoader(
             _EpochOfBatches(self._decoder, epoch, self._order(generator), self.balanced),
             batch_size=None,  # an item is a batch already
-            sampler=[self._places(b) for b in range(first, len(self))],
+            sampler=[self._places(b) for b in numbers],
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             collate_fn=_as_it_is,  # or tensors would be made of arrays in the worker

@@ -70,16 +70,16 @@ class MixedBatches(Batches):
         if self._windows is not None:
             self._windows = Windows(x.shape, here[1] - here[0], self.device)
 
-    def _batches(self, first: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, numbers: range, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         draws = self._draws(epoch_generator(self.seed, epoch))
         step = epoch * len(self)  # batches of the run before this epoch
         real = self._real_walk.rows(step * self._real_rows, len(self) * self._real_rows)
         real = torch.from_numpy(real).view(len(self), -1)[:, self._own_real].to(self.device)
         with ThreadPoolExecutor(1, "generated") as reader:
-            due = reader.submit(self._read, step + first) if first < len(self) else None
-            for b in range(first, len(self)):
+            due = reader.submit(self._read, step + numbers[0]) if numbers else None
+            for b in numbers:
                 pixels, labels = (t.to(self.device, non_blocking=True) for t in due.result())
-                due = reader.submit(self._read, step + b + 1) if b + 1 < len(self) else None
+                due = reader.submit(self._read, step + b + numbers.step) if b != numbers[-1] else None
                 x = self._together(self._x.index_select(0, real[b]), pixels.permute(0, 3, 1, 2))
                 y = self._together(self._y.index_select(0, real[b]), labels)
                 yield self._seen(x, draws[:, self._places(b)]), y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -67,34 +68,37 @@ def accuracies(
     look: bool = False, search: engine.Engine | None = None, ranks: Ranks = ALONE,
 ) -> dict[str, ClassAccuracy]:  # fmt: skip
     """`evaluate` of a model that has been looked at, or is now (`look`). Process r judges every batch b % world = r."""
-    flags: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    no_gradient = dict.fromkeys(wanted, 0)
-    labels, classes = [], 0
+    mine: list[Tensor] = []  # of each batch (1 + attacks, n): labels, flags
+    no_gradient, classes = [0] * len(wanted), 0
     with Meeting(ranks, device, what="the judgement") as meeting:
         with judged(model, search):
-            for b, x, y in batches(loader, device):
-                if look and b == 0:
+            for b, x, y in batches(loader, device, ranks):
+                if look and not mine:
                     engine.first_look(model, x, y)
-                labels.append(y)
-                for name, plan in wanted.items():
-                    if b % ranks.world != ranks.rank:
-                        flags[name].append(torch.zeros_like(y, dtype=torch.bool))  # another process fills them in
-                        continue
+                rows = [y]
+                for i, plan in enumerate(wanted.values()):
                     found = survivors(model, x, y, plan, seed=seed, batch=b, precision=precision, search=search)
-                    flags[name].append(found.correct)
-                    no_gradient[name] += found.no_gradient
+                    rows.append(found.correct)
+                    no_gradient[i] += found.no_gradient
                     classes = found.classes
-        y = torch.cat(labels).cpu()
-        heard = meeting.table([classes, len(y)])
-    if len({n for _, n in heard}) > 1:
-        raise ValueError(
-            f"loader: gave {[int(n) for _, n in heard]} images to the processes; each must get all of them"
-        )
+                mine.append(torch.stack([row.long() for row in rows]))
+        heard = meeting.table([classes, len(mine)])
+    check_turns([int(n) for _, n in heard])
     classes = int(max(k for k, _ in heard))
-    correct = torch.stack([torch.cat(parts) for parts in flags.values()]).to(ranks.device(device), torch.int32)
-    blind = torch.tensor(list(no_gradient.values()), dtype=torch.int32, device=correct.device)
-    correct, blind = ranks.sum_(correct).cpu() > 0, ranks.sum_(blind).tolist()
-    return {name: summary(correct[i], y, classes, blind[i]) for i, name in enumerate(wanted)}
+    told = ranks.gather(([t.cpu() for t in mine], no_gradient))
+    in_turn = (t for turn in zip_longest(*(tables for tables, _ in told)) for t in turn if t is not None)
+    y, *correct = torch.cat(list(in_turn), 1)
+    blind = [sum(counts) for counts in zip(*(counts for _, counts in told), strict=True)]
+    return {name: summary(correct[i] > 0, y, classes, blind[i]) for i, name in enumerate(wanted)}
+
+
+def check_turns(batches_of: list[int]) -> None:
+    """Raises: ValueError where loaders gave the processes other numbers of batches than turns of the same ones."""
+    total, world = sum(batches_of), len(batches_of)
+    if batches_of != [len(range(rank, total, world)) for rank in range(world)]:
+        raise ValueError(
+            f"loader: had {batches_of} batches for the processes to take in turn; it must give the same on each"
+        )
 
 
 def tell_no_gradient(rows: Mapping[str, int], n: int) -> None:

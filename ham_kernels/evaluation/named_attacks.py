@@ -6,14 +6,17 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 from .. import engine
 from ..attack.pgd import PGD, Attack
 from ..common import checks
+from ..distributed import ALONE, Ranks
 from . import autoattack, odi
 from .class_accuracy import answers, correct_rows, logits_at
 
@@ -119,14 +122,28 @@ def judged(model: nn.Module, search: engine.Engine | None) -> Iterator[None]:
                 search.put_back()
 
 
-def batches(loader: Iterable, device: torch.device) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(number, x, y) of each batch, checked and on the device. A loader without a batch raises ValueError."""
-    b = -1
-    for b, batch in enumerate(loader):
+def batches(loader: Iterable, device: torch.device, ranks: Ranks = ALONE) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(number, x, y) of each batch, checked and on the device; of several processes each has the batches b with
+    b % world = rank. Loaders of ours do not make the others.
+
+    Raises: ValueError of a loader without a batch, or with a part of the images for each process.
+    """
+    if ranks.several and (getattr(loader, "world", 1) > 1 or _shared_out(getattr(loader, "sampler", None))):
+        raise ValueError("loader: gives each process a part of the images; each must be able to get all of them")
+    if hasattr(loader, "turns"):
+        mine = loader.turns(ranks.rank, ranks.world)
+    else:
+        mine = islice(loader, ranks.rank, None, ranks.world)
+    b = ranks.rank - ranks.world
+    for b, batch in zip(count(ranks.rank, ranks.world), mine, strict=False):
         x, y = checks.pair("loader", batch)
         yield b, x.to(device), y.to(device)
-    if b < 0:
+    if b < 0 and not ranks.rank:
         raise ValueError("loader: gave no batch")
+
+
+def _shared_out(sampler) -> bool:
+    return isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1
 
 
 # ---------------------------------------------------------------- running

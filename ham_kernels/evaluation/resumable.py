@@ -18,11 +18,12 @@ from .. import engine
 from ..common import checks
 from ..distributed import ALONE, Meeting, Ranks, inner_model
 from .class_accuracy import Interval, intervals
-from .evaluate import tell_no_gradient
+from .evaluate import check_turns, tell_no_gradient
 from .named_attacks import Plan, batches, judged, plans, resolve_device, searcher, survivors
 from .partial_results import FlagStore, fingerprint_of_batch, fingerprint_of_model
 
 Progress = Callable[[str, int, "int | None"], None]
+_Told = tuple[str, Tensor, "dict | None", float]  # of a batch: fingerprint, labels, flags if they are new, seconds
 
 
 def judge(
@@ -126,45 +127,46 @@ class _Run:
         """Flags of every batch: those of the store where they fit, and new ones."""
         done, order, labels, images = entry["batches"], [], [], 0
         with judged(self.model, self.search):
-            missing = []  # batches that the processes judge next, one each
-            for b, x, y in batches(self.loader, self.device):
-                order.append(fingerprint_of_batch(x, y))
-                if self.order is not None and order != self.order[: len(order)]:
-                    raise _changed()
-                labels.append(y.cpu())
-                images += len(y)
-                if b >= len(done) + len(missing) or done[b]["data"] != order[b]:
-                    del done[b - len(missing) :]
-                    missing.append((b, order[b], x, y))
-                    if len(missing) == self.ranks.world:
-                        self._judge(entry, plan, missing)
-                if self.progress is not None:
-                    self.progress(plan.name, images, self.images)
-            self._judge(entry, plan, missing)
+            mine = batches(self.loader, self.device, self.ranks)
+            while told := self._turn(mine, plan, done, len(order)):
+                for data, y, found, seconds in told:
+                    b = len(order)
+                    if found is not None:
+                        done[b : b + 1] = [{"data": data, **found}]
+                        entry["seconds"] = (entry["seconds"] if b else 0.0) + seconds
+                        self.shelf.save()
+                    order.append(data)
+                    labels.append(y)
+                    images += len(y)
+                    if self.progress is not None:
+                        self.progress(plan.name, images, self.images)
         del done[len(order) :]
         if self.order is not None and len(order) != len(self.order):
             raise _changed()
         self.order, self.labels, self.images = order, torch.cat(labels), images
 
-    def _judge(self, entry: dict, plan: Plan, missing: list) -> None:
-        """The next batches, each by one process."""
-        if not missing:
-            return
-        start, found, mine = time.perf_counter(), None, self.ranks.rank
+    def _turn(self, mine: Iterator, plan: Plan, done: list[dict], so_far: int) -> list[_Told]:
+        """Of the next batches, one of each process, in their order; [] behind the last."""
+        told = None
         with Meeting(self.ranks, self.device, what="the judgement of these batches") as meeting:
-            if mine < len(missing):
-                b, data, x, y = missing[mine]
-                if not self.looked:
-                    engine.first_look(self.model, x, y)
-                    self.looked = True
-                found = {"data": data, **self._flags(x, y, plan, b)}
+            if (batch := next(mine, None)) is not None:
+                b, x, y = batch
+                data, start, found = fingerprint_of_batch(x, y), time.perf_counter(), None
+                if self.order is not None and self.order[b : b + 1] != [data]:
+                    raise _changed()
+                if b >= len(done) or done[b]["data"] != data:
+                    found = self._flags(x, y, plan, b)
+                # together they take as long as one of them
+                told = data, y.cpu(), found, (time.perf_counter() - start) / self.ranks.world
             meeting.table([])
-        entry["batches"] += [judged for judged in self.ranks.gather(found) if judged is not None]
-        entry["seconds"] = (entry["seconds"] if missing[0][0] else 0.0) + time.perf_counter() - start
-        missing.clear()
-        self.shelf.save()
+        told_by = self.ranks.gather(told)
+        check_turns([len(range(r, so_far, len(told_by))) + (told is not None) for r, told in enumerate(told_by)])
+        return [told for told in told_by if told is not None]
 
     def _flags(self, x: Tensor, y: Tensor, plan: Plan, b: int) -> dict[str, Any]:
+        if not self.looked:
+            engine.first_look(self.model, x, y)
+            self.looked = True
         how = {"seed": self.seed, "precision": self.precision, "search": self.search}
         found = survivors(self.model, x, y, plan, batch=b, **how)
         if found.classes != self.classes:
