@@ -6,6 +6,8 @@ import pytest
 from judging_nets import EPS, STEP_SIZE, digit_batches, robust_cnn
 from rank_helpers import on_ranks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import ham_kernels as ham
@@ -86,6 +88,11 @@ def refused(rank: int) -> dict[str, list[str]]:
             with pytest.raises(ValueError, match=r"\w") as error:
                 call(loader())
             said[name].append(str(error.value))
+    fully_shard(model := robust_cnn(), mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(ValueError, match="group: FSDP gathers weights in each forward"):
+        ham.evaluate(model, [(x, y)], ("clean",))
+    (found,) = ham.evaluate(model, [(x, y)], ("clean",), group=None).values()
+    assert found.n == 16
     return said
 
 

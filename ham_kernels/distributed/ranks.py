@@ -186,6 +186,12 @@ def inner_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def forwards_meet(model: nn.Module) -> bool:
+    """Whether a forward waits for the other processes, as those of FSDP do, which gather weights."""
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    return not kinds.isdisjoint({"FSDPModule", "FullyShardedDataParallel"})
+
+
 def wrapped(model: nn.Module, ranks: Ranks) -> nn.Module | None:
     """torch's DistributedDataParallel around a model, which takes the weights of process 0; None for one process.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import engine
 from ..common import checks, troubles
 from ..common.one_class import answers_one_class
-from ..distributed import ALONE, Meeting, Ranks, inner_model, ranks_of
+from ..distributed import ALONE, Meeting, Ranks, forwards_meet, inner_model, ranks_of
 from .class_accuracy import ClassAccuracy, summary
 from .named_attacks import Plan, batches, judged, plans, resolve_device, searcher, survivors
 
@@ -50,6 +50,11 @@ def evaluate(
     Raises: TypeError, ValueError naming the argument; ImportError for "autoattack" without pyautoattack.
     """
     ranks, model = ranks_of(group), inner_model(model)
+    if ranks.several and forwards_meet(model):
+        raise ValueError(
+            "group: FSDP gathers weights in each forward, and processes that judge batches in turn have not as many; "
+            "give group=None, and the same images on each process"
+        )
     wanted = plans(attacks, eps=eps, step_size=step_size, norm=norm, restarts=restarts)
     autoattack = any(plan.of_autoattack for plan in wanted.values())  # whose losses would vanish in fp16
     checks.choice("precision", precision, engine.JUDGING_PRECISIONS if autoattack else engine.PRECISIONS)
