@@ -263,10 +263,11 @@ def field_digits(here: Path) -> str:
 def methods_cifar10(here: Path) -> str:
     return report(
         here, "sweep_methods_cifar10",
-        "`ham sweep methods --only pgd_at fair fair-fast --seeds {seeds} --dataset cifar10 --path cifar10-jpeg.tar.xz "
-        "--model small_cnn --train-images 10000 --test-images 1000 --val-images 500 --epochs 15 --precision bf16 "
-        "--channels-last on --compile on --winograd on --attacks clean pgd20 autoattack --search fast --no-masking`; "
-        "{machines}. CPU times are of one thread; the other core had other work.",
+        "`ham sweep methods --only pgd_at fair fair-fast wat --seeds {seeds} --dataset cifar10 --path "
+        "cifar10-jpeg.tar.xz --model small_cnn --train-images 10000 --test-images 1000 --val-images 500 --epochs 15 "
+        "--precision bf16 --channels-last on --compile on --winograd on --attacks clean pgd20 autoattack --search fast "
+        "--no-masking`; then `ham train --from RUN --method fsr` of each run of PGD-AT, judged by `ham evaluate` "
+        "likewise; {machines}. CPU times are of one thread; the other core had other work.",
     )  # fmt: skip
 
 
