@@ -156,7 +156,11 @@ BEGUN = {"weights": "/p", "run": "PGD-AT", "epochs": 4, "seconds": 100.0, "cpu_s
 
 
 def test_cost_with_and_without_what_it_goes_on_from(tmp_path, monkeypatch):
-    runs = [run(tmp_path, "p", "pgd_at", [0.8, 0.2], 100.0), tuned(tmp_path, BEGUN)]
+    theirs = {
+        "model.mean": [0.5],
+        "model.std": [0.3],
+    }  # PGD-AT's run leaves them to its data
+    runs = [run(tmp_path, "p", "pgd_at", [0.8, 0.2], 100.0), tuned(tmp_path, BEGUN, **theirs)]
     section, _ = section_of(runs, tmp_path / "out", monkeypatch)
     found = by_title(section)
     assert list(found) == ["PGD-AT", "fair, 2 epochs from PGD-AT"]

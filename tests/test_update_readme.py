@@ -141,6 +141,16 @@ def test_reports_of_one_setting_are_one_table(results):
         frontier.frontier(ROOT)
 
 
+def test_a_machine_is_named_once_whatever_cores_a_process_may_take():
+    def report(*machines: str) -> dict:
+        runs = [{"machine": machine, "versions": {"torch": "2.14.1"}, "commit": "abc"} for machine in machines]
+        return {"runs": runs, "made": "2026-11-29T10:00"}
+
+    two = "A CPU, cores: 2, GPU: none; then A CPU, cores: 16, GPU: none"
+    told = measured.machines_of(report("A CPU, cores: 2, GPU: none", two), report("A GPU's, GPU: H200"))
+    assert told == "A CPU, cores: 2 or 16, GPU: none; A GPU's, GPU: H200; torch 2.14.1; commit abc; 2026-11-29"
+
+
 def test_a_report_names_runs_that_did_not_finish(results):
     change(results / "sweep_cheaper" / "data.json", lambda data: data["runs"][1].update(state="failed", name="the one"))
     assert "Did not finish: the one." in measured.cheaper(ROOT)

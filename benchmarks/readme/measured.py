@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from pgd.results import ROWS, cells, verdict_lines
@@ -186,12 +187,22 @@ def _check_headline(section: dict, folder: Path) -> None:
 def machines_of(*reports: dict) -> str:
     """Where and when the runs of reports were made."""
     runs = [run for data in reports for run in data["runs"]]
-    machines = sorted({run["machine"] for run in runs})
+    machines = _places({place for run in runs for place in run["machine"].split("; then ")})
     versions = sorted({run["versions"].get("torch", "unknown") for run in runs})
     commits = sorted({run["commit"] or "unknown" for run in runs})
     word = "commit" if len(commits) == 1 else "commits"
     made = sorted({data["made"][:10] for data in reports})
     return f"{'; '.join(machines)}; torch {', '.join(versions)}; {word} {', '.join(commits)}; {', '.join(made)}"
+
+
+def _places(machines: Iterable[str]) -> list[str]:
+    """Machines that differ by the cores that a process may take are one."""
+    cores: dict[str, set[int]] = {}
+    for machine in machines:
+        found = re.search(r"(?<=cores: )\d+", machine)
+        told = re.sub(r"(?<=cores: )\d+", "{}", machine)
+        cores.setdefault(told, set()).update([int(found[0])] if found else [])
+    return sorted(told.format(" or ".join(map(str, sorted(counts)))) for told, counts in cores.items())
 
 
 def _judgements(data: dict) -> str:
@@ -266,7 +277,7 @@ def methods_cifar10(here: Path) -> str:
         "`ham sweep methods --only pgd_at fair fair-fast wat --seeds {seeds} --dataset cifar10 --path "
         "cifar10-jpeg.tar.xz --model small_cnn --train-images 10000 --test-images 1000 --val-images 500 --epochs 15 "
         "--precision bf16 --channels-last on --compile on --winograd on --attacks clean pgd20 autoattack --search fast "
-        "--no-masking`; then `ham train --from RUN --method fsr` of each run of PGD-AT, judged by `ham evaluate` "
+        "--no-masking`; then `ham train --from RUN --method fsr` (faal) of PGD-AT's runs, judged by `ham evaluate` "
         "likewise; {machines}. CPU times are of one thread; the other core had other work.",
     )  # fmt: skip
 

@@ -47,7 +47,7 @@ def _title(group: Group, groups: list[Group]) -> str:
         peers = family if key.startswith("method.") else groups
         if key.startswith("method.") and method is not None:
             peers = [g for g in peers if key in g.settings]  # in others it has no effect
-        if key.startswith("optim."):  # a fine-tuning has a course of its own
+        if key.startswith("optim.") or key in ("model.mean", "model.std"):  # a fine-tuning has its own, told or not
             peers = [g for g in peers if ("run.weights" in g.settings) == ("run.weights" in group.settings)]
         if key == "optim.epochs" and len({canonical(passes_of(g.settings)) for g in peers}) == 1:
             continue  # of batches that are trained on several times
