@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+NEEDED = ["torch._dynamo", "pytest", "sklearn.datasets", "ham_kernels.commands.train", "ham_kernels.commands.evaluate"]
 SECONDS = 60  # a deadlock is a red test, not a job that hangs
 
 
@@ -35,7 +36,7 @@ def started(world: int, function, folder: Path, *args) -> tuple[Path, list[mp.Pr
     """The processes at work, and the start of the names of the files in which they leave what they return or raise."""
     # a server of processes has imported what all of them need, and has no threads that a fork would lose
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "ham_kernels"])
+    context.set_forkserver_preload(NEEDED)
     sys_path = [p for p in sys.path if p]
     store = folder / f"store-{len(list(folder.iterdir()))}"
     names = (function.__module__, function.__qualname__)

@@ -41,7 +41,13 @@ def flags(model: nn.Module, world: int | None) -> dict:
 
 
 def judged(rank: int, robust: nn.Module, world: int | None = None) -> dict:
-    return {"accuracies": accuracies(robust, world), "flags": flags(robust, world)}
+    by_torch = DataLoader(TensorDataset(*digit_batches(40)[0]), 8)
+    (clean,) = ham.evaluate(robust, by_torch, ("clean",), eps=EPS, group=None if world == 1 else "auto").values()
+    return {
+        "accuracies": accuracies(robust, world),
+        "flags": flags(robust, world),
+        "a loader of torch": (clean.n, clean.accuracy, clean.per_class),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +60,7 @@ def one(one_thread) -> dict:
 def test_every_image_is_judged_once(one, world, tmp_path):
     assert on_ranks(world, judged, tmp_path, robust_cnn()) == [one] * world
     assert {n for n, *_ in one["accuracies"].values()} == {517}
+    assert one["a loader of torch"][0] == 40
     correct = one["flags"]["autoattack"][0]
     assert len(correct) == 40
     assert 0 < correct.count("1") < one["flags"]["clean"][0].count("1")
@@ -107,16 +114,3 @@ def test_loaders_that_cannot_be_shared_out(tmp_path):
     assert all("process 0 failed" in words for words in second["none"])
     assert all("process 1 failed" in words for words in first["bad batch"])
     assert all("pixels run from" in words for words in second["bad batch"])
-
-
-def test_a_plain_loader_of_torch_is_shared_out(tmp_path):
-    alone, *ranks = by_torch(0, 1), *on_ranks(2, by_torch, tmp_path)
-    assert ranks == [alone] * 2
-    assert alone[0] == 40
-
-
-def by_torch(rank: int, world: int | None = None) -> tuple:
-    images = TensorDataset(*digit_batches(40)[0])
-    group = None if world == 1 else "auto"
-    (found,) = ham.evaluate(robust_cnn(), DataLoader(images, 8), ("clean",), eps=EPS, group=group).values()
-    return found.n, found.accuracy, found.per_class
