@@ -53,10 +53,6 @@ def judged(rank: int, run: str) -> None:
     evaluate_command.evaluate_run(run, parse_evaluate([run, *JUDGED]).settings, quiet=True)
 
 
-def uninterrupted(rank: int, run: str) -> None:
-    train_command.train(parse_train([*HAM, "--epochs", "4"]).settings, run, quiet=True)
-
-
 def newest(run: Path) -> dict:
     return load(sorted((run / "checkpoints").glob("step_*.pt"))[-1])
 
@@ -153,7 +149,7 @@ def test_a_run_goes_on_with_another_number_of_processes(runs, tmp_path):
     assert far(four, back) < 1e-3  # a ReLU may turn by rounding; test_ranks_exact.py has a smooth model
 
 
-def test_sigterm_to_the_launcher_ends_with_a_checkpoint(runs, tmp_path):
+def test_sigterm_to_the_launcher_ends_with_a_checkpoint(tmp_path):
     process = ham(2, "train", *HAM, "--epochs", "200", "--out", "long", cwd=tmp_path, wait=False)
     until(lambda: (tmp_path / "long/metrics.jsonl").exists() and (tmp_path / "long/metrics.jsonl").read_text(), process)
     os.kill(process.pid, signal.SIGTERM)
@@ -167,8 +163,9 @@ def test_sigterm_to_the_launcher_ends_with_a_checkpoint(runs, tmp_path):
     assert 4 * ended <= newest(tmp_path / "long")["trainer"]["steps_done"] <= 4 * ended + 4  # of 4 an epoch, none lost
 
 
-def test_one_process_killed_ends_all_and_loses_nothing(runs, tmp_path):
-    process = ham(2, "train", *HAM, "--epochs", "4", "--out", "hit", cwd=tmp_path, wait=False)
+def test_one_process_killed_ends_all(tmp_path):
+    """That nothing is lost then: test_ranks_kills.py."""
+    process = ham(2, "train", *HAM, "--epochs", "200", "--out", "hit", cwd=tmp_path, wait=False)
     until(lambda: (tmp_path / "hit/metrics.jsonl").exists() and (tmp_path / "hit/metrics.jsonl").read_text(), process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
@@ -176,9 +173,7 @@ def test_one_process_killed_ends_all_and_loses_nothing(runs, tmp_path):
     process.communicate(timeout=60)
     assert time.monotonic() - began < 60
     assert process.returncode != 0
-    on_ranks(2, resumed, tmp_path, str(tmp_path / "hit"))
-    on_ranks(2, uninterrupted, tmp_path, str(tmp_path / "whole"))
-    assert far(newest(tmp_path / "hit"), newest(tmp_path / "whole")) == 0.0
+    assert newest(tmp_path / "hit")["trainer"]["steps_done"] > 0
 
 
 def test_a_sweep_is_shared_out(tmp_path):
