@@ -167,12 +167,12 @@ def same_start(trainer: ham.Trainer, dtype: torch.dtype = torch.float32) -> tupl
 def test_same_updates_as_the_reference(name, switches, epochs):
     """Each from the same weights, since differences of rounding would grow; the class state is each one's own.
 
-    The truth is the reference in fp64; what its fp32 errs by says how much rounding decides in this batch: most where
-    the attack is on a KL divergence that is still near 0, and there in a row or two, which need not be the same ones.
+    The truth is the reference in fp64; what its fp32 errs by says how much rounding decides in this batch: much in an
+    attack on a KL divergence that is still near 0. There it may spare by chance a row that it would turn otherwise, so
+    that a second fp32 run, from images one rounding away, is asked too.
     """
     trainer, reference = trainer_of(smooth_net(), name, switches), reference_of(name, switches)
     made, kept = examples_of(trainer), []
-    scale = L2["eps"] * (10 if reference.raises == "kl" else 1)
     for epoch, batches in enumerate(epochs, 1):
         for x, y in batches:
             twin, optimizer = same_start(trainer)
@@ -183,13 +183,18 @@ def test_same_updates_as_the_reference(name, switches, epochs):
             if update.least_margin < 1e-5:
                 continue  # rounding may decide whether a row is hard
             truth = exact.step(exact_twin, exact_optimizer, x.double(), y, **noise)
+            plain = update.x_adv
+            if reference.raises == "kl":
+                nudged = torch.nextafter(x, torch.full_like(x, 0.5))
+                other = copy.deepcopy(reference).step(*same_start(trainer), nudged, y, **noise).x_adv
+                plain = torch.where((other - truth.x_adv).abs() > (plain - truth.x_adv).abs(), other, plain)
             reference = tried
             loss = trainer.train_step(x, y, epoch).loss
             ours = made[-1]
             kept.append(ours.n_kept)
             assert ours.n_kept == len(update.rows) == len(truth.rows)
             rows = update.rows
-            assert_near("x_adv", ours.x_adv, truth.x_adv[rows], update.x_adv[rows], scale=scale)
+            assert_near("x_adv", ours.x_adv, truth.x_adv[rows], plain[rows], scale=L2["eps"])
             # A looser bound: of numbers that were summed over epochs, then divided by their mean.
             assert_near("weights", weights_of(ours), truth.weights, update.weights, scale=50)
             assert_near("loss", loss, truth.loss, update.loss, scale=max(1, abs(truth.loss)))
