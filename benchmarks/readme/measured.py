@@ -274,7 +274,7 @@ def field_digits(here: Path) -> str:
 def methods_cifar10(here: Path) -> str:
     return report(
         here, "sweep_methods_cifar10",
-        "`ham sweep methods --only pgd_at fair fair-fast wat --seeds {seeds} --dataset cifar10 --path "
+        "`ham sweep methods --only pgd_at ham-M3-lam1 fair fair-fast dafa wat --seeds {seeds} --dataset cifar10 --path "
         "cifar10-jpeg.tar.xz --model small_cnn --train-images 10000 --test-images 1000 --val-images 500 --epochs 15 "
         "--precision bf16 --channels-last on --compile on --winograd on --attacks clean pgd20 autoattack --search fast "
         "--no-masking`; then `ham train --from RUN --method fsr` (faal) of PGD-AT's runs, judged by `ham evaluate` "
