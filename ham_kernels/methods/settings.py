@@ -60,6 +60,7 @@ class Method:
     # `attack_on` needs its memory for the first batch too; else the first attack tells how many classes there are
     remembers_first: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False  # learns from another classifier, whose forward `cost` does not count
+    tunes_only: ClassVar[bool] = False  # moves little of a trained model, and trains none from the start
     remembers_rows: ClassVar[bool] = False  # a memory of places in a batch, which several processes cannot share
     writes_rows_of: ClassVar[tuple[str, ...]] = ()  # large buffers of its memory, written through `rows_written` alone
     replays: ClassVar[int] = 1  # updates of each batch, one behind the other

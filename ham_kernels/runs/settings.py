@@ -267,6 +267,10 @@ class TrainSettings:
                 if method.needs_teacher
                 else f"teacher: got {self.run.teacher!r}, and {method.title} learns from none"
             )
+        if method.tunes_only and self.run.weights is None:
+            raise ValueError(
+                f"method: got {method.name!r}, which trains no model from the start; give --from RUN or a checkpoint"
+            )
         if method.gate and self.run.ema_decay is not None and not self.data.val_images:
             raise ValueError(f"gate: got {method.gate:g} with val_images=0; it is judged by validation images")
         if re.fullmatch(r"fgsm|(pgd|cw)[1-9]\d*", self.run.val_attack) is None:
