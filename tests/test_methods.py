@@ -27,8 +27,12 @@ from ham_kernels.runs.settings import TrainSettings
 ATTACK = {"eps": 0.2, "step_size": 0.05, "steps": 5}
 NO_STEPS = ("natural", "fgsm_rs", "n_fgsm", "free_at")  # whose attack leaves no steps behind a screening
 TOLD_IMAGES = ("atta",)  # trains on batches that tell which images they are: see test_atta.py
+TUNES_ONLY = ("offsets",)  # refuses screening, and to be a loss in a loop: see test_offsets.py
 every_method = pytest.mark.parametrize("name", [n for n in methods.names() if n not in TOLD_IMAGES])
-screenable = pytest.mark.parametrize("name", [n for n in methods.names() if n not in NO_STEPS + TOLD_IMAGES])
+loop_method = pytest.mark.parametrize("name", [n for n in methods.names() if n not in TOLD_IMAGES + TUNES_ONLY])
+screenable = pytest.mark.parametrize(
+    "name", [n for n in methods.names() if n not in NO_STEPS + TOLD_IMAGES + TUNES_ONLY]
+)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -142,7 +146,7 @@ def test_one_row(name, batches):
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.buffers(), strict=True))
 
 
-@every_method
+@loop_method
 def test_a_loss_in_somebodys_loop(name, batches):
     model = small_cnn()
     method = method_of(name, easy="stop")

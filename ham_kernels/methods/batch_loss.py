@@ -64,6 +64,11 @@ def loss(
             f"awp: got {objective.method.awp:g}; it acts around the optimiser's step, which a loss does not see: train "
             "by ham_kernels.Trainer, or leave it 0"
         )
+    if objective.method.tunes_only:
+        raise ValueError(
+            f"method: got {objective.method.name!r}; it replaces the optimiser's step, which a loss does not see: use "
+            "ham_kernels.Trainer"
+        )
     with place_of(ranks, [rows for rows, *_ in heard], x.device) as place:
         if objective.pgd.steps and len(y):
             look_once(inner, x, y)

@@ -235,6 +235,8 @@ def _check_for_several(method: Method) -> None:
     """Raises: ValueError naming what chooses rows within one process, so that results would depend on how many."""
     if method.remembers_rows:
         raise ValueError(f"method: got {method.name!r} on several processes, each of which would remember its own rows")
+    if method.tunes_only:
+        raise ValueError(f"method: got {method.name!r} on several processes; it moves so little that one is enough")
     for name, alone in (("group", 1), ("round_to", 1), ("bn_rows", "hard")):
         if getattr(method, name) != alone:
             raise ValueError(

@@ -23,6 +23,7 @@ from .ham import HAM
 from .mail import MAIL
 from .mart import MART
 from .method import ham_loss, hard_examples, pgd_attack, step_size_weights
+from .offsets import Offsets
 from .trades import TRADES, trades_loss
 from .trainer import HAMTrainer
 from .wat import WAT
@@ -41,6 +42,7 @@ __all__ = [
     "METHODS",
     "FreeAT",
     "HAMTrainer",
+    "Offsets",
     "ham_loss",
     "hard_examples",
     "pgd_attack",

@@ -32,7 +32,8 @@ def attack(
     model, x, y, *, eps, step_size, steps, norm, seed, step, step_sizes=(), raises="ce", early_drop=False,
     easy="drop", screen_steps=3, target=None, patience=None,
 ):  # fmt: skip
-    """K steps of PGD in eval mode that raise the cross entropy ("ce") or KL(q || p) ("kl"), or lower it to a "target".
+    """K steps of PGD in eval mode that raise the cross entropy ("ce") or KL(q || p) ("kl"), lower it to a "target",
+    or raise the largest other logit less the label's ("cw").
 
     target (n, classes) is that target; with "kl" it is q, in place of the prediction of the clean images. A row moves
     no further once it was wrong at more than `patience` looks.
@@ -86,6 +87,8 @@ def gradient_of(model, x_adv, y, q, raises):
     logits = model(x_adv).float()
     if raises == "kl":
         of_rows = row_divergence(q, logits)
+    elif raises == "cw":
+        of_rows = -margin(logits, y)
     elif raises == "target":
         of_rows = (q * F.log_softmax(logits, 1)).sum(1)
     else:
