@@ -127,7 +127,10 @@ def alike(a, b) -> bool:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_method_trains_as_one_process(world, tmp_path):
-    keys = [*(n for n in names() if n not in ("free_at", "atta", "offsets")), *(k for k in SWITCHES if k not in names())]
+    keys = [
+        *(n for n in names() if n not in ("free_at", "atta", "offsets")),
+        *(k for k in SWITCHES if k not in names()),
+    ]
     one = all_trained(0, keys, world=1)
     ranks = on_ranks(world, all_trained, tmp_path, keys)
     wrong = {}
