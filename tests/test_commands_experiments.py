@@ -32,7 +32,7 @@ def test_methods_are_all_of_the_registry_pgd_at_first():
     found, left_out = of("methods", replace(BASE, run=replace(BASE.run, teacher="RUN")))
     assert next(iter(found)) == "pgd_at"
     plain = [s.method.name for name, s in found.items() if not name.endswith(("-jump", "-fast")) and "-on-" not in name]
-    assert sorted(plain) == sorted(names())
+    assert sorted(plain) == sorted(name for name in names() if not class_of(name).tunes_only)
     assert found["cfa-on-pgd_at"].method.base == "pgd_at"  # what can be built on several is, on each
     jumping = {s.method.name for name, s in found.items() if name.endswith("-jump")}
     refused = {name.split("-")[0] for name in left_out}
@@ -41,6 +41,7 @@ def test_methods_are_all_of_the_registry_pgd_at_first():
     assert not jumping & (refused | screening)
     assert {"pgd_at", "trades"} <= jumping
     assert {"natural", "fgsm_rs", "n_fgsm"} <= refused
+    assert "give --from" in left_out["offsets"]
     assert "no attack" in left_out["natural-jump"]
     assert "less than steps" in left_out["n_fgsm-jump"]
     for settings in found.values():
