@@ -65,12 +65,11 @@ def test_same_updates_as_the_reference(floor, optimizer, batches):
     untouched = {name: value.clone() for name, value in model.state_dict().items() if name != "4.bias"}
     kept = 0
     for x, y in batches:
-        before = copy.deepcopy(reference)
-        loss, least_margin = reference.step(twin, x, y, 5, trainer.steps_done)
+        _, least_margin = copy.deepcopy(reference).step(twin, x, y, 5, trainer.steps_done)
         if least_margin < 1e-5:  # rounding may decide whether a row is right
-            reference = before
             continue
         kept += 1
+        loss, _ = reference.step(twin, x, y, 5, trainer.steps_done)
         assert trainer.train_step(x, y, 1).loss == pytest.approx(loss, abs=2e-6)
         torch.testing.assert_close(model[-1].bias.detach(), reference.bias, rtol=0, atol=2e-6)
         prices = trainer.phases.method.class_prices
