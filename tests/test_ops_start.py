@@ -138,7 +138,9 @@ def test_any_start(device, data):
     torch.manual_seed(seed % 2**31)
     shape = draw(st.tuples(st.integers(0, 4), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)))
     norm, layout = draw(st.sampled_from(["linf", "l2"])), draw(st.sampled_from(LAYOUTS))
-    eps = torch.rand(shape[0]) if draw(st.booleans()) else draw(st.floats(0, 1, width=32))
+    # between, noise can be subnormal, which Triton's interpreter rounds wrongly to bf16
+    some = st.just(0.0) | st.floats(2.0**-90, 1, width=32)
+    eps = torch.rand(shape[0]) if draw(st.booleans()) else draw(some)
     x = torch.rand(shape).to(draw(st.sampled_from(DTYPES)))
     step = draw(st.integers(0, 2**31 - 1))
     check(*start_both(x, device, eps=eps, seed=seed, step=step, norm=norm, layout=layout), norm)
