@@ -70,8 +70,9 @@ def test_same_updates_as_the_reference(floor, optimizer, batches):
             continue
         kept += 1
         loss, _ = reference.step(twin, x, y, 5, trainer.steps_done)
-        assert trainer.train_step(x, y, 1).loss == pytest.approx(loss, abs=2e-6)
-        torch.testing.assert_close(model[-1].bias.detach(), reference.bias, rtol=0, atol=2e-6)
+        # margins are rounded to 1e-7, and divided by a width of some 0.02; prices multiply what that leaves
+        assert trainer.train_step(x, y, 1).loss == pytest.approx(loss, abs=3e-5)
+        torch.testing.assert_close(model[-1].bias.detach(), reference.bias, rtol=0, atol=1e-5)
         prices = trainer.phases.method.class_prices
         torch.testing.assert_close(prices, torch.tensor(reference.prices), rtol=0, atol=2e-6)
     assert kept >= 4
