@@ -31,7 +31,7 @@ def smooth_net() -> nn.Module:
 
 
 class Points(nn.Module):
-    """Logits that are the first pixels, and offsets: what is best can be worked out by hand."""
+    """Logits that are the first pixels, and offsets."""
 
     def __init__(self, classes: int):
         super().__init__()
@@ -81,7 +81,7 @@ def test_same_updates_as_the_reference(floor, optimizer, batches):
 
 
 def test_no_class_stays_behind():
-    """Three classes at one end of a line that offsets can share out among two of them, or all."""
+    """Of three classes alike, offsets have taken most from one: they go back."""
     g = torch.Generator().manual_seed(0)
     y = torch.arange(600) % 3
     x = 0.5 + 0.1 * torch.randn(600, 1, 2, 2, generator=g)
@@ -163,6 +163,16 @@ def test_a_model_without_such_a_bias(batches):
     trainer = ham.Trainer(model, sgd(model), Offsets(), **L2)
     with pytest.raises(ValueError, match="model: class offsets need a last linear layer with a bias for each of its 5"):
         trainer.train_step(*batches[0], 1)
+
+
+def test_fp16_scales_what_it_steps_by(batches):
+    model = smooth_net()
+    objective = Objective(Offsets(), PGD(**L2))
+    made = objective.examples(model, *batches[0], seed=1, step=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert objective.loss(model, made).isfinite()
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="precision: got 'fp16'"):
+        objective.loss(model, made)
 
 
 def test_no_training_from_the_start():

@@ -72,7 +72,7 @@ class Offsets(Method):
 
         z, y = examples.look.z, examples.look.y
         margin = margins(z, y)
-        right, counts = by_class((margin > 0)[:, None], y, z.shape[1], examples.look.ranks)
+        right, counts = by_class((margin > 0)[:, None], y, z.shape[1])
         memory.class_right.mul_(KEEP).add_(right[:, 0])
         memory.class_counts.mul_(KEEP).add_(counts)
         memory.class_prices.add_(GROWTH * self._lag(memory)).clamp_(min=0)
@@ -103,6 +103,11 @@ class Offsets(Method):
         from ..engine import attack_mode
         from .losses import logits_at, weighted_mean
 
+        device = examples.x_adv.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+            raise ValueError(
+                f"precision: got 'fp16'; its loss is scaled, and {self.title} step by the gradient itself: take bf16"
+            )
         with attack_mode(model), torch.no_grad():
             z = logits_at(model, examples, examples.x_adv)
         bias = last_bias(model, z.shape[1])
