@@ -17,7 +17,7 @@ from ham_kernels.methods.registry import class_of
 from ham_kernels.report.comparing.sections import sections
 from ham_kernels.report.reading.find_runs import read_runs
 from ham_kernels.runs.folder import RunFolder
-from ham_kernels.runs.presets import preset
+from ham_kernels.runs.presets import preset, rescaled
 
 BASE = preset("digits")
 
@@ -31,7 +31,8 @@ def of(experiment, base=BASE):
 def test_methods_are_all_of_the_registry_pgd_at_first():
     found, left_out = of("methods", replace(BASE, run=replace(BASE.run, teacher="RUN")))
     assert next(iter(found)) == "pgd_at"
-    plain = [s.method.name for name, s in found.items() if not name.endswith(("-jump", "-fast")) and "-on-" not in name]
+    more = ("-jump", "-fast", "-long")
+    plain = [s.method.name for name, s in found.items() if not name.endswith(more) and "-on-" not in name]
     assert sorted(plain) == sorted(name for name in names() if not class_of(name).tunes_only)
     assert found["cfa-on-pgd_at"].method.base == "pgd_at"  # what can be built on several is, on each
     jumping = {s.method.name for name, s in found.items() if name.endswith("-jump")}
@@ -48,9 +49,12 @@ def test_methods_are_all_of_the_registry_pgd_at_first():
         settings.check()
 
 
+FAIR = ("pgd_at", "fair", "fair-fast", "fair-fast-long", "fair-jump")
+
+
 def test_only_some_runs_by_name_or_pattern():
     found, left_out = planned("methods", BASE, (0, 1), only=("pgd_at", "fair", "fair-*", "natural-jump"))
-    names_of_both = [f"{name}-seed{seed}" for seed in (0, 1) for name in ("pgd_at", "fair", "fair-fast", "fair-jump")]
+    names_of_both = [f"{name}-seed{seed}" for seed in (0, 1) for name in FAIR]
     assert [cell.name for cell in found] == names_of_both
     assert list(left_out) == ["natural-jump"]
     assert set(map(repr, found)) < set(map(repr, cells("methods", BASE, (0, 1))))
@@ -83,11 +87,22 @@ def test_frontier_tries_schedules_and_screenings():
     known = [name for name in FRONTIER if name in names()]
     for name in known:
         schedules = [s.method.schedule for called, s in found.items() if called.startswith(f"{name}-")]
-        assert [sizes for sizes in schedules if sizes] == list(SCHEDULES)
+        assert [sizes for sizes in schedules if sizes] == [*SCHEDULES, SCHEDULES[1]]
         screened = {easy: found[f"{name}-{easy}"].method for easy in ("drop", "stop", "jump")}
         for easy, method in screened.items():
             assert (method.early_drop, method.easy, method.start_epoch) == (True, easy, 1)
-    assert len(found) == 8 * len(known)
+    assert len(found) == 9 * len(known)
+
+
+def test_long_runs_take_the_forwards_of_pgd_at():
+    for name, other in (("methods", "fair-fast"), ("frontier", "fair-fast"), ("frontier", "pgd_at-steps2-1-0.5")):
+        found, _ = of(name)
+        long, short, base = (found[called] for called in (f"{other}-long", other, "pgd_at"))
+        assert rescaled(long, base.optim.epochs) == short
+        total, whole = (s.optim.epochs * s.method.cost(s.attack.steps) for s in (long, base))
+        assert whole == 23 * base.optim.epochs
+        assert total == pytest.approx(0.95 * whole, abs=9 / 2)
+        assert long.optim.milestones == rescaled(base, long.optim.epochs).optim.milestones
 
 
 def test_what_a_budget_refuses_is_left_out():

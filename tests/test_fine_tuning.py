@@ -17,7 +17,7 @@ from ham_kernels.commands.cli import main
 from ham_kernels.commands.flags import parse_train
 from ham_kernels.report.writing.frontier_tables import frontier_table
 from ham_kernels.runs.folder import RunFolder
-from ham_kernels.runs.presets import preset
+from ham_kernels.runs.presets import preset, rescaled
 from ham_kernels.runs.settings import RunSettings, WarmUpSettings
 
 
@@ -107,11 +107,40 @@ def test_refusals(settings, tmp_path):
 
 
 def test_presets(tmp_path):
-    assert told("--preset", "fair").method == methods.Fair()
-    assert told("--preset", "fast", "--epochs", "12").method == methods.Fair(fast=True)
+    fast = methods.Fair(fast=True)
+    assert (told("--preset", "fair").method, told("--preset", "fair").optim.epochs) == (fast, 58)  # 0.95 * 24 * 23 / 9
+    assert (told("--preset", "fast").method, told("--preset", "fast").optim.epochs) == (fast, 24)
+    assert told("--preset", "fair", "--epochs", "12") == told("--preset", "fast", "--epochs", "12")
     assert told("--preset", "paper").method == methods.WAT()
     (tmp_path / "c.toml").write_text("[optim]\nepochs = 9\n")
     assert told("--preset", "fast", "--config", str(tmp_path / "c.toml"), "--no-fast").method == methods.Fair()
+    of_file = told("--preset", "fair", "--config", str(tmp_path / "c.toml"))
+    assert (of_file.method, of_file.optim.epochs) == (fast, 9)
+    (tmp_path / "c.toml").write_text("[run]\nseed = 3\n")
+    assert told("--preset", "fair", "--config", str(tmp_path / "c.toml")).optim.epochs == 58
+
+
+def test_as_many_epochs_as_a_share_of_the_time_buys(settings, tmp_path):
+    """PGD-AT takes 2K + 3 forwards of a batch, TRADES 2K + 7, N-FGSM 5, Free-AT 8 times 3."""
+
+    def epochs(*flags):
+        found = told(*flags)
+        assert found.optim.milestones == rescaled(preset("digits"), found.optim.epochs).optim.milestones
+        return found.optim.epochs
+
+    assert epochs("--method", "trades", "--time", "1") == round(24 * 23 / 27)
+    assert epochs("--method", "trades", "--time", "1/2", "--steps", "5") == round(24 / 2 * 13 / 17)
+    assert epochs("--method", "pgd_at", "--step-sizes", "2", "1", "--time", "1") == round(24 * 23 / 7)
+    assert epochs("--method", "n_fgsm", "--time", "1", "--epochs", "10") == 46
+    assert epochs("--method", "free_at", "--time", "1") == 23
+    assert epochs("--method", "natural", "--time", "1e-9") == 1
+    origin = str(RunFolder.create(tmp_path / "run", settings).path)
+    assert told("--from", origin, "--preset", "fair", "--steps", "10").optim.epochs == round(2 * 0.95 * 23 / 9)
+    for bad in ("0", "-1", "nan", "inf"):
+        with pytest.raises(ValueError, match=f"time: got {bad}; it must be a finite number > 0"):
+            told("--method", "trades", "--time", bad)
+    with pytest.raises(SystemExit):
+        told("--method", "trades", "--time", "long")
 
 
 # ---------------------------------------------------------------- a run of it

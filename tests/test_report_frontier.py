@@ -19,12 +19,12 @@ PLAIN = dict.fromkeys([f"method.{name}" for name in ("reweight", "early_drop", "
 T2 = 12.706  # of Student's t with one degree of freedom, 97.5 %
 
 
-def run(root, name, method, per_class, seconds, seed=0, settings=None, **options):
+def run(root, name, method, per_class, seconds, seed=0, settings=None, epochs=4, **options):
     """A run judged by PGD-20 and AutoAttack, the same for both, in so many seconds."""
     own = {} if method == "ham" else {**PLAIN, "method.start_epoch": 1}
     accuracy = options.pop("accuracy", {"pgd20": per_class, "autoattack": per_class})
     return fake_run(
-        root / f"{name}-seed{seed}", method, seed, accuracy=accuracy, seconds=[seconds / 4] * 4,
+        root / f"{name}-seed{seed}", method, seed, accuracy=accuracy, seconds=[seconds / epochs] * epochs,
         settings=own | (settings or {}), **options,
     )  # fmt: skip
 
@@ -147,10 +147,31 @@ def test_forwards_are_of_the_method_of_each_epoch_at_its_hard_share(tmp_path, mo
         run(tmp_path, "n", "natural", [0.8, 0.2], 10.0),
     ]
     section, _ = section_of(runs, tmp_path / "out", monkeypatch)
-    told = [m["forwards"]["mean"] for m in section["frontier"]["methods"]]
+    told = [m["step_forwards"]["mean"] for m in section["frontier"]["methods"]]
     ham = (23 + 3 * (2 * 3 + 1 + 2 * 0.25 * 7 + 3 * 0.25)) / 4
     assert told == pytest.approx([23.0, ham, 9.0, 3.0])
     assert section["frontier"]["methods"][2]["relative_forwards"] == pytest.approx(9 / 23)
+
+
+def test_a_longer_training_is_compared_by_what_all_of_it_costs(tmp_path, monkeypatch):
+    fast = {"method.step_sizes": [2.0, 1.0, 0.5]}
+    runs = [
+        run(tmp_path, "p", "pgd_at", [0.8, 0.2], 100.0),
+        run(tmp_path, "t", "trades", [0.8, 0.2], 120.0),
+        run(tmp_path, "f", "pgd_at", [0.8, 0.3], 90.0, settings=fast | {"optim.epochs": 8}, epochs=8),
+        run(tmp_path, "r", "free_at", [0.7, 0.2], 30.0, settings={"method.replays": 4, "optim.epochs": 1}, epochs=1),
+    ]
+    section, _ = section_of(runs, tmp_path / "out", monkeypatch)
+    found = by_title(section)
+    assert list(found) == ["PGD-AT", "TRADES", "PGD-AT, steps of 2 1 0.5 ε, 8 epochs", "Free-AT"]
+    plain, _, longer, replayed = found.values()
+    assert [m["forwards"]["mean"] for m in found.values()] == [23 * 4, 27 * 4, 9 * 8, 3 * 4]
+    assert [m["step_forwards"]["mean"] for m in found.values()] == [23, 27, 9, 3]
+    assert longer["relative_forwards"] == pytest.approx(72 / 92)
+    assert longer["relative_time"] == pytest.approx(0.9)
+    assert plain["baseline"]
+    assert [one["title"] for one in plain["dominated_by"]["forwards"]] == [longer["title"]]
+    assert replayed["relative_forwards"] == pytest.approx(3 / 23)
 
 
 def test_forwards_are_not_told_where_a_method_is_not_known(tmp_path, monkeypatch):
@@ -164,9 +185,10 @@ def test_forwards_are_not_told_where_a_method_is_not_known(tmp_path, monkeypatch
 
 # ---------------------------------------------------------------- who is compared
 def test_what_is_not_alike_is_left_out_and_said(field, tmp_path, monkeypatch):
+    other = {"run.label": "other model", "model.name": "preact_resnet18"}
     field += [
         run(tmp_path, "begun", "mart", [0.9, 0.9], 1.0, state="stopped"),
-        run(tmp_path, "weak", "wat", [0.9, 0.9], 1.0, settings={"run.label": "more epochs", "optim.epochs": 9}),
+        run(tmp_path, "weak", "wat", [0.9, 0.9], 1.0, settings=other),
         run(tmp_path, "far", "faal", [0.9, 0.9], 1.0),
     ]
     for folder in (*field[:4], field[4], field[6]):
@@ -177,13 +199,13 @@ def test_what_is_not_alike_is_left_out_and_said(field, tmp_path, monkeypatch):
     out = tmp_path / "out"
     section, _ = section_of(field, out, monkeypatch)
     assert section["frontier"]["left_out"] == {
-        "begun": "training is not finished", "more epochs": "trained unlike p in epochs (4 and 9)",
+        "begun": "training is not finished", "other model": "trained unlike p in model (preact_resnet18 and small_cnn)",
     }  # fmt: skip
     far = by_title(section)["far"]
     assert far["time"]["mean"] is None
     assert far["forwards"]["mean"] is not None
     page = (out / "frontier.html").read_text()
-    assert "Not compared: more epochs, trained unlike p in epochs (4 and 9)." in page
+    assert "Not compared: other model, trained unlike p in model (preact_resnet18 and small_cnn)." in page
     assert "no time, as it was trained unlike p in machine" in page
 
 

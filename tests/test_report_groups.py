@@ -105,19 +105,19 @@ def test_titles_of_other_settings(tmp_path):
     )
     assert found == [
         "PGD-AT, 4 epochs, lr=0.1, EMA=0.97, normalize=False",
-        "PGD-AT, 8 epochs, lr=0.1, no EMA, normalize=False",
-        "PGD-AT, 8 epochs, lr=0.05, EMA=0.97, normalize=True",
+        "PGD-AT, lr=0.1, no EMA, normalize=False",
+        "PGD-AT, lr=0.05, EMA=0.97, normalize=True",
     ]
 
 
-def test_titles_name_what_scales_with_the_epochs_only_among_equal_epochs(tmp_path):
+def test_titles_name_epochs_that_are_not_the_usual_and_what_scales_with_them_among_equal_ones(tmp_path):
     short = {"optim.epochs": 4, "optim.milestones": [3], "method.start_epoch": 2, "warm_up.natural_epochs": 1}
     long = {"optim.epochs": 24, "optim.milestones": [18], "method.start_epoch": 9, "warm_up.natural_epochs": 4}
     found = titles(tmp_path / "a", ("pgd_at", long), ("ham", short), ("ham", long))
-    assert found == ["PGD-AT, 24 epochs", "HAM, 4 epochs", "HAM, 24 epochs"]
+    assert found == ["PGD-AT", "HAM, 4 epochs", "HAM"]
     later = {**long, "optim.milestones": [20]}
     found = titles(tmp_path / "b", ("ham", short), ("ham", long), ("ham", later))
-    assert found == ["HAM, 4 epochs", "HAM, 24 epochs, milestones=[18]", "HAM, 24 epochs, milestones=[20]"]
+    assert found == ["HAM, 4 epochs", "HAM, milestones=[18]", "HAM, milestones=[20]"]
 
 
 def test_titles_of_as_many_updates_name_no_epochs(tmp_path):

@@ -10,7 +10,7 @@ from typing import get_args
 from ..common import field_types
 from ..methods.registry import names, warm_up_of, with_name
 from ..methods.settings import Method
-from ..runs.presets import with_fewer_epochs
+from ..runs.presets import LONG, epochs_in_time, rescaled, stretched, with_fewer_epochs
 from ..runs.settings import TrainSettings
 
 GRID_SCREEN_STEPS = (1, 2, 3, 4, 5)
@@ -150,12 +150,13 @@ def _warm_up(base: TrainSettings, **changes) -> TrainSettings:
 
 # ---------------------------------------------------------------- the field's methods
 def _methods(base: TrainSettings) -> Iterator[tuple[str, TrainSettings | str]]:
-    """Every method as it is published, with both defaults where it has two; then those that do not screen, screened."""
+    """Every method as it is published, with all its defaults; then those that do not screen, screened."""
     yield from _baseline(base)
     for name in names():
         yield _allowed(base, name)
         if hasattr(_named(base, name).method, "fast"):
             yield _allowed(base, name, "fast", fast=True)
+            yield _long(_allowed(base, name, "fast", fast=True))
         for other in _other_bases(_named(base, name).method):
             yield _allowed(base, name, f"on-{other}", base=other)
     for name in names():
@@ -170,12 +171,13 @@ def _other_bases(method: Method) -> list[str]:
 
 
 def _frontier(base: TrainSettings) -> Iterator[tuple[str, TrainSettings | str]]:
-    """What the time of a whole run buys: schedules of few large steps, and each kind of screening."""
+    """What the time of a whole run buys: schedules of few large steps, one in more epochs; each kind of screening."""
     yield from _baseline(base)
     for name in (name for name in FRONTIER if name in names()):
         yield _allowed(base, name)
         for sizes in SCHEDULES:
             yield _scheduled(base, name, sizes)
+        yield _long(_scheduled(base, name, SCHEDULES[1]))
         for easy in EASY:
             yield _screened(base, name, easy)
 
@@ -186,6 +188,15 @@ def _scheduled(base: TrainSettings, name: str, sizes: tuple[float, ...]) -> tupl
     if hasattr(method, "fast") and replace(method, fast=True).schedule == sizes:
         return _allowed(base, name, "fast", fast=True)
     return _allowed(base, name, "steps" + "-".join(f"{size:g}" for size in sizes), step_sizes=sizes, early_drop=False)
+
+
+def _long(run: tuple[str, TrainSettings | str]) -> tuple[str, TrainSettings | str]:
+    """A cheap attack, in as many epochs as the time of PGD-AT allows."""
+    name, settings = run
+    if isinstance(settings, TrainSettings):
+        factor = epochs_in_time(settings, LONG)
+        settings = rescaled(settings, stretched(settings.optim.epochs, factor))
+    return f"{name}-long", settings
 
 
 def _screened(base: TrainSettings, name: str, easy: str) -> tuple[str, TrainSettings | str]:

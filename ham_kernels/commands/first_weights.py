@@ -12,7 +12,7 @@ from torch import nn
 
 from ..models.named import is_architecture, of_timm
 from ..models.weights import Brought, brought, lay, read_weights
-from ..report.comparing.forwards import total_forwards
+from ..report.comparing.forwards import passes, total_forwards
 from ..report.reading.runs import read_run
 from ..runs.folder import RunFolder
 from ..runs.settings import TrainSettings
@@ -57,7 +57,7 @@ def cost_of(name: str) -> dict[str, Any]:
     run = read_run(name)
     method = run.label or (run.method.describe(run.warm_up) if run.method else run.name)
     return told | {
-        "run": method, "epochs": run.before("epochs") or len(run.epochs), "seconds": run.seconds,
+        "run": method, "epochs": passes(run), "seconds": run.seconds,
         "cpu_seconds": run.cpu_seconds, "forwards": total_forwards(run),
     }  # fmt: skip
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
 from typing import Any
 
 from ..methods.registry import with_name
 from ..runs.config_file import from_toml, read_toml
-from ..runs.presets import for_folder, preset, rescaled, with_fewer_epochs
+from ..runs.presets import epochs_in_time, for_folder, preset, rescaled, stretched, with_fewer_epochs
 from ..runs.settings import TrainSettings
 from .fine_tuning import EPOCHS, FINE_TUNED, config_of, fine_tuning
 
-PRESETS = {"fair": ("fair", {}), "fast": ("fair", {"fast": True}), "paper": ("wat", {})}  # of --preset
+# Of --preset: the method, its switches, and its time where it is not in as many epochs as PGD-AT.
+PRESETS: dict[str, tuple[str, dict[str, Any], float | None]] = {
+    "fair": ("fair", {}, None),
+    "fast": ("fair", {"fast": True}, None),
+    "paper": ("wat", {}, None),
+}
 ADAMW_LR = 1e-3  # presets have SGD's
 
 
-def base_of(argv: list[str]) -> TrainSettings:
+def base_of(argv: list[str], stretch: float | None = None) -> TrainSettings:
     """What the flags start from: the preset of the data set, then the TOML file, in as many epochs as asked for.
 
-    --epochs stretches the course of both, so that it keeps its shape; epochs in the file stretch the preset's. --from
-    takes the settings of a run for the file.
+    --epochs stretches the course of both, so that it keeps its shape; epochs in the file stretch the preset's; then
+    `stretch` does. --from takes the settings of a run for the file.
     """
     config, epochs, origin = seen(argv, "--config"), seen(argv, "--epochs"), seen(argv, "--from")
     of_run = None if origin is None else config_of(origin)
@@ -47,7 +53,7 @@ def base_of(argv: list[str]) -> TrainSettings:
     count = int(epochs) if epochs is not None and epochs.isdecimal() and int(epochs) > 0 else None
     if origin is not None:
         tuned_before = base.run.weights is not None
-        base = fine_tuning(base, origin, EPOCHS if count is None else count)
+        base = fine_tuning(base, origin, stretched(EPOCHS if count is None else count, stretch))
         switches = {**switches, "start_epoch": 1}
     if named is not None:
         method = with_name(base.method, named, base.optim.epochs)
@@ -65,10 +71,32 @@ def base_of(argv: list[str]) -> TrainSettings:
         base = replace(base, optim=replace(base.optim, lr=base.optim.lr / FINE_TUNED))
     if origin is not None:
         return base
+    if stretch is not None:
+        return rescaled(base, stretched(base.optim.epochs if count is None else count, stretch))
     if epochs is None and get(told, "optim", "epochs") is None:
         replays = seen(argv, "--replays")
         return with_fewer_epochs(base, int(replays) if replays and replays.isdecimal() and int(replays) else None)
     return base if count is None else rescaled(base, count)  # tyro and check() say what is wrong with another
+
+
+def stretch_of(argv: list[str], wanted: TrainSettings) -> float | None:
+    """Epochs of what is wanted, as it was read, that cost --time of what one of PGD-AT does; None where not asked.
+
+    A preset has a time of its own, unless epochs are told. Raises: ValueError naming `time`.
+    """
+    share, chosen, config = seen(argv, "--time"), PRESETS.get(seen(argv, "--preset") or ""), seen(argv, "--config")
+    if share is None and chosen is not None and seen(argv, "--epochs") is None:
+        told = {} if config is None else read_toml(config)
+        share = chosen[2] if get(told, "optim", "epochs") is None else None
+    if share is None:
+        return None
+    try:
+        time = number(str(share))
+    except ValueError:
+        return None  # tyro says what is wrong with it
+    if not 0 < time < math.inf:
+        raise ValueError(f"time: got {share}; it must be a finite number > 0")
+    return epochs_in_time(wanted, time)
 
 
 def _method_named(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
@@ -78,7 +106,7 @@ def _method_named(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
         return named, {}
     if named is not None:
         raise ValueError(f"preset: got {chosen!r} with --method {named}; give one of them")
-    return PRESETS[chosen]
+    return PRESETS[chosen][:2]
 
 
 def _number(argv: list[str], told: dict[str, Any], key: str) -> int | None:
@@ -97,8 +125,24 @@ def get(sections: dict[str, Any], section: str, key: str) -> Any:
     return values.get(key) if isinstance(values, dict) else None
 
 
+def number(word: str) -> float:
+    """0.1, 1e-3 or 8/255. Raises: ValueError."""
+    above, slash, below = word.partition("/")
+    try:
+        return float(above) / float(below) if slash else float(above)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"got {word!r}; it must be a number, or a fraction such as 8/255") from error
+
+
 def seen(argv: list[str], flag: str) -> str | None:
     """The value that a flag has on the command line, before the flags as a whole are read."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     early.add_argument(flag, dest="value", nargs="?", const=None)
     return early.parse_known_args(argv)[0].value
+
+
+def without(argv: list[str], flag: str) -> list[str]:
+    """The command line less a flag and its value."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    early.add_argument(flag)
+    return early.parse_known_args(argv)[1]

@@ -12,7 +12,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from ..runs.judge_settings import EvaluateSettings, JudgeSettings
 from ..runs.settings import ImageSettings, ModelSettings
 from .experiments import STRONG
-from .flag_base import base_of, seen
+from .flag_base import base_of, number, seen, stretch_of, without
 from .options import Adoption, Evaluate, Export, Predict, Report, Resume, Sweep, Train
 
 T = TypeVar("T")
@@ -21,8 +21,16 @@ T = TypeVar("T")
 def parse_train(argv: list[str]) -> Train | Resume:
     if seen(argv, "--resume") is not None:
         return _cli(Resume, argv, "ham train")
-    base = base_of(argv)
-    return _cli(Train, argv, "ham train", Train(method=base.method.name, settings=base))
+    wanted = _train(argv)
+    stretch = stretch_of(argv, wanted.settings)
+    return wanted if stretch is None else _train(argv, stretch)
+
+
+def _train(argv: list[str], stretch: float | None = None) -> Train:
+    """With --epochs taken out where they are stretched: they are in what the flags start from."""
+    base = base_of(argv, stretch)
+    rest = argv if stretch is None else without(argv, "--epochs")
+    return _cli(Train, rest, "ham train", Train(method=base.method.name, settings=base))
 
 
 def parse_evaluate(argv: list[str]) -> Evaluate | Adoption:
@@ -111,12 +119,3 @@ def _floats(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
         nargs=1, metavar="FLOAT", instance_from_str=lambda words: number(words[0]),
         is_instance=lambda value: isinstance(value, int | float), str_from_instance=lambda value: [str(value)],
     )  # fmt: skip
-
-
-def number(word: str) -> float:
-    """0.1, 1e-3 or 8/255. Raises: ValueError."""
-    above, slash, below = word.partition("/")
-    try:
-        return float(above) / float(below) if slash else float(above)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"got {word!r}; it must be a number, or a fraction such as 8/255") from error

@@ -9,6 +9,7 @@ from ..common import field_types
 from ..data.glance import glance
 from ..data.table import CROP_SIZE, IN_MEMORY, SETS
 from ..methods.ham import HAM
+from ..methods.pgd_at import PGDAT
 from .settings import (
     AttackSettings,
     DataSettings,
@@ -18,6 +19,7 @@ from .settings import (
     TrainSettings,
 )
 
+LONG = 0.95  # of PGD-AT's forwards: three large steps and more updates take a little more time than the model says
 PAPER_ATTACK = AttackSettings(eps=0.031, step_size=0.007, steps=10)
 
 
@@ -106,6 +108,17 @@ def with_fewer_epochs(settings: TrainSettings, replays: int | None = None) -> Tr
     """The same course in as many updates, where the method makes several of each batch (`replays`; None: its own)."""
     replays = settings.method.replays if replays is None else replays
     return settings if replays == 1 else rescaled(settings, math.ceil(settings.optim.epochs / replays))
+
+
+def epochs_in_time(settings: TrainSettings, share: float) -> float:
+    """Epochs that cost `share` of one of PGD-AT by the cost model; where a method screens, as if all rows were hard."""
+    steps = settings.attack.steps
+    return share * PGDAT().cost(steps) / settings.method.cost(steps)
+
+
+def stretched(epochs: int, factor: float | None) -> int:
+    """So many times the epochs, at least 1; None: as they are."""
+    return epochs if factor is None else max(1, round(epochs * factor))
 
 
 def rescaled(settings: TrainSettings, epochs: int) -> TrainSettings:

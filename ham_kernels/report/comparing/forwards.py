@@ -17,7 +17,12 @@ def forwards(run: Run) -> float | None:
     None where an epoch, its share of hard rows or its method is not known.
     """
     total = total_forwards(run)
-    return None if total is None else total / (run.before("epochs") or len(run.epochs))
+    return None if total is None else total / passes(run)
+
+
+def passes(run: Run) -> float:
+    """Updates of each batch in the whole training; of a fine-tuning, in the training that it goes on from."""
+    return run.before("epochs") or len(run.epochs) * (run.method.replays if run.method else 1)
 
 
 def total_forwards(run: Run) -> float | None:
@@ -42,5 +47,5 @@ def _trained_by(method: Method, warm_up: str, epoch: Epoch) -> Method:
 
 def _cost(method: Method, steps: int, hard: float | None) -> float | None:
     if hard is None:
-        return None if method.early_drop else method.cost(steps) / method.replays
-    return method.cost(steps, hard) / method.replays
+        return None if method.early_drop else method.cost(steps)
+    return method.cost(steps, hard)

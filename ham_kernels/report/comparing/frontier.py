@@ -18,13 +18,15 @@ COSTS = ("time", "forwards")
 GAINS = ("average", "worst")
 SHARES = ("average", "worst", "worst_three", "std")
 FEWEST_CLASSES = 4  # of which the worst three are told
+ALIKE = tuple(what for what in WORK if what != "epochs")  # where costs are known, those of trainings however long
 
 
 def frontier(groups: Sequence[dict[str, Any]], attack: str | None) -> dict[str, Any] | None:
     """{"attack", "methods", "left_out", "untimed", "clock"} of plain values; None of fewer than two methods.
 
     A method is {"title", "baseline", "seeds", "average", "worst", "worst_three", "std", "time", "own_time", "forwards",
-    "relative_time", "relative_forwards", "dominated_by", "changes"}; "own_time" is without that of its first weights.
+    "step_forwards", "relative_time", "relative_forwards", "dominated_by", "changes"}; "own_time" is without that of its
+    first weights, "forwards" are those of the whole training for each image, "step_forwards" of one update.
     Measures are {"mean", "low", "high"} with the ends of the 95 % interval: of the mean over seeds, of one seed over
     test images. "dominated_by" is {cost: [{"title", "clear"}]} of methods that nothing dominates; clear: the interval
     of a difference, seed by seed, leaves out 0, None where seeds do not pair. "changes" are those of each class against
@@ -40,7 +42,7 @@ def frontier(groups: Sequence[dict[str, Any]], attack: str | None) -> dict[str, 
     for group in ranked[1:]:
         if why := judged_unlike([_judged(first, attack), _judged(group, attack)]):
             left_out[group["title"]] = f"judged {why}"
-        elif apart := unlike((first["training"], group["training"]), WORK):
+        elif apart := unlike((first["training"], group["training"]), ALIKE if _costed(group) else WORK):
             left_out[group["title"]] = f"trained unlike {first['title']} in {_words(apart)}"
     ranked = [g for g in ranked if g["title"] not in left_out]
     if len(ranked) < 2:
@@ -78,6 +80,10 @@ def _unranked(group: dict, attack: str) -> str:
     return "" if _judged(group, attack) else f"not judged under {attack_title(attack)}"
 
 
+def _costed(group: dict) -> bool:
+    return None not in (group["time"]["mean"], group["all_forwards"]["mean"])
+
+
 def _judged(group: dict, attack: str) -> dict[str, Any] | None:
     return group["accuracy"].get(group["weights"], {}).get(attack)
 
@@ -99,7 +105,8 @@ def _spreads(group: dict, attack: str, clock: str | None) -> dict[str, dict[str,
     few = sum(spread["mean"] is not None for spread in accuracy["per_class"]) < FEWEST_CLASSES
     found = {name: unknown if few and name == "worst_three" else accuracy[name] for name in SHARES}
     time, own = (unknown, unknown) if clock is None else (group[clock], group[f"own_{clock}"])
-    return found | {"time": time, "own_time": own, "forwards": group["forwards"]}
+    costs = {"time": time, "own_time": own, "forwards": group["all_forwards"], "step_forwards": group["forwards"]}
+    return found | costs
 
 
 def _method(group: dict, spreads: dict, base: dict | None, attack: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .audit import audit, check_classes
 from .claims import claims
 from .comparable import machines_of, one_class, training_of
 from .failures import attack_over_eps, attack_with_answers, confusion, examples, over_eps
-from .forwards import forwards
+from .forwards import forwards, total_forwards
 from .frontier import frontier
 from .groups import Group, Section
 from .headline import attacks_run, headline_attack
@@ -134,7 +134,8 @@ def _group(group: Group, is_baseline: bool) -> dict[str, Any]:
         "own_cpu_time": spread([run.own_cpu_seconds for run in group.counted]),
         "training": training_of(group.settings, group.counted),
         "relative_time": 1.0 if is_baseline else None,
-        "forwards": spread([forwards(run) for run in group.counted]),
+        "forwards": spread([forwards(run) for run in group.counted]),  # of an update
+        "all_forwards": spread([total_forwards(run) for run in group.counted]),
         "accuracy": {w: accuracies(group, w) for w in WEIGHTS if group.evaluated(w)},
         "differences": None,
         "curves": curves(group.counted),

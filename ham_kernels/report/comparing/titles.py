@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,8 +50,8 @@ def _title(group: Group, groups: list[Group]) -> str:
             peers = [g for g in peers if key in g.settings]  # in others it has no effect
         if key.startswith("optim.") or key in ("model.mean", "model.std"):  # a fine-tuning has its own, told or not
             peers = [g for g in peers if ("run.weights" in g.settings) == ("run.weights" in group.settings)]
-        if key == "optim.epochs" and len({canonical(passes_of(g.settings)) for g in peers}) == 1:
-            continue  # of batches that are trained on several times
+        if key == "optim.epochs" and canonical(passes_of(group.settings)) == _most_common_passes(peers):
+            continue  # only those of another length tell it
         if key == "run.teacher":
             peers = [g for g in peers if g.settings.get(key)]  # not all methods learn from one
         if key == "run.teacher_digest":
@@ -58,6 +59,12 @@ def _title(group: Group, groups: list[Group]) -> str:
         if group in peers:
             title.append(_word(group, peers, key, default, words))
     return ", ".join(word for word in title if word)
+
+
+def _most_common_passes(groups: list[Group]) -> str | None:
+    """None where two are as common. Batches may be trained on several times: 3 epochs of 8 times each are 24."""
+    counts = Counter(canonical(passes_of(g.settings)) for g in groups).most_common(2)
+    return None if len(counts) == 2 and counts[0][1] == counts[1][1] else counts[0][0] if counts else None
 
 
 def _known(method: Method | None) -> dict[str, tuple[Any, Words]]:

@@ -66,7 +66,7 @@ def time_words(section: Section) -> str:
 
 def against_forwards(section: Section, styles: Styles) -> Figure | None:
     """The same against the forwards of the cost model."""
-    words = "full-batch forwards of a training step, mean over the run (cost model)"
+    words = "forwards of the whole run for each training image (cost model)"
     return _figure(section, styles, "forwards", 1.0, words)
 
 

@@ -35,7 +35,7 @@ def frontier_table(section: dict[str, Any]) -> Table:
         row += [Cell(duration(m["time"]["mean"]))] + [_ratio(m["relative_time"])] * bool(base)
         if tuned:
             row.append(Cell(duration(m["own_time"]["mean"]) if m["own_time"] != m["time"] else NONE))
-        row += [_number(m["forwards"]["mean"], 1)] + [_ratio(m["relative_forwards"])] * bool(base)
+        row += [_number(m["step_forwards"]["mean"], 1)] + [_ratio(m["relative_forwards"])] * bool(base)
         row += [_dominated(m, cost) for cost in COSTS]
         table.rows.append([*row, _masking(groups[m["title"]]["masking"])])
     return table
