@@ -125,7 +125,15 @@ def test_titles_of_as_many_updates_name_no_epochs(tmp_path):
     usual = {"optim.epochs": 24, "optim.milestones": [18]}
     assert titles(tmp_path / "a", ("pgd_at", usual), ("free_at", replayed)) == ["PGD-AT", "Free-AT"]
     found = titles(tmp_path / "b", ("pgd_at", usual), ("free_at", {**replayed, "optim.epochs": 4}))
-    assert found == ["PGD-AT, 24 epochs", "Free-AT, 4 epochs"]
+    assert found == ["PGD-AT", "Free-AT, 4 epochs"]
+    plain = dict.fromkeys(
+        [f"method.{name}" for name in ("reweight", "early_drop", "rows", "freeze_bn", "bn_rows", "lam")]
+    )
+    usual, twice = usual | plain, {"optim.epochs": 48, "optim.milestones": [36], **plain}
+    fast = {**twice, "method.step_sizes": [1.0]}
+    found = titles(tmp_path / "c", ("pgd_at", usual), ("trades", twice), ("pgd_at", fast))
+    assert found == ["PGD-AT", "TRADES, 48 epochs", "PGD-AT, steps of 1 ε, 48 epochs"]
+    assert titles(tmp_path / "d", ("trades", usual), ("mart", twice)) == ["TRADES, 24 epochs", "MART, 48 epochs"]
 
 
 def test_titles_name_teachers_where_they_are_several(tmp_path):

@@ -50,7 +50,7 @@ def _title(group: Group, groups: list[Group]) -> str:
             peers = [g for g in peers if key in g.settings]  # in others it has no effect
         if key.startswith("optim.") or key in ("model.mean", "model.std"):  # a fine-tuning has its own, told or not
             peers = [g for g in peers if ("run.weights" in g.settings) == ("run.weights" in group.settings)]
-        if key == "optim.epochs" and canonical(passes_of(group.settings)) == _most_common_passes(peers):
+        if key == "optim.epochs" and canonical(passes_of(group.settings)) == _usual_passes(peers):
             continue  # only those of another length tell it
         if key == "run.teacher":
             peers = [g for g in peers if g.settings.get(key)]  # not all methods learn from one
@@ -61,10 +61,13 @@ def _title(group: Group, groups: list[Group]) -> str:
     return ", ".join(word for word in title if word)
 
 
-def _most_common_passes(groups: list[Group]) -> str | None:
-    """None where two are as common. Batches may be trained on several times: 3 epochs of 8 times each are 24."""
-    counts = Counter(canonical(passes_of(g.settings)) for g in groups).most_common(2)
-    return None if len(counts) == 2 and counts[0][1] == counts[1][1] else counts[0][0] if counts else None
+def _usual_passes(groups: list[Group]) -> str | None:
+    """Those of PGD-AT, else of most; None where they do not tell. 3 epochs of 8 updates a batch are 24."""
+    for asked in ([g for g in groups if g.is_pgd_at], groups):
+        counts = Counter(canonical(passes_of(g.settings)) for g in asked).most_common(2)
+        if len(counts) == 1 or (len(counts) == 2 and counts[0][1] > counts[1][1]):
+            return counts[0][0]
+    return None
 
 
 def _known(method: Method | None) -> dict[str, tuple[Any, Words]]:
