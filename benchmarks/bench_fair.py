@@ -17,13 +17,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from fair.candidates import ALL, BASELINE
+from fair.candidates import ALL, BASELINE, LONGER
 from fair.folds import folds_of, train_and_judge
 from readme.machine import machine
 from readme.output import aligned, markdown, write_json
 
 from ham_kernels import preset
 from ham_kernels.commands.run_images import images_of
+from ham_kernels.runs.presets import LONG, epochs_in_time, rescaled, stretched
 from ham_kernels.runs.settings import TrainSettings
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -77,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         done = result["candidates"].setdefault(name, [])
         for f in range(len(done), args.folds):
             one = replace(settings, method=ALL[name], run=replace(settings.run, seed=f))
+            if name in LONGER:
+                one = rescaled(one, stretched(one.optim.epochs, epochs_in_time(one, LONG)))
             done.append(train_and_judge(one, images, fold == f))
             result.setdefault("versions", {})[name] = machine()["ham_kernels"]
             write_json(args.out, result)

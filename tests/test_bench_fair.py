@@ -55,6 +55,21 @@ def test_candidates_are_settings_of_fair_and_what_it_is_compared_with():
     assert costs["PGD-AT, steps 2 1 ½ ε"] == 9
 
 
+def test_longer_candidates_take_the_forwards_of_pgd_at(tmp_path, monkeypatch):
+    trained = []
+
+    def note(settings, images, held_out):
+        trained.append(settings)
+        return {"by_class": [(1, 1)] * 10, "cpu_seconds": 1.0, "hard": 1.0}
+
+    monkeypatch.setattr(bench_fair, "train_and_judge", note)
+    name = "PGD-AT, steps 2 1 ½ ε"
+    assert bench_fair.main(["--out", str(tmp_path / "a.json"), "--only", name, f"{name}, more epochs"]) == 0
+    assert [s.optim.epochs for s in trained] == [24] * 4 + [58] * 4  # 0.95 * 24 * 23 / 9
+    assert {s.method for s in trained} == {candidates.ALL[name]}
+    assert [s.run.seed for s in trained] == [0, 1, 2, 3] * 2
+
+
 @pytest.mark.slow
 def test_results_are_kept_and_completed(tmp_path, capsys, monkeypatch):
     images = images_of(preset("digits"))

@@ -53,8 +53,12 @@ CHEAP: dict[str, Method] = {
         for words, sizes in ONE_STEP.items()
     },
 }
+CHEAP[f"PGD-AT, {USUAL}, steps 2 1 ½ ε"] = PGDAT(start_epoch=1, step_sizes=(2.0, 1.0, 0.5), **_weights(USUAL))
+LONGER: dict[str, Method] = {  # in as many epochs as the time of PGD-AT allows
+    f"{name}, more epochs": CHEAP[name] for name in CHEAP if "steps 2 1 ½ ε" in name and BEFORE not in name
+}
 DEARER: dict[str, Method] = {
     "TRADES": TRADES(),
     **{f"TRADES, {rule}": TRADES(**_weights(rule)) for rule in HEDGES},
 }
-ALL = FULL | CHEAP | DEARER
+ALL = FULL | CHEAP | LONGER | DEARER

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from readme import measured
 from readme.output import markdown
 
 # folders below results/, those of one setting together; one that is missing is left out
-SWEEPS = (("sweep_methods_digits", "sweep_field_digits"), ("sweep_methods_cifar10",))
+SWEEPS = (("sweep_methods_digits", "sweep_field_digits", "sweep_long_digits"), ("sweep_methods_cifar10",))
 IMAGES = {"cifar10-jpeg.tar.xz": "10,000 CIFAR-10 images (small CNN, 15 epochs, judged on 1,000)"}
 SHOWN = ("PGD-AT", "HAM", "TRADES", "WAT", "DAFA", "FAAL", "MART", "CFA, on PGD-AT", "fair", "fair, fast")  # always
-PROMISED = ("fair", "fair, fast")
+PROMISED = re.compile(r"fair(, fast)?(, (?P<epochs>\d+) epochs)?")
 APART = 0.01, 0.04  # average and worst class of one run: AutoAttack's random parts change with the batch size
 
 
@@ -92,7 +93,7 @@ def _of_setting(folders: Sequence[str]) -> list[str]:
         f"{images}, ε {section['eps']:.3g}, {counted} seeds, ± half the 95 % interval over them; bold: no "
         f"other method here is better in time, average and worst class; {measured.machines_of(*data)}."
     )
-    promises = [_promise(images, methods[name], methods["PGD-AT"]) for name in PROMISED if name in methods]
+    promises = [_promise(images, m, methods["PGD-AT"]) for m in methods.values() if PROMISED.fullmatch(m["title"])]
     return [said, markdown(rows), "\n".join(promises)]
 
 
@@ -107,12 +108,13 @@ def share(value: dict) -> str:
 def _promise(images: str, m: dict, base: dict) -> str:
     average, worst = (100 * (m[k]["mean"] - base[k]["mean"]) for k in ("average", "worst"))
     std = 100 * (m["std"]["mean"] / base["std"]["mean"] - 1)
-    title = m["title"].replace(", ", "` with `--")
+    found = PROMISED.fullmatch(m["title"])
+    title = "`fair`" + " with `--fast`" * bool(found[1]) + f" in {found['epochs']} epochs" * bool(found["epochs"])
     if m["relative_time"] is None:
         cost = f"{m['relative_forwards']:.2f} of the forwards"
     else:
         cost = f"{m['relative_time']:.2f} of the time"
     return measured.minus(
-        f"- `{title}` against PGD-AT on {images}: average {average:+.1f} points, worst class {worst:+.1f}, std over "
+        f"- {title} against PGD-AT on {images}: average {average:+.1f} points, worst class {worst:+.1f}, std over "
         f"classes {std:+.0f} %, at {cost}."
     )
