@@ -34,6 +34,7 @@ PAGES: dict[Path, Sections] = {
     ROOT / "docs" / "results.md": {
         "methods_digits": measured.methods_digits,
         "field_digits": measured.field_digits,
+        "long_digits": measured.long_digits,
         "screened_digits": screened,
         "methods_cifar10": measured.methods_cifar10,
         "odi": measured.odi,

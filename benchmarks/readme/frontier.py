@@ -15,7 +15,10 @@ from readme.output import markdown
 # folders below results/, those of one setting together; one that is missing is left out
 SWEEPS = (("sweep_methods_digits", "sweep_field_digits", "sweep_long_digits"), ("sweep_methods_cifar10",))
 IMAGES = {"cifar10-jpeg.tar.xz": "10,000 CIFAR-10 images (small CNN, 15 epochs, judged on 1,000)"}
-SHOWN = ("PGD-AT", "HAM", "TRADES", "WAT", "DAFA", "FAAL", "MART", "CFA, on PGD-AT", "fair", "fair, fast")  # always
+SHOWN = (  # always
+    "PGD-AT", "HAM", "TRADES", "WAT", "DAFA", "FAAL", "MART", "CFA, on PGD-AT", "fair", "fair, fast",
+    "PGD-AT, steps of 2 1 0.5 ε, 58 epochs",
+)  # fmt: skip
 PROMISED = re.compile(r"fair(, fast)?(, (?P<epochs>\d+) epochs)?")
 APART = 0.01, 0.04  # average and worst class of one run: AutoAttack's random parts change with the batch size
 

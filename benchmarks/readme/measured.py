@@ -271,14 +271,25 @@ def field_digits(here: Path) -> str:
     )  # fmt: skip
 
 
+def long_digits(here: Path) -> str:
+    return report(
+        here, "sweep_long_digits",
+        "`ham sweep methods --only pgd_at fair-fast-long --seeds {seeds} --attacks clean pgd20 cw20 autoattack "
+        "--search fast --no-masking --out runs/long-digits` on the digits, then `ham sweep frontier --only "
+        "pgd_at-steps2-1-0.5-long` with the same flags: an attack of three large steps, in as many epochs as take the "
+        "time of PGD-AT's 24. AutoAttack on all 517 test images; {machines}. CPU times are of one thread; the other "
+        "core had other work.",
+    )  # fmt: skip
+
+
 def methods_cifar10(here: Path) -> str:
     return report(
         here, "sweep_methods_cifar10",
-        "`ham sweep methods --only pgd_at ham-M3-lam1 fair fair-fast dafa wat --seeds {seeds} --dataset cifar10 --path "
-        "cifar10-jpeg.tar.xz --model small_cnn --train-images 10000 --test-images 1000 --val-images 500 --epochs 15 "
-        "--precision bf16 --channels-last on --compile on --winograd on --attacks clean pgd20 autoattack --search fast "
-        "--no-masking`; then `ham train --from RUN --method fsr` (faal, offsets) of PGD-AT's runs, judged by `ham "
-        "evaluate` likewise; {machines}. CPU times are of one thread; the other core had other work.",
+        "`ham sweep methods --only pgd_at ham-M3-lam1 fair fair-fast dafa wat trades --seeds {seeds} --dataset cifar10 "
+        "--path cifar10-jpeg.tar.xz --model small_cnn --train-images 10000 --test-images 1000 --val-images 500 "
+        "--epochs 15 --precision bf16 --channels-last on --compile on --winograd on --attacks clean pgd20 autoattack "
+        "--search fast --no-masking`; then `ham train --from RUN --method fsr` (faal, offsets) of PGD-AT's runs, "
+        "judged by `ham evaluate` likewise; {machines}. CPU times are of one thread; the other core had other work.",
     )  # fmt: skip
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from ..methods.registry import with_name
 from ..runs.config_file import from_toml, read_toml
-from ..runs.presets import epochs_in_time, for_folder, preset, rescaled, stretched, with_fewer_epochs
+from ..runs.presets import LONG, epochs_in_time, for_folder, preset, rescaled, stretched, with_fewer_epochs
 from ..runs.settings import TrainSettings
 from .fine_tuning import EPOCHS, FINE_TUNED, config_of, fine_tuning
 
 # Of --preset: the method, its switches, and its time where it is not in as many epochs as PGD-AT.
 PRESETS: dict[str, tuple[str, dict[str, Any], float | None]] = {
-    "fair": ("fair", {}, None),
+    "fair": ("fair", {"fast": True}, LONG),
     "fast": ("fair", {"fast": True}, None),
     "paper": ("wat", {}, None),
 }
