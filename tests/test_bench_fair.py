@@ -64,7 +64,7 @@ def test_longer_candidates_take_the_forwards_of_pgd_at(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench_fair, "train_and_judge", note)
     name = "PGD-AT, steps 2 1 ½ ε"
-    assert bench_fair.main(["--out", str(tmp_path / "a.json"), "--only", name, f"{name}, more epochs"]) == 0
+    assert bench_fair.main(["--out", str(tmp_path / "a.json"), "--only", name, f"{name}, time 0.95"]) == 0
     assert [s.optim.epochs for s in trained] == [24] * 4 + [58] * 4  # 0.95 * 24 * 23 / 9
     assert {s.method for s in trained} == {candidates.ALL[name]}
     assert [s.run.seed for s in trained] == [0, 1, 2, 3] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ham_kernels.methods import ATTA, HAM, PGDAT, TRADES, Fair, Method
+from ham_kernels.runs.presets import LONG
 
 BASELINE = "PGD-AT"
 RULES = {  # by name: rule and strength
@@ -24,6 +25,7 @@ SCHEDULES = {  # by name: steps in units of eps
 }
 ONE_STEP = {"¼": (0.25,), "½": (0.5,), "1": (1.0,)}  # of an attack that goes on from epoch to epoch
 USUAL, BEFORE = "hedge 0.6", "hard share ^ 0.75"
+_TWO, _GOES_ON = f"boosted CE, {USUAL}, steps 2 1 ε", f"boosted CE, {USUAL}, ATTA, 1 ε a step"
 
 
 def _weights(rule: str) -> dict:
@@ -54,11 +56,15 @@ CHEAP: dict[str, Method] = {
     },
 }
 CHEAP[f"PGD-AT, {USUAL}, steps 2 1 ½ ε"] = PGDAT(start_epoch=1, step_sizes=(2.0, 1.0, 0.5), **_weights(USUAL))
-LONGER: dict[str, Method] = {  # in as many epochs as the time of PGD-AT allows
-    f"{name}, more epochs": CHEAP[name] for name in CHEAP if "steps 2 1 ½ ε" in name and BEFORE not in name
+TIMED = {  # share of PGD-AT's time: what is trained in as many epochs as it allows
+    LONG: [name for name in CHEAP if ("2 1 ½ ε" in name and BEFORE not in name) or name in (_TWO, _GOES_ON)],
+    0.43: [_TWO, _GOES_ON],
+}
+LONGER: dict[str, tuple[Method, float]] = {
+    f"{name}, time {share}": (CHEAP[name], share) for share, names in TIMED.items() for name in names
 }
 DEARER: dict[str, Method] = {
     "TRADES": TRADES(),
     **{f"TRADES, {rule}": TRADES(**_weights(rule)) for rule in HEDGES},
 }
-ALL = FULL | CHEAP | LONGER | DEARER
+ALL = FULL | CHEAP | {name: method for name, (method, _) in LONGER.items()} | DEARER

@@ -149,7 +149,7 @@ def _heat_map(
     limits = {"cmap": "PuOr", "vmin": -top, "vmax": top} if signed else {"cmap": "viridis", "vmin": 0, "vmax": 100}
     image = axes.imshow(values, aspect="auto", **limits)
     axes.grid(visible=False)
-    titles = names.titles(section, 30)
+    titles = names.titles(section, 38)
     axes.set_yticks(range(len(rows)), [titles[g["title"]] for g, _, _ in rows])
     _name_classes(axes, section, order)
     axes.set_xlabel(below)
