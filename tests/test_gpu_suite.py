@@ -88,7 +88,7 @@ def test_smoke_runs_every_stage_and_a_second_call_none(tmp_path):
     shared = summary["runs"][: len(gpu_runs.ARMS)]
     assert len({run["epochs"][0]["seconds"] for run in shared}) == 1, "the warm-up was not shared"
     phases = [[e["phase"] for e in run["epochs"]] for run in summary["runs"]]
-    assert phases[1:] == [["pgd_at", "ham"]] * 2 + [["pgd_at", "fair"]] * 2 + [["pgd_at", "trades"]]
+    assert phases[1:] == [["pgd_at", "ham"]] * 2 + [["pgd_at", "fair"]] * 3 + [["pgd_at", "trades"]]
     for run in summary["runs"]:
         assert set(run["judged"]["ema"]["attacks"]) == {"clean", "pgd20", "cw20", "autoattack"}
         assert set(run["judged"]["last"]["attacks"]) == {"clean", "pgd20", "cw20"}

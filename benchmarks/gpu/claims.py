@@ -18,7 +18,7 @@ from gpu.stages import Options, Stage
 ATTACKS = {"clean": "clean", "pgd20": "PGD-20", "cw20": "CW-20", "autoattack": "AutoAttack"}
 TITLES = {
     "pgd_at": "PGD-AT", "ham": "HAM", "ham_frozen_bn": "HAM, frozen BN", "fair": "fair", "fair_fast": "fair, fast",
-    "trades": "TRADES",
+    "fair_long": "fair, fast, in PGD-AT's time", "trades": "TRADES",
 }  # fmt: skip
 AVERAGES = {"ema": "weight average", "last": "last weights"}
 HOLDS = {True: "holds", False: "does not hold", None: "not measured"}

@@ -27,6 +27,7 @@ ARMS = {
 WHOLE = {  # trained from their first epoch on, behind no warm-up
     "fair": ("--method", "fair"),
     "fair_fast": ("--method", "fair", "--fast"),
+    "fair_long": ("--method", "fair", "--fast", "--time", "0.95"),
     "trades": ("--method", "trades"),
 }
 ALL = ARMS | WHOLE
