@@ -19,7 +19,7 @@ SHOWN = (  # always
     "PGD-AT", "HAM", "TRADES", "WAT", "DAFA", "FAAL", "MART", "CFA, on PGD-AT", "fair", "fair, fast",
     "PGD-AT, steps of 2 1 0.5 ε, 58 epochs",
 )  # fmt: skip
-PROMISED = re.compile(r"fair(, fast)?(, (?P<epochs>\d+) epochs)?")
+PROMISED = re.compile(r"fair(?P<plain>, plain CE)?(?P<fast>, fast)?(, (?P<epochs>\d+) epochs)?")
 APART = 0.01, 0.04  # average and worst class of one run: AutoAttack's random parts change with the batch size
 
 
@@ -112,7 +112,9 @@ def _promise(images: str, m: dict, base: dict) -> str:
     average, worst = (100 * (m[k]["mean"] - base[k]["mean"]) for k in ("average", "worst"))
     std = 100 * (m["std"]["mean"] / base["std"]["mean"] - 1)
     found = PROMISED.fullmatch(m["title"])
-    title = "`fair`" + " with `--fast`" * bool(found[1]) + f" in {found['epochs']} epochs" * bool(found["epochs"])
+    flags = ["`--loss ce`"] * bool(found["plain"]) + ["`--fast`"] * bool(found["fast"])
+    title = " with ".join(["`fair`", *[" ".join(flags)] * bool(flags)])
+    title += f" in {found['epochs']} epochs" * bool(found["epochs"])
     if m["relative_time"] is None:
         cost = f"{m['relative_forwards']:.2f} of the forwards"
     else:

@@ -288,8 +288,9 @@ def methods_cifar10(here: Path) -> str:
         "`ham sweep methods --only pgd_at ham-M3-lam1 fair fair-fast dafa wat trades --seeds {seeds} --dataset cifar10 "
         "--path cifar10-jpeg.tar.xz --model small_cnn --train-images 10000 --test-images 1000 --val-images 500 "
         "--epochs 15 --precision bf16 --channels-last on --compile on --winograd on --attacks clean pgd20 autoattack "
-        "--search fast --no-masking`; then `ham train --from RUN --method fsr` (faal, offsets) of PGD-AT's runs, "
-        "judged by `ham evaluate` likewise; {machines}. CPU times are of one thread; the other core had other work.",
+        "--search fast --no-masking`; `ham train --method fair --loss ce --fast --epochs 36` with the same flags; `ham "
+        "train --from RUN --method fsr` (faal, offsets) of PGD-AT's runs, both judged by `ham evaluate` likewise; "
+        "{machines}. CPU times are of one thread; the other core had other work.",
     )  # fmt: skip
 
 
