@@ -24,7 +24,7 @@ from readme.output import aligned, markdown, write_json
 
 from ham_kernels import preset
 from ham_kernels.commands.run_images import images_of
-from ham_kernels.runs.presets import epochs_in_time, rescaled, stretched
+from ham_kernels.runs.presets import in_time
 from ham_kernels.runs.settings import TrainSettings
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         for f in range(len(done), args.folds):
             one = replace(settings, method=ALL[name], run=replace(settings.run, seed=f))
             if name in LONGER:
-                one = rescaled(one, stretched(one.optim.epochs, epochs_in_time(one, LONGER[name][1])))
+                one = in_time(one, LONGER[name][1])
             done.append(train_and_judge(one, images, fold == f))
             result.setdefault("versions", {})[name] = machine()["ham_kernels"]
             write_json(args.out, result)

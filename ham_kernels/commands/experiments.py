@@ -10,7 +10,7 @@ from typing import get_args
 from ..common import field_types
 from ..methods.registry import names, warm_up_of, with_name
 from ..methods.settings import Method
-from ..runs.presets import LONG, epochs_in_time, rescaled, stretched, with_fewer_epochs
+from ..runs.presets import LONG, in_time, with_fewer_epochs
 from ..runs.settings import TrainSettings
 
 GRID_SCREEN_STEPS = (1, 2, 3, 4, 5)
@@ -193,10 +193,7 @@ def _scheduled(base: TrainSettings, name: str, sizes: tuple[float, ...]) -> tupl
 def _long(run: tuple[str, TrainSettings | str]) -> tuple[str, TrainSettings | str]:
     """A cheap attack, in as many epochs as the time of PGD-AT allows."""
     name, settings = run
-    if isinstance(settings, TrainSettings):
-        factor = epochs_in_time(settings, LONG)
-        settings = rescaled(settings, stretched(settings.optim.epochs, factor))
-    return f"{name}-long", settings
+    return f"{name}-long", settings if isinstance(settings, str) else in_time(settings, LONG)
 
 
 def _screened(base: TrainSettings, name: str, easy: str) -> tuple[str, TrainSettings | str]:

@@ -47,7 +47,8 @@ def begin_with(settings: TrainSettings, model: nn.Module) -> str:
 
 def cost_of(name: str) -> dict[str, Any]:
     """What first weights are, and have cost: {"weights": absolute path}, and of a run "run": its method; "epochs" of
-    the training that began with random weights; "seconds", "cpu_seconds", "forwards" (full-batch ones) of all of them.
+    the training that began with random weights, times its updates of each batch; "seconds", "cpu_seconds", "forwards"
+    (full-batch ones) of all of them.
     """
     if name == IMAGENET:
         return {"weights": name}

@@ -116,6 +116,11 @@ def epochs_in_time(settings: TrainSettings, share: float) -> float:
     return share * PGDAT().cost(steps) / settings.method.cost(steps)
 
 
+def in_time(settings: TrainSettings, share: float) -> TrainSettings:
+    """The same course in as many epochs, in place of PGD-AT's, as that share of the time allows."""
+    return rescaled(settings, stretched(settings.optim.epochs, epochs_in_time(settings, share)))
+
+
 def stretched(epochs: int, factor: float | None) -> int:
     """So many times the epochs, at least 1; None: as they are."""
     return epochs if factor is None else max(1, round(epochs * factor))
