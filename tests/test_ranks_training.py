@@ -23,6 +23,7 @@ SWITCHES = {
     "ham": {"start_epoch": 1, "screen_steps": 2},
     "ham_random": {"start_epoch": 1, "screen_steps": 2, "rows": "random"},
     "ham_jump": {"start_epoch": 1, "screen_steps": 2, "easy": "jump", "class_weights": "hard_share"},
+    "ham_trust": {"start_epoch": 1, "screen_steps": 2, "trust": 0.5, "eps_factor": 1.25},
     "pgd_at": {"start_epoch": 1},
     "pgd_at_awp": {"start_epoch": 1, "awp": 0.01},
     "gairat": {"start_epoch": 1},

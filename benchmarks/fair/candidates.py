@@ -56,12 +56,22 @@ CHEAP: dict[str, Method] = {
     },
 }
 CHEAP[f"PGD-AT, {USUAL}, steps 2 1 ½ ε"] = PGDAT(start_epoch=1, step_sizes=(2.0, 1.0, 0.5), **_weights(USUAL))
+TRUSTS = {  # class rule, trust, eps_factor; three large steps each
+    f"PGD-AT, {rule}, trust {trust}, trained at {factor} ε, steps 2 1 ½ ε": PGDAT(
+        start_epoch=1, step_sizes=(2.0, 1.0, 0.5), trust=trust, eps_factor=factor, **_weights(rule)
+    )
+    for rule, trust, factor in (
+        (USUAL, 0.5, 1), (USUAL, 1, 1), (USUAL, 0, 1.25), (USUAL, 0.25, 1.25), (USUAL, 0.5, 1.25), (USUAL, 0.5, 1.5),
+        ("hedge 1", 0.5, 1), ("hedge 1", 0.5, 1.25), ("no class weights", 0, 1.25), ("no class weights", 0.5, 1.25),
+    )
+}  # fmt: skip
 TIMED = {  # share of PGD-AT's time: what is trained in as many epochs as it allows
     LONG: [name for name in CHEAP if ("2 1 ½ ε" in name and BEFORE not in name) or name in (_TWO, _GOES_ON)],
     0.43: [_TWO, _GOES_ON],
 }
+TIMED = {share: [*names, *TRUSTS] for share, names in TIMED.items()}
 LONGER: dict[str, tuple[Method, float]] = {
-    f"{name}, time {share}": (CHEAP[name], share) for share, names in TIMED.items() for name in names
+    f"{name}, time {share}": ((CHEAP | TRUSTS)[name], share) for share, names in TIMED.items() for name in names
 }
 DEARER: dict[str, Method] = {
     "TRADES": TRADES(),

@@ -90,6 +90,7 @@ class ActiveSet:
     wrong: Tensor | None = None  # (n,) fp32, at how many of its steps' points a row was not right; None: not counted
     last_right: Tensor | None = None  # (n, C, H, W), the point before the first of these, x0 at least; None: not kept
     largest: Tensor | None = None  # (n,), largest |gradient| of the first step
+    label_ce: Tensor | None = None  # (n,) fp32, cross entropy at a look that somebody took note of
 
     def named(self, index: Tensor) -> ActiveSet:
         """The named rows as an active set of their own, gathered once so that later steps are dense."""
@@ -101,7 +102,8 @@ class ActiveSet:
         return replace(
             self, x_adv=pick(self.x_adv), x=pick(self.x), y=pick(self.y), eps_rows=pick(self.eps_rows),
             step_rows=pick(self.step_rows), max_step=pick(self.max_step), target=pick(self.target),
-            right=pick(self.right), wrong=pick(self.wrong), last_right=pick(self.last_right), largest=None, z=None,
+            right=pick(self.right), wrong=pick(self.wrong), last_right=pick(self.last_right),
+            label_ce=pick(self.label_ce), largest=None, z=None,
             prev=None,  # the next forward is at the same point: there is no step to measure yet
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..attack.pgd import PGD, ActiveSet, Attack
 from ..distributed import ALONE, Meeting, Ranks
@@ -83,6 +84,7 @@ class Examples:
     rest: Tensor | None = None  # (n - n_kept, C, H, W), the other rows as they left; only where bn_rows is "all"
     rest_x: Tensor | None = None  # the same rows, clean
     max_step: Tensor | None = None  # (n_kept,), largest step of the logits, where steps are tracked
+    label_ce: Tensor | None = None  # (n_kept,) fp32, cross entropy at the look, where trust weighs rows
     hard: Tensor | None = None  # (n,) bool, the flags of the look; None where nothing was screened
     hard_counts: Sequence[int] | None = None  # of each batch, where several were attacked as one
     no_gradient: int = 0  # rows whose attack began without a gradient to follow
@@ -145,6 +147,7 @@ def mine(
         if not method.early_drop:
             attack.steps(pgd.steps)
             attack.guard.read()
+            _note(attack.rows, method)
             examples = _examples(attack.rows, len(y), attack.guard.no_gradient)
             return _placed(replace(examples, look=_look(method, attack, ranks)), method, place, place.n)
         before = _screen(attack, method)
@@ -152,6 +155,7 @@ def mine(
         look = _look(method, attack, ranks)
         order, count = _ops.compact(hard)
         counts = attack.guard.read(count if sizes is None else _of_each(hard, sizes))  # the one read of the step
+        _note(attack.rows, method)
         n_hard, even = sum(counts), None
         if ranks.several:  # they are those of each process
             even = _even(counts, place, method)
@@ -199,7 +203,9 @@ def _even(counts: Sequence[int], place: Place, method: Method) -> Plan | None:
     return plan(counts) if starved or pays(counts, place.n // len(counts)) else None
 
 
-_TRAVELS = ("x_adv", "x", "y", "eps_rows", "step_rows", "max_step", "target", "right", "wrong", "last_right")
+_TRAVELS = (
+    "x_adv", "x", "y", "eps_rows", "step_rows", "max_step", "target", "right", "wrong", "last_right", "label_ce",
+)  # fmt: skip
 
 
 def _moved(rows: ActiveSet, even: Plan, ranks: Ranks, home: bool = False) -> ActiveSet:
@@ -225,7 +231,7 @@ def _examples(rows: ActiveSet, n: int, no_gradient: int = 0) -> Examples:
         last_right = torch.where(never, rows.x_adv, last_right)
     return Examples(
         rows.x_adv, rows.x, rows.y, None, n, n, max_step=rows.max_step, no_gradient=no_gradient, right=rows.right,
-        last_right=last_right,
+        last_right=last_right, label_ce=rows.label_ce,
     )  # fmt: skip
 
 
@@ -234,6 +240,12 @@ def _look(method: Method, attack: Attack, ranks: Ranks) -> Look | None:
     if not method.looks_at_classes or rows.z is None:
         return None
     return Look(rows.z.float(), rows.y, rows.target, ranks)
+
+
+def _note(rows: ActiveSet, method: Method) -> None:
+    """What row weights need of the look; labels have been judged."""
+    if method.trust:
+        rows.label_ce = F.cross_entropy(rows.z.float(), rows.y, reduction="none")
 
 
 def _of_each(flags: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -317,6 +329,9 @@ def _hardest_first(z: Tensor, y: Tensor, hard: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- batches attacked together
+_OF_KEPT = ("x_adv", "x", "y", "index", "max_step", "label_ce", "right", "last_right")
+
+
 def split(examples: Examples, sizes: Sequence[int]) -> list[Examples]:
     """The examples of batches that were attacked as one, batch by batch."""
     if len(sizes) == 1:
@@ -329,7 +344,7 @@ def split(examples: Examples, sizes: Sequence[int]) -> list[Examples]:
         t = getattr(examples, name)
         return [None] * len(sizes) if t is None else t.split(list(by))
 
-    parts = {name: cut(name, kept) for name in ("x_adv", "x", "y", "index", "max_step", "right", "last_right")}
+    parts = {name: cut(name, kept) for name in _OF_KEPT}
     parts |= {"hard": cut("hard", sizes), "n": sizes, "n_hard": hard}
     if examples.look is not None:
         of = examples.look

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from .settings import Method
 
@@ -13,11 +14,14 @@ class Natural(Method):
 
     name = "natural"
     title = "natural"
+    without_effect: ClassVar[tuple[str, ...]] = (
+        "early_drop", "reweight", "trust", "class_weights", "step_sizes", "eps_factor",
+    )  # fmt: skip
 
     def check(self) -> None:
         super().check()
-        for field, off in (("early_drop", False), ("reweight", False), ("step_sizes", ()), ("class_weights", "none")):
-            if getattr(self, field) != off:
+        for field in self.without_effect:
+            if getattr(self, field) != getattr(Method, field):
                 raise ValueError(f"{field}: got {getattr(self, field)!r}; {self.title} has no attack to apply it to")
 
     def attack_steps(self, steps: int) -> int:

@@ -60,6 +60,8 @@ class Objective(nn.Module):
             )
         if method.schedule:
             pgd = replace(pgd, step_sizes=method.schedule)
+        if method.eps_factor != 1:
+            pgd = replace(pgd, eps=method.eps_factor * pgd.eps, step_size=method.eps_factor * pgd.step_size)
         method.attack_steps(pgd.steps)
         if ranks.several:
             _check_for_several(method)

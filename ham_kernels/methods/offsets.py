@@ -29,7 +29,9 @@ WIDTH = 0.3  # of the sigmoid, in standard deviations of the margins
 STEP, STEPS = 30.0, 50.0  # length of the first step, in squared widths; after so many updates it is half as long
 KEEP = 0.9  # of the shares, from batch to batch
 GROWTH, PUSH = 0.2, 2.0  # of a price, for a class in which nothing resists: at each update; and while it is so
-_NO_EFFECT = ("early_drop", "reweight", "freeze_bn", "loss", "label_smoothing", "class_weights", "awp", "gate")
+_NO_EFFECT = (
+    "early_drop", "reweight", "trust", "freeze_bn", "loss", "label_smoothing", "class_weights", "awp", "gate",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

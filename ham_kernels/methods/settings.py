@@ -7,6 +7,7 @@ its keys in TOML, their bounds and their words in titles; the functions that it 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -101,6 +102,8 @@ class Method:
     """Weigh examples by how far a step of the attack moved their logits."""
     lam: Annotated[float, Ge(0), Words("λ={}", needs="reweight")] = 1.0
     """Lambda of the weights sigmoid(lambda * s), s the largest change of logits in a step; higher is more uniform."""
+    trust: Annotated[float, Ge(0), Words("trust {}", off=0.0)] = 0.0
+    """Weigh rows by their label's probability under attack to this power, against their class: lost rows move less."""
     loss: CrossEntropy = "ce"
     """Cross entropy, or that and -log(1.0001 - the largest probability of another class), the first term of MART."""
     label_smoothing: Annotated[float, Ge(0), Lt(1), Words("smoothing {}", off=0.0)] = 0.0
@@ -119,6 +122,8 @@ class Method:
     """The weight average takes the next epoch's updates where the worst class of the validation images reaches this."""
     step_sizes: Annotated[tuple[float, ...], Gt(0), Words("steps of {} ε", off=())] = ()
     """Sizes of the attack's steps in units of eps, one each, such as 1 0.5 0.25; in place of steps and step_size."""
+    eps_factor: Annotated[float, Gt(0), Words("trained at {} ε", off=1.0)] = 1.0
+    """Train on attacks within so many times eps, their steps as many times as long; whoever judges keeps to eps."""
     group: Annotated[int, Ge(1), Words("groups of {}", off=1)] = 1
     """Attack so many batches together."""
     group_updates: Annotated[
@@ -258,28 +263,35 @@ class Method:
     @property
     def looks_at_classes(self) -> bool:
         """Whether `observe` reads the look of a batch."""
-        return self.class_weights != "none"
+        return self.class_weights != "none" or self.trust > 0
 
     def observe(self, examples: Examples, memory: Objective) -> None:
-        """Takes note of a batch, before its weights are made. Here: what `class_weights` need."""
+        """Takes note of a batch, before its weights are made. Here: what `class_weights` and `trust` need."""
         if self.class_weights != "none":
             from .class_weights import observe
 
             observe(memory, examples.look, self.class_weights, self.class_memory)
+        if self.trust:
+            from . import trust
+
+            trust.observe(memory, examples, self.trust)
 
     def weights(self, examples: Examples, memory: Objective) -> Tensor | None:
-        """(n_kept,) weight of each row in the loss; None for ones. Here: by `reweight` and `class_weights`."""
-        weights = None
+        """(n_kept,) weight of each row in the loss; None for ones. Here: by `reweight`, `trust` and `class_weights`."""
+        factors = []
         if self.reweight:
             from .class_weights import weights_by_step
 
-            weights = weights_by_step(examples, self.lam)
-        if self.class_weights == "none" or memory.epoch < self.class_from:
-            return weights
-        from .class_weights import for_rows, weights_of
+            factors.append(weights_by_step(examples, self.lam))
+        if self.trust:
+            from . import trust
 
-        own = for_rows(weights_of(memory, self.class_weights, self.class_strength), examples.y)
-        return self.scaled(own if weights is None else own * weights, examples)
+            factors.append(trust.weights(memory, examples, self.trust))
+        if self.class_weights != "none" and memory.epoch >= self.class_from:
+            from .class_weights import for_rows, weights_of
+
+            factors.append(for_rows(weights_of(memory, self.class_weights, self.class_strength), examples.y))
+        return self.scaled(math.prod(factors), examples) if factors else None
 
     def weights_with(self, of_classes: Tensor, examples: Examples, memory: Objective) -> Tensor:
         """(n_kept,): weights of its own by label, (classes,), as they are, times those of the switches, of mean 1."""
@@ -320,16 +332,21 @@ class Method:
 
     def remembers(self, classes: int) -> dict[str, Tensor]:
         """What `memory` starts with: buffers by name, for a model of so many classes. Saved with every checkpoint."""
-        if self.class_weights == "none":
-            return {}
-        from .class_weights import empty_state
+        state = {}
+        if self.class_weights != "none":
+            from .class_weights import empty_state
 
-        return empty_state(self.class_weights, classes)
+            state |= empty_state(self.class_weights, classes)
+        if self.trust:
+            from . import trust
+
+            state |= trust.empty_state(classes)
+        return state
 
     @property
     def keeps_over_batches(self) -> bool:
         """Whether what it remembers of one batch bears on later ones."""
-        own = type(self).remembers is not Method.remembers
+        own = type(self).remembers is not Method.remembers or self.trust > 0
         if own or self.class_weights == "none":
             return own
         from .class_weights import RULES

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .attack import attack
 from .awp import perturbed
 from .class_weights import ClassStatistics, weights
 from .losses import CLASSIFICATION
 from .method import step_size_weights
+
+TRUST_MEMORY = 0.99  # of a class's trust, from batch to batch
 
 
 @dataclass
@@ -39,11 +42,13 @@ class PGDAT:
     steps: int
     norm: str = "linf"
     step_sizes: tuple[float, ...] = ()
+    eps_factor: float = 1.0
     early_drop: bool = False
     easy: str = "drop"
     screen_steps: int = 3
     reweight: bool = False
     lam: float = 1.0
+    trust: float = 0.0
     loss: str = "ce"
     label_smoothing: float = 0.0
     class_weights: str = "none"
@@ -56,7 +61,10 @@ class PGDAT:
     as_is = False  # weights are not scaled to mean 1
 
     def __post_init__(self):
+        self.eps, self.step_size = self.eps_factor * self.eps, self.eps_factor * self.step_size
         self.statistics = ClassStatistics(self.classes, self.class_memory)
+        self.trusted = torch.zeros(self.classes, dtype=torch.float64)  # sums over the rows of each class, and how many
+        self.trusting = torch.zeros(self.classes, dtype=torch.float64)
 
     def step(self, model, optimizer, x, y, seed, step, epoch):
         """One update from images x (n, C, H, W) and labels y; seed and step name the noise. Returns an Update."""
@@ -103,12 +111,19 @@ class PGDAT:
     def observe(self, attacked, y, epoch):
         """Takes what a batch tells of the classes."""
         self.statistics.add(attacked.seen, y)
+        for c in range(self.classes):
+            of_class = label_probability(attacked.seen, y)[y == c].double() ** self.trust
+            self.trusted[c] = TRUST_MEMORY * self.trusted[c] + of_class.sum().item()
+            self.trusting[c] = TRUST_MEMORY * self.trusting[c] + len(of_class)
 
     def row_weights(self, attacked, y, epoch):
         """(n,) of all rows, before they are scaled."""
         w = torch.ones(len(y), device=y.device)
         if self.reweight:
             w = step_size_weights(attacked.max_step, self.lam)
+        if self.trust:
+            of_class = (self.trusted / self.trusting).float().to(y.device)
+            w = w * label_probability(attacked.seen, y) ** self.trust / of_class[y]
         if self.class_weights != "none" and epoch >= self.class_from:
             v = weights(self.statistics, self.class_weights, self.class_strength)
             w = w * v.float().to(y.device)[y]
@@ -124,6 +139,11 @@ class PGDAT:
     def end_epoch(self):
         """After the last batch of an epoch."""
         self.statistics.end_epoch()
+
+
+def label_probability(logits, y):
+    """(n,)."""
+    return F.softmax(logits.float(), 1).gather(1, y[:, None]).squeeze(1)
 
 
 @contextmanager
