@@ -111,7 +111,8 @@ def test_ham_from_flat_arguments():
         "start_epoch": 2, "easy": "stop", "screen_steps": 2, "screen": "one_step", "rows": "random", "round_to": 4,
         "freeze_bn": True, "reweight": False, "lam": 2.0, "step_sizes": (1.0, 0.5, 0.25), "group": 2,
         "group_updates": "one", "loss": "boosted_ce", "label_smoothing": 0.1, "class_weights": "chi2",
-        "class_strength": 0.3, "class_memory": 0.5, "class_from": 3, "awp": 0.01, "gate": 0.1,
+        "class_strength": 0.3, "class_memory": 0.5, "class_from": 3, "awp": 0.01, "gate": 0.1, "trust": 0.5,
+        "eps_factor": 1.25,
     }  # fmt: skip
     for told in (others, {"bn_rows": "all"}, {"early_drop": False}):
         wanted = ham.methods.HAM(**told)
@@ -208,6 +209,15 @@ def test_pgd_at_of_a_time_when_hams_switches_stood_beside_it():
     assert method_of({"name": "pgd_at", "early_drop": True}).early_drop
     assert method_of({"name": "pgd_at", **hams, "easy": "stop"}).mines
     assert method_of({"name": "ham", **hams}) == ham.methods.HAM(start_epoch=9)
+
+
+def test_a_run_of_a_time_when_fair_had_fewer_switches():
+    """Its config.toml has every switch that there was: it neither trusted rows nor trained at another eps."""
+    section = to_dict(dataclasses.replace(TrainSettings(), method=ham.methods.Fair(loss="boosted_ce")))["method"]
+    before = {name: value for name, value in section.items() if name not in ("trust", "eps_factor")}
+    assert method_of(before) == ham.methods.Fair(loss="boosted_ce", trust=0.0, eps_factor=1.0)
+    assert method_of(before).describe() == "fair (boosted CE, trust 0, trained at 1 ε)"
+    assert method_of({"name": "fair", "fast": True}) == ham.methods.Fair(fast=True)  # as a user writes it
 
 
 @pytest.mark.parametrize(
