@@ -13,7 +13,9 @@ from ..common.lazy import names_of
 from .registry import class_of, names
 from .settings import Method
 
-_MACHINERY = {"settings", "registry", "objective", "mining", "batch_loss", "class_weights", "awp", "losses"}
+_MACHINERY = {
+    "settings", "registry", "objective", "mining", "batch_loss", "class_weights", "trust", "awp", "losses",
+}  # fmt: skip
 
 _found = {module.name for module in pkgutil.iter_modules(__path__)} - _MACHINERY
 for _name in sorted(_found):
