@@ -13,7 +13,7 @@ from ham_kernels.report.text_format import attack_title
 from readme import measured
 from readme.output import markdown
 
-SWEEP, LATER = "sweep_methods_digits", "sweep_long_digits"  # of the same images and baseline
+SWEEP = "sweep_methods_digits"
 PARTS = {
     "HAM, no early drop": "reweighting alone",
     "HAM, no reweighting": "early dropping alone",
@@ -26,13 +26,12 @@ COMPARED = ("HAM", "fair")
 def questions(here: Path) -> str:
     data = measured.read(f"{SWEEP}/data.json")
     (section,) = data["sections"]
-    later = measured.read(f"{LATER}/data.json")
-    groups = {g["title"]: g for of in (later, data) for g in of["sections"][0]["groups"]}
+    groups = {g["title"]: g for g in section["groups"]}
     attack = section["frontier"]["attack"]
     shown = [title for title in PARTS if title in groups and attack in groups[title]["accuracy"]["ema"]]
     said = (
         f"{section['dataset']}, ε {section['eps']:.3g}, {attack_title(attack)}, {_seeds(groups, shown)} seeds, "
-        f"± half the 95 % interval of a difference, seed by seed; {measured.machines_of(data, later)}."
+        f"± half the 95 % interval of a difference, seed by seed; {measured.machines_of(data)}."
     )
     return "\n\n".join([said, _of_parts(groups, attack, shown), _of_classes(section, groups, attack)])
 

@@ -266,15 +266,11 @@ class Method:
         return self.class_weights != "none" or self.trust > 0
 
     def observe(self, examples: Examples, memory: Objective) -> None:
-        """Takes note of a batch, before its weights are made. Here: what `class_weights` and `trust` need."""
+        """Takes note of a batch, before its weights are made. Here: what `class_weights` need."""
         if self.class_weights != "none":
             from .class_weights import observe
 
             observe(memory, examples.look, self.class_weights, self.class_memory)
-        if self.trust:
-            from . import trust
-
-            trust.observe(memory, examples, self.trust)
 
     def weights(self, examples: Examples, memory: Objective) -> Tensor | None:
         """(n_kept,) weight of each row in the loss; None for ones. Here: by `reweight`, `trust` and `class_weights`."""
@@ -284,9 +280,9 @@ class Method:
 
             factors.append(weights_by_step(examples, self.lam))
         if self.trust:
-            from . import trust
+            from .trust import weights_by_trust
 
-            factors.append(trust.weights(memory, examples, self.trust))
+            factors.append(weights_by_trust(examples, self.trust))
         if self.class_weights != "none" and memory.epoch >= self.class_from:
             from .class_weights import for_rows, weights_of
 
@@ -332,21 +328,16 @@ class Method:
 
     def remembers(self, classes: int) -> dict[str, Tensor]:
         """What `memory` starts with: buffers by name, for a model of so many classes. Saved with every checkpoint."""
-        state = {}
-        if self.class_weights != "none":
-            from .class_weights import empty_state
+        if self.class_weights == "none":
+            return {}
+        from .class_weights import empty_state
 
-            state |= empty_state(self.class_weights, classes)
-        if self.trust:
-            from . import trust
-
-            state |= trust.empty_state(classes)
-        return state
+        return empty_state(self.class_weights, classes)
 
     @property
     def keeps_over_batches(self) -> bool:
         """Whether what it remembers of one batch bears on later ones."""
-        own = type(self).remembers is not Method.remembers or self.trust > 0
+        own = type(self).remembers is not Method.remembers
         if own or self.class_weights == "none":
             return own
         from .class_weights import RULES

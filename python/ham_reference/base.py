@@ -15,8 +15,6 @@ from .class_weights import ClassStatistics, weights
 from .losses import CLASSIFICATION
 from .method import step_size_weights
 
-TRUST_MEMORY = 0.99  # of a class's trust, from batch to batch
-
 
 @dataclass
 class Update:
@@ -63,8 +61,6 @@ class PGDAT:
     def __post_init__(self):
         self.eps, self.step_size = self.eps_factor * self.eps, self.eps_factor * self.step_size
         self.statistics = ClassStatistics(self.classes, self.class_memory)
-        self.trusted = torch.zeros(self.classes, dtype=torch.float64)  # sums over the rows of each class, and how many
-        self.trusting = torch.zeros(self.classes, dtype=torch.float64)
 
     def step(self, model, optimizer, x, y, seed, step, epoch):
         """One update from images x (n, C, H, W) and labels y; seed and step name the noise. Returns an Update."""
@@ -111,10 +107,6 @@ class PGDAT:
     def observe(self, attacked, y, epoch):
         """Takes what a batch tells of the classes."""
         self.statistics.add(attacked.seen, y)
-        for c in range(self.classes):
-            of_class = label_probability(attacked.seen, y)[y == c].double() ** self.trust
-            self.trusted[c] = TRUST_MEMORY * self.trusted[c] + of_class.sum().item()
-            self.trusting[c] = TRUST_MEMORY * self.trusting[c] + len(of_class)
 
     def row_weights(self, attacked, y, epoch):
         """(n,) of all rows, before they are scaled."""
@@ -122,8 +114,10 @@ class PGDAT:
         if self.reweight:
             w = step_size_weights(attacked.max_step, self.lam)
         if self.trust:
-            of_class = (self.trusted / self.trusting).float().to(y.device)
-            w = w * label_probability(attacked.seen, y) ** self.trust / of_class[y]
+            kept = attacked.hard if self.early_drop and self.easy == "drop" else torch.ones_like(attacked.hard)
+            trust = label_probability(attacked.seen, y) ** self.trust
+            of_class = torch.stack([trust[kept & (y == c)].mean() for c in range(self.classes)])
+            w = w * trust / of_class[y]
         if self.class_weights != "none" and epoch >= self.class_from:
             v = weights(self.statistics, self.class_weights, self.class_strength)
             w = w * v.float().to(y.device)[y]
