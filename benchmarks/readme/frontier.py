@@ -17,7 +17,7 @@ SWEEPS = (("sweep_methods_digits", "sweep_field_digits", "sweep_long_digits"), (
 IMAGES = {"cifar10-jpeg.tar.xz": "10,000 CIFAR-10 images (small CNN, 15 epochs, judged on 1,000)"}
 SHOWN = (  # always
     "PGD-AT", "HAM", "TRADES", "WAT", "DAFA", "FAAL", "MART", "CFA, on PGD-AT", "fair", "fair, fast",
-    "PGD-AT, steps of 2 1 0.5 ε, 58 epochs",
+    "PGD-AT, steps of 2 1 0.5 ε, 58 epochs", "PGD-AT, steps of 2 1 0.5 ε, trained at 1.25 ε, 58 epochs",
 )  # fmt: skip
 PROMISED = re.compile(r"fair(?P<plain>, plain CE)?(?P<fast>, fast)?(, (?P<epochs>\d+) epochs)?")
 APART = 0.01, 0.04  # average and worst class of one run: AutoAttack's random parts change with the batch size
