@@ -278,8 +278,8 @@ def long_digits(here: Path) -> str:
         "--search fast --no-masking --out runs/long-digits` on the digits, then `ham sweep frontier --only "
         "pgd_at-steps2-1-0.5-long` with the same flags: an attack of three large steps, in as many epochs as take the "
         "time of PGD-AT's 24; `ham train --method fair --loss ce --fast --time 0.95` and `ham train --method pgd_at "
-        "--step-sizes 2 1 0.5 --eps-factor 1.25 --time 0.95`, judged by `ham evaluate` likewise. AutoAttack on all 517 test images; {machines}. CPU times are of one thread; the other "
-        "core had other work.",
+        "--step-sizes 2 1 0.5 --eps-factor 1.25 --time 0.95`, judged by `ham evaluate` likewise. AutoAttack on all "
+        "517 test images; {machines}. CPU times are of one thread; the other core had other work.",
     )  # fmt: skip
 
 
