@@ -287,6 +287,8 @@ class Method:
             from .class_weights import for_rows, weights_of
 
             factors.append(for_rows(weights_of(memory, self.class_weights, self.class_strength), examples.y))
+        if len(factors) == 1 and self.reweight:
+            return factors[0]  # of mean 1 already
         return self.scaled(math.prod(factors), examples) if factors else None
 
     def weights_with(self, of_classes: Tensor, examples: Examples, memory: Objective) -> Tensor:
