@@ -31,7 +31,7 @@ class FreeAT(Natural):
     name = "free_at"
     title = "Free-AT"
     remembers_rows = True
-    without_effect = Natural.without_effect[:-1]
+    without_effect = tuple(name for name in Natural.without_effect if name != "eps_factor")
 
     replays: Annotated[int, Ge(1), Words("{} updates a batch")] = 8
     """m, updates of each batch, one behind the other. The epochs of presets are divided by it."""

@@ -147,7 +147,7 @@ def mine(
         if not method.early_drop:
             attack.steps(pgd.steps)
             attack.guard.read()
-            _note(attack.rows, method)
+            _note_label_ce(attack.rows, method)
             examples = _examples(attack.rows, len(y), attack.guard.no_gradient)
             return _placed(replace(examples, look=_look(method, attack, ranks)), method, place, place.n)
         before = _screen(attack, method)
@@ -155,7 +155,7 @@ def mine(
         look = _look(method, attack, ranks)
         order, count = _ops.compact(hard)
         counts = attack.guard.read(count if sizes is None else _of_each(hard, sizes))  # the one read of the step
-        _note(attack.rows, method)
+        _note_label_ce(attack.rows, method)
         n_hard, even = sum(counts), None
         if ranks.several:  # they are those of each process
             even = _even(counts, place, method)
@@ -242,8 +242,8 @@ def _look(method: Method, attack: Attack, ranks: Ranks) -> Look | None:
     return Look(rows.z.float(), rows.y, rows.target, ranks)
 
 
-def _note(rows: ActiveSet, method: Method) -> None:
-    """What row weights need of the look; labels have been judged."""
+def _note_label_ce(rows: ActiveSet, method: Method) -> None:
+    """For `trust`, at the look; labels have been judged."""
     if method.trust:
         rows.label_ce = F.cross_entropy(rows.z.float(), rows.y, reduction="none")
 
@@ -329,9 +329,6 @@ def _hardest_first(z: Tensor, y: Tensor, hard: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- batches attacked together
-_OF_KEPT = ("x_adv", "x", "y", "index", "max_step", "label_ce", "right", "last_right")
-
-
 def split(examples: Examples, sizes: Sequence[int]) -> list[Examples]:
     """The examples of batches that were attacked as one, batch by batch."""
     if len(sizes) == 1:
@@ -344,7 +341,8 @@ def split(examples: Examples, sizes: Sequence[int]) -> list[Examples]:
         t = getattr(examples, name)
         return [None] * len(sizes) if t is None else t.split(list(by))
 
-    parts = {name: cut(name, kept) for name in _OF_KEPT}
+    of_kept = ("x_adv", "x", "y", "index", "max_step", "label_ce", "right", "last_right")
+    parts = {name: cut(name, kept) for name in of_kept}
     parts |= {"hard": cut("hard", sizes), "n": sizes, "n_hard": hard}
     if examples.look is not None:
         of = examples.look

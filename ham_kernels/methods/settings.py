@@ -262,7 +262,7 @@ class Method:
 
     @property
     def looks_at_classes(self) -> bool:
-        """Whether `observe` reads the look of a batch."""
+        """Whether `observe` or `weights` read the look of a batch."""
         return self.class_weights != "none" or self.trust > 0
 
     def observe(self, examples: Examples, memory: Objective) -> None:

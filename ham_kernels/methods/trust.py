@@ -3,8 +3,8 @@
 The generalised cross entropy (Zhang and Sabuncu, NeurIPS 2018, arXiv 1805.07836) has p^q times the gradient of the
 plain one, p being the label's probability: a row that cannot be won moves little. Here p is that of the attack's look,
 in eval mode, and p^q is divided by its mean over the rows of the class in the batch, so that each class weighs what it
-did, whatever becomes of the model. A mean over earlier batches instead lets a class go that the model forgets, and
-trainings end with one answer to all. It costs no forward, and nothing waits for the device.
+did, whatever becomes of the model; by a mean over earlier batches, one that the model forgets would lose it. It costs
+no forward, and nothing waits for the device.
 """
 
 from __future__ import annotations
