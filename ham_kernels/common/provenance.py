@@ -58,10 +58,16 @@ def commit() -> str:
     return out.stdout.strip()
 
 
-def _cpu() -> str:
+def _cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name, with family and model on x86: virtual machines name processors alike that are not as fast."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = cpuinfo.read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    told: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        told.setdefault(key.strip(), value.strip())
+    name = told.get("model name") or platform.machine()
+    which = ", ".join(f"{key.split()[-1]} {told[key]}" for key in ("cpu family", "model") if key in told)
+    return f"{name} ({which})" if which else name
