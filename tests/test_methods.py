@@ -198,7 +198,7 @@ def test_screening(name, easy, switches, batches):
     assert mined.weights is not None or not method.reweight
     if mined.weights is not None and method.scales_weights:
         assert mined.weights.mean().item() == pytest.approx(1.0, rel=1e-5)
-    assert ((mined.x_adv - mined.x).abs() <= ATTACK["eps"] + 1e-6).all()
+    assert ((mined.x_adv - mined.x).abs() <= objective.pgd.eps + 1e-6).all()
     loss = objective.loss(model, mined)
     assert loss.isfinite()
 
@@ -224,7 +224,7 @@ def test_hard_rows_are_the_same_however_easy_ones_go_on(name, batches):
     step = early - before.examples(model, x, y, seed=1, step=2).x_adv
     point = early
     for _ in range(3):
-        point = torch.clamp(point + step, x - ATTACK["eps"], x + ATTACK["eps"]).clamp(0, 1)
+        point = torch.clamp(point + step, x - before.pgd.eps, x + before.pgd.eps).clamp(0, 1)
     torch.testing.assert_close(found["jump"].x_adv[~hard], point[~hard], rtol=0, atol=1e-6)
 
 
@@ -292,7 +292,7 @@ def test_step_sizes(name, easy, batches):
     objective._prepare(counted, x)
     counted.forward_rows = counted.input_backward_rows = 0
     mined = objective.examples(counted, x, y, seed=1, step=2)
-    assert ((mined.x_adv - mined.x).abs() <= ATTACK["eps"] + 1e-6).all()
+    assert ((mined.x_adv - mined.x).abs() <= objective.pgd.eps + 1e-6).all()
     clean = short.target_forwards
     assert counted.full_batch_forwards(mined.n) == pytest.approx(clean + 2 + 1 + 2 * 2 * mined.n_hard / mined.n)
     with pytest.raises(ValueError, match="screen_steps: got 3 with steps=3"):

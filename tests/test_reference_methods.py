@@ -54,7 +54,7 @@ CASES = [
     *(case(name, trust=0.5) for name in METHODS),
     case("pgd_at", trust=1.0, **SCREENED, easy="jump", reweight=True, class_weights="hedge"),
     case("fair", fast=True),
-    case("fair", fast=True, trust=0.5, eps_factor=1.25, **SCREENED, easy="jump"),
+    case("fair", fast=True, loss="boosted_ce", trust=0.0, eps_factor=1.0, **SCREENED, easy="jump"),
     case("fair", fast=True, **SCREENED, easy="jump", awp=0.01),
     case("wat", eta=0.5, beta=2.0),
     case("rslad", clean_share=0.5, class_weights="hard_share", reweight=True),

@@ -20,7 +20,7 @@ from ham_kernels.common import field_types
 from ham_kernels.data.table import SETS
 from ham_kernels.engine.options import SWITCHES, EngineOptions
 from ham_kernels.methods.registry import class_of
-from ham_kernels.runs.config_file import from_toml, merge, method_of, to_toml
+from ham_kernels.runs.config_file import from_toml, merge, method_of, to_dict, to_toml
 from ham_kernels.runs.judge_settings import EvaluateSettings
 from ham_kernels.runs.presets import PRESETS, preset, rescaled
 from ham_kernels.runs.settings import TrainSettings, lr_factor
@@ -209,6 +209,16 @@ def test_pgd_at_of_a_time_when_hams_switches_stood_beside_it():
     assert method_of({"name": "pgd_at", "early_drop": True}).early_drop
     assert method_of({"name": "pgd_at", **hams, "easy": "stop"}).mines
     assert method_of({"name": "ham", **hams}) == ham.methods.HAM(start_epoch=9)
+
+
+def test_a_run_of_a_time_when_fair_had_fewer_switches():
+    """Its config.toml has every switch that there was: it neither trusted rows nor trained at another eps."""
+    was = ham.methods.Fair(loss="boosted_ce", class_strength=None, trust=0.0, eps_factor=1.0)
+    section = to_dict(dataclasses.replace(TrainSettings(), method=was))["method"]
+    before = {name: value for name, value in section.items() if name not in ("trust", "eps_factor")}
+    assert method_of(before) == was
+    assert was.describe() == "fair (trust 0, boosted CE, strength None, trained at 1 ε)"
+    assert method_of({"name": "fair", "fast": True}) == ham.methods.Fair(fast=True)  # as a user writes it
 
 
 @pytest.mark.parametrize(

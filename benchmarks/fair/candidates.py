@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ham_kernels.methods import ATTA, HAM, PGDAT, TRADES, Fair, Method
+from ham_kernels.methods import ATTA, HAM, PGDAT, TRADES, Method
 from ham_kernels.runs.presets import LONG
 
 BASELINE = "PGD-AT"
@@ -33,7 +33,8 @@ def _weights(rule: str) -> dict:
 
 
 def _fair(rule: str, **switches) -> Method:
-    return Fair(**_weights(rule), **switches)
+    """As it was first."""
+    return PGDAT(start_epoch=1, loss="boosted_ce", **_weights(rule), **switches)
 
 
 HEDGES = [rule for rule in RULES if rule.startswith("hedge")]

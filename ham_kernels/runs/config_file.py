@@ -100,9 +100,12 @@ def _method(old: Method, values: dict[str, Any], epochs: int) -> tuple[Method, d
     if name == "pgd_at" and values.keys() >= _HAMS and "easy" not in values:
         # config.toml of a time when HAM's switches were written for PGD-AT too, which did not use them
         values = {k: v for k, v in values.items() if k == "start_epoch"}
+    if values.keys() >= _OF_ALL:  # config.toml has every switch; those it lacks are younger, and were not there
+        values = {younger: getattr(Method, younger) for younger in _YOUNGER} | values
     return with_name(old, name, epochs), values
 
 
+_OF_ALL, _YOUNGER = {"start_epoch", "easy", "bn_rows", "step_sizes", "group"}, ("trust", "eps_factor")
 _HAMS = {"screen_steps", "lam", "reweight", "early_drop", "rows"}
 
 

@@ -1,4 +1,4 @@
-"""Fair: boosted cross entropy, and classes hedged by the hard shares of past epochs."""
+"""Fair: attacks of a larger eps, classes hedged by the hard shares of past epochs, rows trusted within their class."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from .base import PGDAT
 
 @dataclass
 class FAIR(PGDAT):
-    """PGD-AT with both; fast: with three steps of falling size."""
+    """PGD-AT with all three; fast: with three steps of falling size."""
 
-    loss: str = "boosted_ce"
     class_weights: str = "hedge"
+    class_strength: float | None = 1.0
+    trust: float = 0.5
+    eps_factor: float = 1.25
     fast: bool = False
 
     def __post_init__(self):
