@@ -35,6 +35,7 @@ PAGES: dict[Path, Sections] = {
         "methods_digits": measured.methods_digits,
         "field_digits": measured.field_digits,
         "long_digits": measured.long_digits,
+        "fair_digits": measured.fair_digits,
         "screened_digits": screened,
         "methods_cifar10": measured.methods_cifar10,
         "odi": measured.odi,

@@ -119,16 +119,20 @@ def test_reports_of_one_setting_are_one_table(results, monkeypatch):
     def edit(data):
         found = data["sections"][0]["frontier"]["methods"]
         found[:] = [m for m in found if m["baseline"]]
-        found.append({**better, "title": "the other", "relative_time": better["relative_time"] - 0.01})
-        found.append({**better, "title": "untimed", "relative_time": None})
+        time, forwards = better["relative_time"] - 0.01, better["relative_forwards"] - 0.01
+        found.append({**better, "title": "the other", "relative_time": time, "relative_forwards": forwards})
+        elsewhere = {**better, "relative_time": None}
+        found.append({**elsewhere, "title": "untimed"})
+        found.append({**elsewhere, "title": "fewer", "relative_forwards": forwards})
 
     change(results / second / "data.json", edit)
     methods = {m["title"]: m for m in frontier.methods_of(frontier.SWEEPS[0])}
     assert (
         len(methods)
-        == len(json.loads((results / first / "data.json").read_text())["sections"][0]["frontier"]["methods"]) + 2
+        == len(json.loads((results / first / "data.json").read_text())["sections"][0]["frontier"]["methods"]) + 3
     )
-    assert methods["WAT"]["worse_than"] == ["the other"]
+    for worse in ("WAT", "untimed"):  # by forwards, where one was not timed
+        assert methods[worse]["worse_than"] == ["the other", "fewer"]
     assert not methods["the other"]["worse_than"]
     assert "| **the other** |" in frontier.frontier(ROOT)
     assert "| WAT |" in frontier.frontier(ROOT)

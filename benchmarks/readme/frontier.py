@@ -13,13 +13,16 @@ from readme import measured
 from readme.output import markdown
 
 # folders below results/, those of one setting together; one that is missing is left out
-SWEEPS = (("sweep_methods_digits", "sweep_field_digits", "sweep_long_digits"), ("sweep_methods_cifar10",))
+SWEEPS = (
+    ("sweep_methods_digits", "sweep_field_digits", "sweep_long_digits", "sweep_fair_digits"),
+    ("sweep_methods_cifar10",),
+)
 IMAGES = {"cifar10-jpeg.tar.xz": "10,000 CIFAR-10 images (small CNN, 15 epochs, judged on 1,000)"}
 SHOWN = (  # always
     "PGD-AT", "HAM", "TRADES", "WAT", "DAFA", "FAAL", "MART", "CFA, on PGD-AT", "fair", "fair, fast",
     "PGD-AT, steps of 2 1 0.5 ε, 58 epochs", "PGD-AT, steps of 2 1 0.5 ε, trained at 1.25 ε, 58 epochs",
 )  # fmt: skip
-PROMISED = re.compile(r"fair(?P<plain>, plain CE)?(?P<fast>, fast)?(, (?P<epochs>\d+) epochs)?")
+PROMISED = re.compile(r"fair(?P<fast>, fast)?(, (?P<epochs>\d+) epochs)?")
 APART = 0.01, 0.04  # average and worst class of one run: AutoAttack's random parts change with the batch size
 
 
@@ -35,6 +38,7 @@ def _data(folder: str) -> Path:
 def methods_of(folders: Sequence[str]) -> list[dict]:
     """The methods of kept reports of one setting, each once, with what is better in "worse_than".
 
+    One that was trained on another machine than its report's PGD-AT is compared by the forwards of its training.
     Raises: ValueError where a seed of what two of them have differs: they were not trained or judged alike.
     """
     found: dict[str, dict] = {}
@@ -47,13 +51,15 @@ def methods_of(folders: Sequence[str]) -> list[dict]:
             first = accuracies.setdefault(run, accuracy)
             if any(abs(a - b) > much for a, b, much in zip(first, accuracy, APART, strict=True)):
                 raise ValueError(f"{folder}: its {run[0]} of seed {run[1]} is not that of {folders[0]}")
-    timed = [m for m in found.values() if m["relative_time"] is not None]
     for m in found.values():  # absolute times are of their own report
-        m["time"] = {"mean": m["relative_time"]}
-        m["worse_than"] = []
-    for m in timed:
-        m["worse_than"] = [other["title"] for other in timed if better(other, m, "time")]
+        m["time"], m["forwards"] = {"mean": m["relative_time"]}, {"mean": m["relative_forwards"]}
+    for m in found.values():
+        m["worse_than"] = [other["title"] for other in found.values() if better(other, m, _cost(other, m))]
     return list(found.values())
+
+
+def _cost(*methods: dict) -> str:
+    return "forwards" if any(m["relative_time"] is None for m in methods) else "time"
 
 
 def _by_seed(section: dict) -> Iterator[tuple[tuple[str, int], tuple[float, float]]]:
@@ -112,8 +118,7 @@ def _promise(images: str, m: dict, base: dict) -> str:
     average, worst = (100 * (m[k]["mean"] - base[k]["mean"]) for k in ("average", "worst"))
     std = 100 * (m["std"]["mean"] / base["std"]["mean"] - 1)
     found = PROMISED.fullmatch(m["title"])
-    flags = ["`--loss ce`"] * bool(found["plain"]) + ["`--fast`"] * bool(found["fast"])
-    title = " with ".join(["`fair`", *[" ".join(flags)] * bool(flags)])
+    title = "`fair`" + " with `--fast`" * bool(found["fast"])
     title += f" in {found['epochs']} epochs" * bool(found["epochs"])
     if m["relative_time"] is None:
         cost = f"{m['relative_forwards']:.2f} of the forwards"

@@ -13,7 +13,7 @@ from readme import measured
 from readme.frontier import SWEEPS, methods_of, share
 from readme.output import markdown
 
-OWN = ("fair", "HAM")  # not of a paper about fairness; HAM's has its own page
+OWN = ("fair", "earlier fair", "HAM")  # not of a paper about fairness; HAM's has its own page
 Method = dict
 # The rule, and whom it asks: the best worst class of these is the preset.
 RULES: dict[str, tuple[str, Callable[[Method, Method], bool]]] = {

@@ -13,25 +13,26 @@ from ham_kernels.report.text_format import attack_title
 from readme import measured
 from readme.output import markdown
 
-SWEEP = "sweep_methods_digits"
+SWEEP, LATER = "sweep_methods_digits", "sweep_fair_digits"  # of the same images and baseline
 PARTS = {
     "HAM, no early drop": "reweighting alone",
     "HAM, no reweighting": "early dropping alone",
     "HAM": "both: HAM",
     "HAM, random rows": "HAM, but as many rows at random",
 }
-COMPARED = ("HAM", "fair")
+COMPARED = ("HAM", "fair, fast, 58 epochs")
 
 
 def questions(here: Path) -> str:
     data = measured.read(f"{SWEEP}/data.json")
     (section,) = data["sections"]
-    groups = {g["title"]: g for g in section["groups"]}
+    later = measured.read(f"{LATER}/data.json")
+    groups = {g["title"]: g for of in (later, data) for g in of["sections"][0]["groups"]}
     attack = section["frontier"]["attack"]
     shown = [title for title in PARTS if title in groups and attack in groups[title]["accuracy"]["ema"]]
     said = (
         f"{section['dataset']}, ε {section['eps']:.3g}, {attack_title(attack)}, {_seeds(groups, shown)} seeds, "
-        f"± half the 95 % interval of a difference, seed by seed; {measured.machines_of(data)}."
+        f"± half the 95 % interval of a difference, seed by seed; {measured.machines_of(data, later)}."
     )
     return "\n\n".join([said, _of_parts(groups, attack, shown), _of_classes(section, groups, attack)])
 
