@@ -251,7 +251,8 @@ def test_strength_zero_is_no_weights(batch):
 
 def test_epochs_before_class_from_only_look(batch):
     x, y = batch
-    objective = Objective(ham.methods.Fair(class_weights="hard_share", class_from=3), PGD(**ATTACK))
+    method = ham.methods.PGDAT(start_epoch=1, class_weights="hard_share", class_from=3)
+    objective = Objective(method, PGD(**ATTACK))
     model = small_cnn()
     for epoch, weighs in ((1, False), (2, False), (3, True)):
         objective.epoch = epoch

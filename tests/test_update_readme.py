@@ -203,15 +203,17 @@ def test_questions_are_answered_seed_by_seed(tmp_path, monkeypatch):
     ham = a_group(
         "HAM", [2, 1, 0], [0.54, 0.52, 0.50], [0.6, 0.3, 0.4], [0.0, 0.3, 0.1]
     )  # the same 10 points below, in another order
-    section = {"dataset": "digits", "eps": 0.2, "classes": ["a", "b", "c"], "groups": [base, ham]}
-    data = {"sections": [{**section, "frontier": {"attack": "autoattack"}}], "runs": [], "made": "2026-11-28T00:00:00"}
-    (tmp_path / questions.SWEEP).mkdir()
-    (tmp_path / questions.SWEEP / "data.json").write_text(json.dumps(data))
+    fair = a_group(questions.COMPARED[1], [0, 1, 2], [0.65, 0.66, 0.67], [0.8, 0.5, 0.5], [0.5, 0.0, 0.1])
+    for folder, groups in ((questions.SWEEP, [base, ham]), (questions.LATER, [fair])):
+        section = {"dataset": "digits", "eps": 0.2, "classes": ["a", "b", "c"], "groups": groups}
+        section["frontier"] = {"attack": "autoattack"}
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "data.json").write_text(json.dumps({"sections": [section]}))
     monkeypatch.setattr(measured, "RESULTS", tmp_path)
-    monkeypatch.setattr(measured, "machines_of", lambda data: "a machine")
+    monkeypatch.setattr(measured, "machines_of", lambda *data: "a machine")
     parts, classes = re.findall(r"(?:^\|.*\n?)+", questions.questions(tmp_path), re.MULTILINE)
     assert cells_of(parts)["both: HAM"] == ["−10.0 ± 0.0", "−10.0 ± 0.0", "−10.0 ± 0.0", "0.50"]
-    assert cells_of(classes)["a"] == ["90.0", "−30.0", "70.0", "0.0"]
+    assert cells_of(classes)["a"] == ["90.0", "−30.0", "−10.0", "70.0", "0.0", "50.0"]
     assert "PGD-AT: rank correlation over classes of over-confidence and robustness +1.00" in questions.questions(
         tmp_path
     )
