@@ -286,9 +286,9 @@ def long_digits(here: Path) -> str:
 def fair_digits(here: Path) -> str:
     return report(
         here, "sweep_fair_digits",
-        "`ham sweep methods --only pgd_at fair-fast-long fair-fast fair fair-jump --seeds {seeds} --attacks clean pgd20 "
-        "cw20 autoattack --search fast --out runs/fair-digits` on the digits: `fair` as it is now. AutoAttack on all 517 "
-        "test images; {machines}. CPU times are of one thread; the other core had other work.",
+        "`ham sweep methods --only pgd_at fair-fast-long fair-fast --seeds {seeds} --attacks clean pgd20 cw20 autoattack "
+        "--search fast --out runs/fair-digits` on the digits: `fair` as it is now. AutoAttack on all 517 test images; "
+        "{machines}. CPU times are of one thread; the other core had other work.",
     )  # fmt: skip
 
 
@@ -298,9 +298,9 @@ def methods_cifar10(here: Path) -> str:
         "`ham sweep methods --only pgd_at ham-M3-lam1 fair fair-fast dafa wat trades --seeds {seeds} --dataset cifar10 "
         "--path cifar10-jpeg.tar.xz --model small_cnn --train-images 10000 --test-images 1000 --val-images 500 "
         "--epochs 15 --precision bf16 --channels-last on --compile on --winograd on --attacks clean pgd20 autoattack "
-        "--search fast --no-masking`; `ham train --method fair --fast --epochs 36` with the same flags, once as `fair` is "
-        "now, on another processor, so that its time is not compared, and once with `--loss ce` as it was before; `ham "
-        "train --from RUN --method fsr` (faal, offsets) of PGD-AT's runs, all judged by `ham evaluate` likewise; "
+        "--search fast --no-masking`; `ham train --method fair --fast --epochs 36` with the same flags, once as `fair` "
+        "is now, on another processor, so that its time is not compared, and once with `--loss ce` as it was before; "
+        "`ham train --from RUN --method fsr` (faal, offsets) of PGD-AT's runs, all judged by `ham evaluate` likewise; "
         "{machines}. CPU times are of one thread; the other core had other work.",
     )  # fmt: skip
 
