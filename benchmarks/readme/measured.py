@@ -287,8 +287,8 @@ def fair_digits(here: Path) -> str:
     return report(
         here, "sweep_fair_digits",
         "`ham sweep methods --only pgd_at fair-fast-long fair-fast --seeds {seeds} --attacks clean pgd20 cw20 "
-        "autoattack --search fast --out runs/fair-digits` on the digits: `fair` as it is now. AutoAttack on all 517 test images; "
-        "{machines}. CPU times are of one thread; the other core had other work.",
+        "autoattack --search fast --out runs/fair-digits` on the digits: `fair` as it is now. AutoAttack on all 517 "
+        "test images; {machines}. CPU times are of one thread; the other core had other work.",
     )  # fmt: skip
 
 
