@@ -315,7 +315,7 @@ print(fresh, kept, returned, min(faults() for _ in range(5)))
 
 def test_returned_memory_is_as_if_none_had_been_kept():
     env = environment(ROOT, ROOT / "python", ROOT / "benchmarks", OMP_NUM_THREADS="1")
-    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, timeout=200, env=env)
+    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, timeout=1000, env=env)
     fresh, kept, returned, again = map(int, done.stdout.split())
     assert returned > 0.9 * fresh > 0, done
     assert max(kept, again) < 0.1 * fresh, done
@@ -432,7 +432,7 @@ def test_end_to_end(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_training.py"), "--quick", "--batch-sizes", "8"]
     command += ["--rounds", "1", "--device", "cpu", "--arms", *arms, "--out", str(tmp_path), "--check"]
     env = environment(ROOT, ROOT / "python", OMP_NUM_THREADS="1")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=env, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1000, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "bench_training_cpu.json").read_text())
     (only,) = result["cases"]

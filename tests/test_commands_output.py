@@ -50,7 +50,7 @@ def test_a_closed_pipe_does_not_end_a_judgement(tmp_path):
 
 def test_a_terminal_without_lambda_shows_the_rest(tmp_path):
     process = ham("train", *TINY, "--out", "run", cwd=tmp_path, PYTHONIOENCODING="ascii")
-    out, err = process.communicate(timeout=240)
+    out, err = process.communicate(timeout=1000)
     assert process.returncode == 0, err
     assert b"HAM (from epoch 3, M=1, ?=1)" in out
 

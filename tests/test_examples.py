@@ -37,7 +37,7 @@ def run(name: str, world: int, out: Path) -> tuple[dict[str, torch.Tensor], list
     for _ in range(4):
         done = subprocess.run(
             [sys.executable, *launcher, str(Path(__file__).with_name("noting_gradients.py")), *told], env=environment,
-            cwd=out.parent, capture_output=True, text=True, timeout=280,
+            cwd=out.parent, capture_output=True, text=True, timeout=1000,
         )  # fmt: skip
         if "terminate called without an active exception" not in done.stderr:  # torch, when a process unloads it
             break

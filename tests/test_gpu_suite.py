@@ -75,9 +75,10 @@ def state(out: Path, stage: str) -> dict | None:
 # ---------------------------------------------------------------- the whole of it
 def test_smoke_runs_every_stage_and_a_second_call_none(tmp_path):
     out, back = tmp_path / "out", tmp_path / "back"
-    command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--smoke", "--out", str(out), "--collect", str(back)]
+    command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--smoke", "--minutes", "16"]
+    command += ["--out", str(out), "--collect", str(back)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    first = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    first = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1000)
     logs = "".join(p.read_text() for p in (out / "logs").glob("*.log"))
     assert first.returncode == 0, first.stdout + first.stderr + logs
     plan = gpu_suite.plan_of(Options(out, smoke=True, seeds=(0,)))

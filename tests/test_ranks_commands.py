@@ -39,7 +39,7 @@ def ham(world: int | str, *arguments: str, cwd: Path, wait: bool = True, status:
     )  # fmt: skip
     if not wait:
         return process
-    said, _ = process.communicate(timeout=240)
+    said, _ = process.communicate(timeout=1000)
     assert status is None or process.returncode == status, said
     return said
 
