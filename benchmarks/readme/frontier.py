@@ -100,7 +100,8 @@ def _of_setting(folders: Sequence[str]) -> list[str]:
     ]
     said = (
         f"{images}, ε {section['eps']:.3g}, {counted} seeds, ± half the 95 % interval over them; bold: no "
-        f"other method here is better in time, average and worst class; {measured.machines_of(*data)}."
+        "other method here is better in time (where one was trained on another processor than its PGD-AT, in "
+        f"forwards), average and worst class; {measured.machines_of(*data)}."
     )
     promises = [_promise(images, m, methods["PGD-AT"]) for m in methods.values() if PROMISED.fullmatch(m["title"])]
     return [said, markdown(rows), "\n".join(promises)]

@@ -148,6 +148,12 @@ def bench_pgd_short(here: Path) -> str:
 
 
 # ---------------------------------------------------------------- reports of `ham`
+EARLIER = (
+    " *Earlier fair* is `fair` at the commits named: today `--loss boosted_ce`, where no other is told, with "
+    "`--class-strength 0.6 --trust 0 --eps-factor 1`."
+)
+
+
 def report(here: Path, name: str, said: str, *, table: bool = True) -> str:
     """What a report compares, kept in benchmarks/results/: its own tables, and its figures where they are kept too.
 
@@ -161,7 +167,8 @@ def report(here: Path, name: str, said: str, *, table: bool = True) -> str:
     seeds = " ".join(map(str, sorted({run["seed"] for run in data["runs"]})))
     parts = [
         said.format(seeds=seeds, machines=machines_of(data))
-        + (f" Did not finish: {', '.join(failed)}." if failed else " All runs finished."),
+        + (f" Did not finish: {', '.join(failed)}." if failed else " All runs finished.")
+        + EARLIER * any(run["group"].startswith("earlier fair") for run in data["runs"]),
     ]
     kept = [(name, words) for name, words in FIGURES.items() if (folder / name).exists()]
     parts += [f"![{words}]({os.path.relpath(folder / name, here)})" for name, words in kept]
@@ -299,7 +306,8 @@ def methods_cifar10(here: Path) -> str:
         "--path cifar10-jpeg.tar.xz --model small_cnn --train-images 10000 --test-images 1000 --val-images 500 "
         "--epochs 15 --precision bf16 --channels-last on --compile on --winograd on --attacks clean pgd20 autoattack "
         "--search fast --no-masking`; `ham train --method fair --fast --epochs 36` with the same flags, once as `fair` "
-        "is now, on another processor, so that its time is not compared, and once with `--loss ce` as it was before; "
+        "is now, on another processor, so that its time is not compared, and once with `--loss ce` as it was before "
+        "(the report of the former was laid into that of the others, whose runs are gone); "
         "`ham train --from RUN --method fsr` (faal, offsets) of PGD-AT's runs, all judged by `ham evaluate` likewise; "
         "{machines}. CPU times are of one thread; the other core had other work.",
     )  # fmt: skip

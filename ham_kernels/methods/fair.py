@@ -27,7 +27,7 @@ class Fair(Method):
     title = "fair"
 
     fast: Annotated[bool, Words(by_value=((True, "fast"),))] = False
-    """Attack by three steps of 2 eps, eps and eps/2, unless step_sizes says others."""
+    """Attack by three steps of 2, 1 and 1/2 of the eps that it trains at, unless step_sizes says others."""
     class_weights: ClassRule = "hedge"
     """Weigh classes by what the attack sees of them."""
     class_strength: Annotated[float | None, Ge(0), Words("strength {}", needs="class_weights")] = 1.0
