@@ -120,10 +120,10 @@ def test_hedge_by_hand():
     assert torch.equal(class_weights.weights_of(memory, "hedge", 3.0), torch.full((3,), 2 * 3 / 4))  # no epoch yet
     class_weights.end_epoch(memory, "hedge", 0.5)
     third = 1 / 3
-    torch.testing.assert_close(memory.class_totals, torch.full((4,), third))
+    torch.testing.assert_close(memory.class_totals, torch.full((4,), third, dtype=torch.float64))
     class_weights.observe(memory, Look(z[1:3], y[1:3]), "hedge", 0.5)
     class_weights.end_epoch(memory, "hedge", 0.5)
-    totals = third / 2 + torch.tensor([1.0, 0.0, 0.5, 0.5])  # a class that is absent is as all are
+    totals = third / 2 + torch.tensor([1.0, 0.0, 0.5, 0.5], dtype=torch.float64)  # a class that is absent is as all are
     torch.testing.assert_close(memory.class_totals, totals)
     memory.class_totals.copy_(torch.tensor([0.0, 1.0, 2.0, 1.0]))
     e = [math.exp(3 * t) for t in (0, 1, 2, 1)]
@@ -174,7 +174,7 @@ def test_state_fades_and_is_divided_by_counts(rule, logits):
     keeps = 1.0 if RULES[rule].by_epoch else 0.5
     for part in (slice(0, 20), slice(20, 60)):
         class_weights.observe(memory, Look(z[part], y[part]), rule, 0.5)
-    per_row = RULES[rule].rows(z, y).float()
+    per_row = RULES[rule].rows(z, y).double()
     share = torch.where(torch.arange(60) < 20, keeps, 1.0)
     for c in range(5):
         rows = y == c
@@ -191,6 +191,18 @@ def test_state_fades_and_is_divided_by_counts(rule, logits):
             rtol=1e-4,
             atol=1e-5,
         )
+
+
+def test_small_differences_of_long_sums_count(logits):
+    """chi2 divides by the spread of the classes; where they hardly differ, sums in fp32 would decide."""
+    z, y = logits
+    z, memory = 1e-4 * z, memory_of("chi2", 5)
+    for _ in range(30):
+        class_weights.observe(memory, Look(z, y), "chi2", 0.99)
+    losses = class_weights.cross_entropy(z, y).double()
+    means = torch.stack([losses[y == c].mean() for c in range(5)])
+    expected = class_weights.chi2_weights(means, 0.1).float()
+    torch.testing.assert_close(class_weights.weights_of(memory, "chi2", 0.1), expected, rtol=0, atol=1e-6)
 
 
 @rules

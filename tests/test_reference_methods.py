@@ -199,8 +199,7 @@ def test_same_updates_as_the_reference(name, switches, epochs):
             assert ours.n_kept == len(update.rows) == len(truth.rows)
             rows = update.rows
             assert_near("x_adv", ours.x_adv, truth.x_adv[rows], plain[rows], scale=L2["eps"])
-            # A looser bound: of numbers that were summed over epochs, then divided by their mean.
-            assert_near("weights", weights_of(ours), truth.weights, update.weights, scale=50)
+            assert_near("weights", weights_of(ours), truth.weights, update.weights, scale=1)
             assert_near("loss", loss, truth.loss, update.loss, scale=max(1, abs(truth.loss)))
             states = (model.state_dict() for model in (trainer.model, exact_twin, twin))
             for key, *values in zip(trainer.model.state_dict(), *(state.values() for state in states), strict=True):

@@ -2,7 +2,7 @@
 
 Each rule sums numbers of the rows by class, and divides by how many rows a class had, so that classes need not be of
 one size. Sums and counts fade by `class_memory` from batch to batch; of "hedge" they are those of an epoch, and its
-totals over epochs fade. All stays on the device.
+totals over epochs fade. All stays on the device, in fp64: a rule may live on small differences of large means.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class Rule:
 # ---------------------------------------------------------------- the state
 def empty_state(rule: str, classes: int) -> dict[str, Tensor]:
     columns = classes if rule == "dafa" else 1
-    state = {"class_sums": torch.zeros(classes, columns), "class_counts": torch.zeros(classes)}
-    return state | ({"class_totals": torch.zeros(classes + 1)} if RULES[rule].by_epoch else {})
+    sizes = {"class_sums": (classes, columns), "class_counts": (classes,)}
+    sizes |= {"class_totals": (classes + 1,)} if RULES[rule].by_epoch else {}
+    return {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
 
 
 @torch.no_grad()
@@ -58,7 +59,7 @@ def weights_of(memory: nn.Module, rule: str, strength: float | None) -> Tensor:
     """(C,), up to a factor."""
     chosen = RULES[rule]
     sums = memory.class_totals if chosen.by_epoch else memory.class_sums
-    return chosen.weigh(sums, memory.class_counts, chosen.strength if strength is None else strength)
+    return chosen.weigh(sums, memory.class_counts, chosen.strength if strength is None else strength).float()
 
 
 @torch.no_grad()
@@ -84,9 +85,9 @@ def labels_of(z: Tensor, y: Tensor) -> Tensor:
 
 
 def by_class(values: Tensor, y: Tensor, classes: int, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
-    """(sums (C, k), counts (C,)) of the rows' values (n, k), over all processes."""
+    """(sums (C, k), counts (C,)) of the rows' values (n, k), over all processes, in fp64."""
     of_class = (y == torch.arange(classes, device=y.device)[:, None]).double()  # TF32 has no part in it
-    sums = ranks.sum_(torch.cat([of_class @ values.double(), of_class.sum(1, keepdim=True)], 1)).float()
+    sums = ranks.sum_(torch.cat([of_class @ values.double(), of_class.sum(1, keepdim=True)], 1))
     return sums[:, :-1], sums[:, -1]
 
 

@@ -19,4 +19,4 @@ def weights_by_trust(examples: Examples, power: float) -> Tensor:
     """(n_kept,): of mean 1 over the rows of each class in the loss, over all processes; 1 for a row alone in it."""
     trust = (-power * examples.label_ce).exp().clamp_min(TINY)
     sums, counts = by_class(trust[:, None], examples.y, examples.look.z.shape[1], examples.ranks)
-    return trust / for_rows(sums[:, 0] / counts.clamp_min(1), examples.y)
+    return trust / for_rows((sums[:, 0] / counts.clamp_min(1)).float(), examples.y)
