@@ -18,6 +18,8 @@ from training.steps import CHECK_EPS, CHECK_LR, CLASSES, TINY_EPS, Arm, K, full_
 
 import ham_kernels as ham
 from ham_kernels import methods
+from ham_kernels.data import Batches
+from ham_kernels.data.batches import Shown
 from ham_kernels.methods import EpochEnd, Method
 
 from . import loops
@@ -27,6 +29,7 @@ TEACHER = 1  # forward of the teacher, here of the student's size
 # class statistics of the first epoch take effect in the second, and no average waits for a validation
 METHODS: dict[str, Callable[[], Method]] = {
     PGD_AT: lambda: methods.PGDAT(),
+    "ham": lambda: methods.HAM(),
     "trades": lambda: methods.TRADES(),
     "mart": lambda: methods.MART(),
     "at_awp": lambda: methods.PGDAT(awp=loops.AWP.gamma),
@@ -46,23 +49,28 @@ METHODS: dict[str, Callable[[], Method]] = {
     "rslad": lambda: methods.RSLAD(),
     "fair_ard": lambda: methods.FairARD(),
     "absld": lambda: methods.ABSLD(),
+    "fgsm_rs": lambda: methods.FGSMRS(),
+    "n_fgsm": lambda: methods.NFGSM(),
     "free_at": lambda: methods.FreeAT(),
+    "atta": lambda: methods.ATTA(),
     "fair": lambda: methods.Fair(),
     "fair_fast": lambda: methods.Fair(fast=True),
+    "offsets": lambda: methods.Offsets(),
 }
 TITLES = {
-    PGD_AT: "PGD-AT", "trades": "TRADES", "mart": "MART", "at_awp": "AT-AWP", "gairat": "GAIRAT",
+    PGD_AT: "PGD-AT", "ham": "HAM", "trades": "TRADES", "mart": "MART", "at_awp": "AT-AWP", "gairat": "GAIRAT",
     "cfa_at": "CFA on AT", "cfa_trades": "CFA on TRADES", "dafa": "DAFA", "wat": "WAT", "fsr": "FSR",
     "faal": "FAAL", "bat": "BAT", "frl": "FRL", "cfol": "CFOL", "fair_tat": "FAIR-TAT", "mail": "MAIL",
-    "fat": "Friendly-AT", "rslad": "RSLAD", "fair_ard": "Fair-ARD", "absld": "ABSLD", "free_at": "Free-AT",
-    "fair": "Fair", "fair_fast": "Fair, fast",
+    "fat": "Friendly-AT", "rslad": "RSLAD", "fair_ard": "Fair-ARD", "absld": "ABSLD", "fgsm_rs": "FGSM-RS",
+    "n_fgsm": "N-FGSM", "free_at": "Free-AT", "atta": "ATTA", "fair": "Fair", "fair_fast": "Fair, fast",
+    "offsets": "Class offsets",
 }  # fmt: skip
 LOOPS: dict[str, type[loops.Loop]] = {
     PGD_AT: loops.Loop, "trades": loops.TRADES, "mart": loops.MART, "at_awp": loops.AWP, "gairat": loops.GAIRAT,
     "cfa_at": loops.CFA, "cfa_trades": loops.CFATRADES, "dafa": loops.DAFA, "wat": loops.WAT, "fsr": loops.FSR,
     "faal": loops.FAAL, "bat": loops.BAT,
 }  # fmt: skip
-OURS = ("fair", "fair_fast")
+OURS = ("fair", "fair_fast", "offsets")
 SCREENED = (PGD_AT, "trades", "mart", "at_awp", "wat", "dafa", "fsr", "faal", "bat", "fair")
 
 
@@ -105,8 +113,14 @@ class Ours(Arm):
             self.model, self.optimizer, self.method, eps=eps, step_size=eps / K, steps=K, seed=0, teacher=teacher
         )
         self.epoch, self.loss = 1, 0.0
+        self._shown: dict[int, Shown] = {}  # which images a batch of so many rows is of
 
     def step(self, kind: str, x: Tensor, y: Tensor) -> tuple[int, int]:
+        if self.method.remembers_rows:
+            if len(x) not in self._shown:
+                loader = Batches((255 * x).byte(), y, len(x), shuffle=False, augment="crop+flip", seed=0)
+                self._shown[len(x)] = next(iter(loader))[0].shown
+            x.shown = self._shown[len(x)]
         report = self.trainer.train_step(x, y, self.epoch)
         self.loss = report.loss
         return report.n_hard, report.n
