@@ -14,6 +14,7 @@ RULES = {  # by name: rule and strength
     "hedge 0.3": ("hedge", 0.3),
     "hedge 0.6": ("hedge", 0.6),
     "hedge 1": ("hedge", 1.0),
+    "hedge 1.5": ("hedge", 1.5),
     "exponentiated 1": ("exponentiated", 1.0),
     "KL ball 0.1": ("kl_ball", 0.1),
 }
@@ -63,7 +64,8 @@ TRUSTS = {  # class rule, trust, eps_factor; three large steps each
     )
     for rule, trust, factor in (
         (USUAL, 0.5, 1), (USUAL, 1, 1), (USUAL, 0, 1.25), (USUAL, 0.25, 1.25), (USUAL, 0.5, 1.25), (USUAL, 0.5, 1.5),
-        ("hedge 1", 0.5, 1), ("hedge 1", 0.5, 1.25), ("no class weights", 0, 1.25), ("no class weights", 0.5, 1.25),
+        ("hedge 1", 0.5, 1), ("hedge 1", 0.5, 1.25), ("hedge 1.5", 0.5, 1.25),
+        ("no class weights", 0, 1.25), ("no class weights", 0.5, 1.25),
     )
 }  # fmt: skip
 TIMED = {  # share of PGD-AT's time: what is trained in as many epochs as it allows
