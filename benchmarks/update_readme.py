@@ -38,6 +38,7 @@ PAGES: dict[Path, Sections] = {
         "fair_digits": measured.fair_digits,
         "screened_digits": screened,
         "methods_cifar10": measured.methods_cifar10,
+        "fair_cifar10": measured.fair_cifar10,
         "odi": measured.odi,
         "autoattack": timed.autoattack,
         "bench_pgd": measured.bench_pgd,

@@ -15,7 +15,7 @@ from readme.output import markdown
 # folders below results/, those of one setting together; one that is missing is left out
 SWEEPS = (
     ("sweep_methods_digits", "sweep_field_digits", "sweep_long_digits", "sweep_fair_digits"),
-    ("sweep_methods_cifar10",),
+    ("sweep_methods_cifar10", "sweep_fair_cifar10"),
 )
 IMAGES = {"cifar10-jpeg.tar.xz": "10,000 CIFAR-10 images (small CNN, 15 epochs, judged on 1,000)"}
 SHOWN = (  # always
@@ -98,10 +98,12 @@ def _of_setting(folders: Sequence[str]) -> list[str]:
         ]
         for m in shown
     ]
+    elsewhere = any(m["relative_time"] is None for m in methods.values())
     said = (
-        f"{images}, ε {section['eps']:.3g}, {counted} seeds, ± half the 95 % interval over them; bold: no "
-        "other method here is better in time (where one was trained on another processor than its PGD-AT, in "
-        f"forwards), average and worst class; {measured.machines_of(*data)}."
+        f"{images}, ε {section['eps']:.3g}, {counted} seeds, ± half the 95 % interval over them; bold is not "
+        "best: no other method that was measured is better in time"
+        + " (where one was trained on another processor than its PGD-AT, in forwards)" * elsewhere
+        + f", average and worst class at once; {measured.machines_of(*data)}."
     )
     promises = [_promise(images, m, methods["PGD-AT"]) for m in methods.values() if PROMISED.fullmatch(m["title"])]
     return [said, markdown(rows), "\n".join(promises)]

@@ -108,8 +108,8 @@ def gpu(here: Path) -> str:
     if summary is None:
         return (
             "Nothing has been measured on a GPU yet. `python benchmarks/gpu_suite.py --out DIR` does it all, in calls "
-            "of 9 minutes: repeat it until its status is 0. torchvision downloads CIFAR-10, unless `--data` names "
-            "a tar of train/CLASS/IMAGE and test/CLASS/IMAGE."
+            "of 9 minutes: repeat it while its status is 3; with 1 a stage failed (`--retry`). torchvision downloads "
+            "CIFAR-10, unless `--data` names a tar of train/CLASS/IMAGE and test/CLASS/IMAGE."
         )
     paper = ("Claims of the paper", "Stages without a result")
     rows = [[r["goal"], r["measured"], f"**{r['verdict']}**"] for r in summary["table"] if r["section"] not in paper]
@@ -151,6 +151,13 @@ def bench_pgd_short(here: Path) -> str:
 EARLIER = (
     " *Earlier fair* is `fair` at the commits named: today `--loss boosted_ce`, where no other is told, with "
     "`--class-strength 0.6 --trust 0 --eps-factor 1`."
+)
+
+
+SMALL_CIFAR = (
+    "--dataset cifar10 --path cifar10-jpeg.tar.xz --model small_cnn --train-images 10000 --test-images 1000 "
+    "--val-images 500 --epochs 15 --precision bf16 --channels-last on --compile on --winograd on --attacks clean pgd20 "
+    "autoattack --search fast --no-masking`"
 )
 
 
@@ -302,14 +309,19 @@ def fair_digits(here: Path) -> str:
 def methods_cifar10(here: Path) -> str:
     return report(
         here, "sweep_methods_cifar10",
-        "`ham sweep methods --only pgd_at ham-M3-lam1 fair fair-fast dafa wat trades --seeds {seeds} --dataset cifar10 "
-        "--path cifar10-jpeg.tar.xz --model small_cnn --train-images 10000 --test-images 1000 --val-images 500 "
-        "--epochs 15 --precision bf16 --channels-last on --compile on --winograd on --attacks clean pgd20 autoattack "
-        "--search fast --no-masking`; `ham train --method fair --fast --epochs 36` with the same flags, once as `fair` "
-        "is now, on another processor, so that its time is not compared, and once with `--loss ce` as it was before "
-        "(the report of the former was laid into that of the others, whose runs are gone); "
-        "`ham train --from RUN --method fsr` (faal, offsets) of PGD-AT's runs, all judged by `ham evaluate` likewise; "
-        "{machines}. CPU times are of one thread; the other core had other work.",
+        "`ham sweep methods --only pgd_at ham-M3-lam1 fair fair-fast dafa wat trades --seeds {seeds} " + SMALL_CIFAR +
+        "; `ham train --method fair --loss ce --fast --epochs 36` with the same flags; `ham train --from RUN --method "
+        "fsr` (faal, offsets) of PGD-AT's runs, both judged by `ham evaluate` likewise; {machines}. CPU times are of "
+        "one thread; the other core had other work.",
+    )  # fmt: skip
+
+
+def fair_cifar10(here: Path) -> str:
+    return report(
+        here, "sweep_fair_cifar10",
+        "`ham sweep methods --only pgd_at fair-fast --seeds {seeds} " + SMALL_CIFAR + "; `ham train --method fair "
+        "--fast --epochs 36` with the same flags, judged by `ham evaluate` likewise: `fair` as it is now; {machines}. "
+        "CPU times are of one thread; the other core had other work.",
     )  # fmt: skip
 
 

@@ -44,7 +44,8 @@ class Train:
     rate, of the method from the first one on."""
     preset: Annotated[Literal["fair", "fast", "paper"] | None, tyro.conf.arg(help_behavior_hint="")] = None
     """In place of --method, what the frontier chose (docs/methods.md). fair: the best worst class within a point of
-    PGD-AT's average, in its time. fast: likewise in less than half of it. paper: the best worst class as published."""
+    PGD-AT's average, in its time. fast: within two points of it, in less than half of its time, where K is 10. paper:
+    the best worst class of the methods as published."""
     time: Annotated[float | None, tyro.conf.arg(help_behavior_hint="")] = None
     """As many epochs, in place of PGD-AT's, as cost this share of what they do by the cost model. Of a method that
     screens, all rows are taken as hard."""

@@ -7,7 +7,7 @@ loss = v0_y CE(f(x), y) + beta v1_y KL(p(x) || p(x')), v_c = 1 + C l_c - sum l. 
 l2_c += eps_rate (B_c - mean B - slack), sets eps_c = exp(2 l2_c) eps, from 0.98 to largest_eps times eps; steps are as
 long as those of the largest. Cost: as TRADES, 2K + 7.
 
-Meant for a robust model: `--weights RUN --epochs 40` with a small learning rate; theirs is 0.001. Both errors are of
+Meant for a robust model: `--from RUN --epochs 40` with a small learning rate; theirs is 0.001. Both errors are of
 the training rows, as the attack saw them in eval mode, at clean images and before its last step: that is free, needs no
 images held out, and works in a loop of one's own. Training rows flatter classes that are overfitted; the authors attack
 300 held-out images per class by PGD-20 before each epoch.

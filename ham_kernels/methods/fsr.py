@@ -6,7 +6,7 @@ bounds the error of the worst class. Then
 loss = (1 - share) CE(f(x), y) + beta KL(p(x) || p(x')) + share * G[argmax p(x'), y] * (-log p'_y). Cost: as TRADES,
 2K + 7.
 
-Meant for the last epochs of a training, as `--weights RUN --epochs 3`. G comes from what the attack saw in the epoch
+Meant for the last epochs of a training, as `--from RUN --epochs 3`. G comes from what the attack saw in the epoch
 before; the first one has none, in which all confusions weigh 1.
 
 Differences from the authors' code: theirs attacks all training images once more before each epoch, from copies of the
