@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import update_readme  # noqa: E402
-from readme import frontier, measured, questions, timed  # noqa: E402
+from readme import frontier, measured, presets, questions, timed  # noqa: E402
 
 
 @pytest.fixture
@@ -196,6 +196,15 @@ def a_group(title: str, seeds: list[int], values: list[float], classes: list[flo
         "title": title, "seeds": seeds, "accuracy": {"ema": {"autoattack": accuracy}}, "confidence": sure,
         "forwards": {"mean": 23.0 if title == "PGD-AT" else 11.5},
     }  # fmt: skip
+
+
+def test_a_preset_is_the_better_average_of_those_near_the_best_worst_class():
+    def a_method(title: str, average: float, worst: float) -> dict:
+        return {"title": title, "average": {"mean": average}, "worst": {"mean": worst}}
+
+    far = a_method("far", 0.9, 0.30)
+    assert presets.chosen([a_method("best", 0.60, 0.375), a_method("near", 0.65, 0.365), far])["title"] == "near"
+    assert presets.chosen([a_method("best", 0.60, 0.375), a_method("less", 0.59, 0.365), far])["title"] == "best"
 
 
 def test_questions_are_answered_seed_by_seed(tmp_path, monkeypatch):

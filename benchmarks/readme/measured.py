@@ -300,7 +300,7 @@ def long_digits(here: Path) -> str:
 def fair_digits(here: Path) -> str:
     return report(
         here, "sweep_fair_digits",
-        "`ham sweep methods --only pgd_at fair-fast-long fair-fast --seeds {seeds} --attacks clean pgd20 cw20 "
+        "`ham sweep methods --only pgd_at fair fair-fast-long fair-fast --seeds {seeds} --attacks clean pgd20 cw20 "
         "autoattack --search fast --out runs/fair-digits` on the digits: `fair` as it is now. AutoAttack on all 517 "
         "test images; {machines}. CPU times are of one thread; the other core had other work.",
     )  # fmt: skip

@@ -15,7 +15,8 @@ from readme.output import markdown
 
 OWN = ("fair", "earlier fair", "HAM")  # not of a paper about fairness; HAM's has its own page
 Method = dict
-# The rule, and whom it asks: the best worst class of these is the preset.
+NEAR = 0.02  # of a worst class: one of the 50 or so test images that a class of the digits has
+# The rule, and whom it asks: the best worst class of these is the preset; of those so near to it, the best average.
 RULES: dict[str, tuple[str, Callable[[Method, Method], bool]]] = {
     "fair": (
         "best worst class, average within a point of PGD-AT's",
@@ -32,6 +33,11 @@ RULES: dict[str, tuple[str, Callable[[Method, Method], bool]]] = {
 }
 
 
+def chosen(asked: list[Method]) -> Method:
+    highest = max(m["worst"]["mean"] for m in asked)
+    return max((m for m in asked if m["worst"]["mean"] >= highest - NEAR), key=lambda m: m["average"]["mean"])
+
+
 def presets(_: Path) -> str:
     """Raises: ValueError where a rule does not choose what the flag stands for."""
     folders = SWEEPS[0]
@@ -41,7 +47,7 @@ def presets(_: Path) -> str:
     attack = attack_title(section["frontier"]["attack"])
     rows = [["`--preset`", "is", "chosen as", f"average %, {attack}", "worst class %", "time / PGD-AT"]]
     for name, (rule, asks) in RULES.items():
-        best = max((m for m in methods if asks(m, base)), key=lambda m: m["worst"]["mean"])
+        best = chosen([m for m in methods if asks(m, base)])
         method, switches, time = PRESETS[name]
         wanted = class_of(method)(**switches).describe()
         title, longer = re.subn(r", \d+ epochs$", "", best["title"])
