@@ -113,7 +113,7 @@ class Ours(Arm):
             self.model, self.optimizer, self.method, eps=eps, step_size=eps / K, steps=K, seed=0, teacher=teacher
         )
         self.epoch, self.loss = 1, 0.0
-        self._shown: dict[int, Shown] = {}  # which images a batch of so many rows is of
+        self._shown: dict[int, Shown] = {}  # which images a batch of so many rows is of, for ATTA
 
     def step(self, kind: str, x: Tensor, y: Tensor) -> tuple[int, int]:
         if self.method.remembers_rows:

@@ -152,8 +152,6 @@ EARLIER = (
     " *Earlier fair* is `fair` at the commits named: today `--loss boosted_ce`, where no other is told, with "
     "`--class-strength 0.6 --trust 0 --eps-factor 1`."
 )
-
-
 SMALL_CIFAR = (
     "--dataset cifar10 --path cifar10-jpeg.tar.xz --model small_cnn --train-images 10000 --test-images 1000 "
     "--val-images 500 --epochs 15 --precision bf16 --channels-last on --compile on --winograd on --attacks clean pgd20 "

@@ -43,9 +43,9 @@ class Train:
     """Fine-tune this RUN by its own settings, or a CHECKPOINT by the preset's: 2 epochs, by a tenth of the learning
     rate, of the method from the first one on."""
     preset: Annotated[Literal["fair", "fast", "paper"] | None, tyro.conf.arg(help_behavior_hint="")] = None
-    """In place of --method, what the frontier chose (docs/methods.md). fair: the best worst class within a point of
-    PGD-AT's average, in its time. fast: within two points of it, in less than half of its time, where K is 10. paper:
-    the best worst class of the methods as published."""
+    """In place of --method, what the frontier chose (docs/methods.md). fair: within two points of the best worst class
+    that keeps PGD-AT's average within one, in its time. fast: that keeps it within two, in less than half of its time,
+    where K is 10. paper: the best worst class of the methods as published."""
     time: Annotated[float | None, tyro.conf.arg(help_behavior_hint="")] = None
     """As many epochs, in place of PGD-AT's, as cost this share of what they do by the cost model. Of a method that
     screens, all rows are taken as hard."""

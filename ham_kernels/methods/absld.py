@@ -37,8 +37,9 @@ class ABSLD(RSLAD):
         import torch
 
         own = {
-            "absld_losses": torch.zeros(2, classes),  # attacked, clean; of the epoch under way
-            "absld_counts": torch.zeros(classes),
+            # attacked, clean; of the epoch under way; in fp64, since their differences are divided by the largest
+            "absld_losses": torch.zeros(2, classes, dtype=torch.float64),
+            "absld_counts": torch.zeros(classes, dtype=torch.float64),
             "absld_temperatures": torch.ones(2, classes),
         }
         return super().remembers(classes) | own
