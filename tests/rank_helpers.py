@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-NEEDED = ["torch._dynamo", "pytest", "sklearn.datasets", "ham_kernels.commands.train", "ham_kernels.commands.evaluate"]
+COMMANDS = [f"ham_kernels.commands.{name}" for name in ("train", "evaluate", "sweep")]
+NEEDED = ["torch._dynamo", "torch.distributed.fsdp", "pytest", "sklearn.datasets", *COMMANDS]
 SECONDS = 60  # a deadlock is a red test, not a job that hangs
 
 

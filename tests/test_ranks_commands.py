@@ -11,13 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from rank_helpers import on_ranks
 
+from ham_kernels import report
 from ham_kernels.commands import evaluate as evaluate_command
+from ham_kernels.commands import sweep as sweep_command
 from ham_kernels.commands import train as train_command
-from ham_kernels.commands.flags import parse_evaluate, parse_train
+from ham_kernels.commands.flags import parse_evaluate, parse_sweep, parse_train
 from ham_kernels.common.files import load
 
 pytestmark = pytest.mark.slow
@@ -45,6 +48,10 @@ def ham(world: int | str, *arguments: str, cwd: Path, wait: bool = True, status:
 
 
 # Without torchrun, which takes a few seconds for each process:
+def begun(rank: int, run: str) -> None:
+    train_command.train(parse_train(HAM).settings, run, quiet=True)
+
+
 def resumed(rank: int, run: str) -> None:
     train_command.resume(run, quiet=True)
 
@@ -82,7 +89,7 @@ def writing(rank: int, folder: str) -> list[str]:
 
     sys.addaudithook(watch)  # there is no taking it off: the process ends behind the test
     run = f"{folder}/run"
-    train_command.train(parse_train(HAM).settings, run, quiet=True)
+    begun(rank, run)
     judged(rank, run)
     return [path for path in written if path.startswith(folder)]
 
@@ -91,7 +98,7 @@ def writing(rank: int, folder: str) -> list[str]:
 def runs(tmp_path_factory) -> Path:
     """one: of one process; two: of two."""
     folder = tmp_path_factory.mktemp("ranks")
-    ham(1, "train", *HAM, "--out", "one", "--quiet", cwd=folder)
+    on_ranks(1, begun, folder, str(folder / "one"))
     said = ham(2, "train", *HAM, "--out", "two", cwd=folder)
     assert said.count("two: digits") == 1  # the second process says nothing
     assert "2 processes, each 32 rows of a batch of 64" in said
@@ -176,10 +183,21 @@ def test_one_process_killed_ends_all(tmp_path):
     assert newest(tmp_path / "hit")["trainer"]["steps_done"] > 0
 
 
+def swept(rank: int, folder: str) -> list[str]:
+    """What this process says of a sweep of two runs."""
+    said = []
+    os.environ.update(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))  # as torchrun does
+    report.build.__kwdefaults__["pdf"] = False  # half of its time
+    briefly = ["--epochs", "1", "--attacks", "clean", "pgd5", "--no-masking", "--device", "cpu", "--out", folder]
+    with mock.patch.object(sweep_command, "say", said.append):
+        assert sweep_command.sweep(parse_sweep(["ham", "--seeds", "0", "1", *SETTINGS.split(), *briefly])) == 0
+    return said
+
+
 def test_a_sweep_is_shared_out(tmp_path):
-    briefly = ["--epochs", "1", "--attacks", "clean", "pgd5", "--no-masking"]
-    said = ham(2, "sweep", "ham", "--seeds", "0", "1", *SETTINGS.split(), *briefly, cwd=tmp_path)
-    (folder,) = (tmp_path / "runs").iterdir()
+    folder = tmp_path / "swept"
+    said = on_ranks(2, swept, tmp_path, str(folder))
+    assert [sum(line.endswith(" ...") for line in lines) for lines in said] == [1, 1]  # a run each
     noted = json.loads((folder / "sweep.json").read_text())
     assert set(noted["runs"].values()) == {"finished"}, said
     assert len(noted["runs"]) == 2

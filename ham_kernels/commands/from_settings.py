@@ -42,7 +42,7 @@ def check_before_data(settings: TrainSettings, device: torch.device) -> None:
     Raises: TypeError, ValueError naming the setting; EngineError; ImportError for a log whose package is missing.
     """
     check_installed(settings.run.log)
-    if settings.model.name not in models.names():
+    if not models.is_known(settings.model.name):
         bare = replace(settings.model, normalize=False, mean=None, std=None)
         model_of(replace(settings, model=bare), 2, 3)  # tells which names are close
     with warnings.catch_warnings():

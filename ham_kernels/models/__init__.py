@@ -1,6 +1,6 @@
 """Classifiers with their normalisation inside, so that attacks work on images in [0, 1]; weights of others for them."""
 
-from .named import create, names
+from .named import create, is_known, names
 from .nets import CIFAR10_MEAN, CIFAR10_STD, Normalize, PreActBlock, PreActResNet18, SmallCNN, WideResNet, normalisation
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "SmallCNN",
     "WideResNet",
     "create",
+    "is_known",
     "names",
     "normalisation",
 ]

@@ -34,6 +34,11 @@ def names() -> list[str]:
     return [*_OWN, *_torchvision_names()]
 
 
+def is_known(name: str) -> bool:
+    """Whether a name is one of `names()`; of our own models without torchvision, which takes seconds to import."""
+    return name in _OWN or name in _torchvision_names()
+
+
 def create(
     name: str, classes: int, *, channels: int = 3, mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
