@@ -104,6 +104,13 @@ def test_every_name_is_known():
     assert names[: len(OWN_NAMES)] == OWN_NAMES
     assert {"resnet50", "vgg16_bn", "convnext_tiny", "swin_t", *THEIRS} <= set(names)
     assert len(set(names)) == len(names)
+    assert models.is_known("resnet50")
+    assert not models.is_known("wrn-34-1")
+
+
+def test_an_own_name_is_known_without_a_look_at_torchvision(monkeypatch):
+    monkeypatch.setattr(models.named, "_torchvision_names", lambda: pytest.fail("it takes seconds to import"))
+    assert models.is_known("small_cnn")
 
 
 def test_bad_requests():
@@ -128,5 +135,6 @@ def test_bad_requests():
 def test_without_torchvision_the_own_models_remain(monkeypatch):
     monkeypatch.setattr(models.named, "_torchvision_names", list)
     assert models.names() == OWN_NAMES
+    assert not models.is_known("resnet18")
     with pytest.raises(ValueError, match=r"name: got 'resnet18'; .*torchvision, which has many more, is not installed"):
         models.create("resnet18", 10)
