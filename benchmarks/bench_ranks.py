@@ -4,16 +4,21 @@
 
 The same step on the same images, both ways in turn: by all processes together, then by the first alone with as many
 threads as there are processes, while the others wait. On a CPU this tells what meeting costs, and nothing of GPUs.
+Then what the code for several processes costs a step that has none: with it, and with the points where processes would
+meet replaced by nothing, in turn, on small batches.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -23,6 +28,8 @@ from readme.output import aligned, markdown, write_json
 
 import ham_kernels as ham
 from ham_kernels.data.batches import slice_of
+from ham_kernels.methods.mining import WHOLE
+from ham_kernels.training import batches, trainer
 
 METHODS = {"PGD-AT": ham.methods.PGDAT(start_epoch=1), "HAM": ham.methods.HAM(start_epoch=1)}
 
@@ -33,9 +40,10 @@ def parse() -> argparse.Namespace:
     p.add_argument("--model", default="small_cnn", help="by name (default small_cnn)")
     p.add_argument("--batch-size", type=int, default=256, help="of all processes together (default 256)")
     p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--pairs", type=int, default=300, help="of steps with and without the points to meet (default 300)")
     p.add_argument("--out", type=Path, default=Path("runs"), help="folder for the JSON (default runs)")
     args = p.parse_args()
-    for name, low in (("processes", 2), ("batch_size", 2), ("rounds", 1)):
+    for name, low in (("processes", 2), ("batch_size", 2), ("rounds", 1), ("pairs", 10)):
         if getattr(args, name) < low:
             p.error(f"--{name.replace('_', '-')}: got {getattr(args, name)}; it must be at least {low}")
     return args
@@ -48,13 +56,15 @@ def main() -> None:
         mp.spawn(_worker, (args, f"file://{folder}/store", seconds), args.processes)
         found = torch.load(seconds)
     result = {
-        "settings": {name: getattr(args, name) for name in ("model", "batch_size", "processes", "rounds")},
+        "settings": {name: getattr(args, name) for name in ("model", "batch_size", "processes", "rounds", "pairs")},
         "machine": machine(),
         "methods": {name: _rates(found[name], args.batch_size) for name in METHODS},
+        "alone": {name: _ratio_alone(method, args.pairs) for name, method in METHODS.items()},
     }
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "bench_ranks_cpu.json", result)
     print(aligned(rows_of(result)))
+    print(alone_line(result))
 
 
 def readme_section(result: dict) -> str:
@@ -63,7 +73,19 @@ def readme_section(result: dict) -> str:
         f"`python benchmarks/bench_ranks.py`: images/s of a training step, {s['model']}, {s['batch_size']} rows, K 10, "
         f"by {s['processes']} processes of one thread each and by one process of {s['processes']} threads, in turn; "
         f"median, lowest and highest of {s['rounds']} rounds. {m['cpu']}, cores: {m['cores'].split(',')[0]}; torch "
-        f"{m['torch']}, ham_kernels {m['ham_kernels']}; {m['date']}.\n\n{markdown(rows_of(result))}"
+        f"{m['torch']}, ham_kernels {m['ham_kernels']}; {m['date']}.\n\n{markdown(rows_of(result))}\n\n{alone_line(result)}"
+    )
+
+
+def alone_line(result: dict) -> str:
+    said = [
+        f"{name} {r['ratio']:.4f} ({r['low']:.4f} to {r['high']:.4f}) of {1000 * r['seconds']:.1f} ms"
+        for name, r in result["alone"].items()
+    ]
+    return (
+        "A step of one process that joins no others takes, against one without the points where processes would meet "
+        f"(16 images of 1×8×8; median of {result['settings']['pairs']} pairs in turn and its 95 % interval): "
+        f"{'; '.join(said)}."
     )
 
 
@@ -82,6 +104,50 @@ def _rates(seconds: dict[str, list[float]], images: int) -> dict:
     return {
         way: {"median": statistics.median(rates), "low": min(rates), "high": max(rates)} for way, rates in of.items()
     }
+
+
+def _ratio_alone(method, pairs: int) -> dict[str, float]:
+    """Of a step's time as it is to that without the points where processes would meet; the pairs' median."""
+    torch.set_num_threads(1)
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(16, 1, 8, 8, generator=g), torch.randint(10, (16,), generator=g)
+    own = _trainer("small_cnn", method, None, channels=1)
+    with_them, ratios = [], []
+    for pair in range(pairs + 10):  # the first warm up
+        seconds = {}
+        for bare in (False, True) if pair % 2 else (True, False):
+            with _without_meetings() if bare else nullcontext():
+                seconds[bare] = _seconds(own, x, y)
+        if pair >= 10:
+            with_them.append(seconds[False])
+            ratios.append(seconds[False] / seconds[True])
+    ratios.sort()
+    half = 0.98 * math.sqrt(pairs)  # of the binomial around the median
+    low, high = (ratios[min(max(round(pairs / 2 + side * half), 0), pairs - 1)] for side in (-1, 1))
+    return {"ratio": statistics.median(ratios), "low": low, "high": high, "seconds": statistics.median(with_them)}
+
+
+class _NoMeeting:
+    def __init__(self, *args, **how):
+        pass
+
+    def table(self, mine):
+        return [mine]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+@contextmanager
+def _without_meetings():
+    with ExitStack() as patches:
+        for module in (batches, trainer):
+            patches.enter_context(mock.patch.object(module, "Meeting", _NoMeeting))
+        patches.enter_context(mock.patch.object(trainer, "place_of", lambda *_: nullcontext(WHOLE)))
+        yield
 
 
 def _worker(rank: int, args: argparse.Namespace, store: str, out: Path) -> None:
@@ -111,9 +177,9 @@ def _worker(rank: int, args: argparse.Namespace, store: str, out: Path) -> None:
     os._exit(0)  # torch's threads may abort a process that unloads them
 
 
-def _trainer(model: str, method, group) -> ham.Trainer:
+def _trainer(model: str, method, group, channels: int = 3) -> ham.Trainer:
     torch.manual_seed(0)
-    net = ham.models.create(model, 10)
+    net = ham.models.create(model, 10, channels=channels)
     # nothing is learned, so that as many rows are hard in every round
     return ham.Trainer(net, torch.optim.SGD(net.parameters(), 0.0), method, eps=8 / 255, step_size=2 / 255, group=group)
 

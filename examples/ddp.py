@@ -30,7 +30,7 @@ def main() -> None:
     loaders = ham.data.loaders(images, 64, augment="none", rank=ranks.rank, world=ranks.world)
     torch.manual_seed(0)
     model = ham.models.create("small_cnn", 10, channels=1)
-    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if ranks.several else model
+    wrapped = nn.parallel.DistributedDataParallel(model) if ranks.several else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     noise = torch.Generator().manual_seed(0)
     for epoch in range(1, told.epochs + 1):

@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 
 COMMANDS = [f"ham_kernels.commands.{name}" for name in ("train", "evaluate", "sweep")]
 NEEDED = ["torch._dynamo", "torch.distributed.fsdp", "pytest", "sklearn.datasets", *COMMANDS]
+_OF_PROCESSES = r"(?i).*(distributed|process.?group|collective|all_?reduce|broadcast|barrier|gloo|DDP|FSDP|rank)"
 SECONDS = 60  # a deadlock is a red test, not a job that hangs
 
 
@@ -52,7 +53,9 @@ def started(world: int, function, folder: Path, *args) -> tuple[Path, list[mp.Pr
 def _one(rank: int, world: int, store: str, names, sys_path, args) -> None:
     sys.path[:0] = [p for p in sys_path if p not in sys.path]
     torch.set_num_threads(1)
-    warnings.filterwarnings("error", module=r"torch\.distributed")
+    for told in ({"message": _OF_PROCESSES}, {"category": FutureWarning}, {"category": DeprecationWarning}):
+        warnings.filterwarnings("error", **told)
+    warnings.filterwarnings("ignore", "Grad strides do not match")  # of images of one channel, whose strides are alike
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=SECONDS)

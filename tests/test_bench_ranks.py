@@ -14,7 +14,7 @@ BENCH = Path(__file__).parent.parent / "benchmarks" / "bench_ranks.py"
 
 @pytest.mark.slow
 def test_both_ways_in_turn(tmp_path):
-    told = ["--rounds", "1", "--batch-size", "6", "--out", str(tmp_path)]
+    told = ["--rounds", "1", "--batch-size", "6", "--pairs", "10", "--out", str(tmp_path)]
     said = subprocess.run([sys.executable, str(BENCH), *told], capture_output=True, text=True, check=True).stdout
     result = json.loads((tmp_path / "bench_ranks_cpu.json").read_text())
     assert list(result["methods"]) == ["PGD-AT", "HAM"]
@@ -22,6 +22,9 @@ def test_both_ways_in_turn(tmp_path):
         ratio = rates["all"]["median"] / rates["alone"]["median"]
         assert rates["ratio"]["median"] == pytest.approx(ratio)
     assert "2 processes" in said
+    for r in result["alone"].values():
+        assert 0 < r["low"] <= r["ratio"] <= r["high"] < 10
+    assert "takes, against one without the points" in said
 
 
 @pytest.mark.slow

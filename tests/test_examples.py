@@ -23,11 +23,9 @@ OWN_LAUNCHER = ("fabric_loop", "lightning_loop")
 
 
 def run(name: str, world: int, out: Path) -> tuple[dict[str, torch.Tensor], list[list[torch.Tensor]]]:
-    """(weights after two updates, gradients of each), on 64 images and on those left: 33, or one, so that a process has
-    none.
-    """
+    """(weights after two updates, gradients of each), on 64 images and on the one left: a process has none."""
     noted = out.with_suffix(".gradients")
-    told = ["--epochs", "1", "--images", "65" if name in ("ddp", "fsdp2") else "97", "--out", str(out)]
+    told = ["--epochs", "1", "--images", "65", "--out", str(out)]
     if name in OWN_LAUNCHER:
         launcher, told = [], [*told, "--devices", str(world)]
     else:
@@ -42,6 +40,7 @@ def run(name: str, world: int, out: Path) -> tuple[dict[str, torch.Tensor], list
         if "terminate called without an active exception" not in done.stderr:  # torch, when a process unloads it
             break
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "FutureWarning" not in done.stderr, done.stderr
     return torch.load(out), torch.load(noted)
 
 
@@ -53,16 +52,16 @@ def test_two_processes_train_as_one(name, tmp_path):
     (one, by_one), (two, by_two) = (run(name, world, tmp_path / f"{world}.pt") for world in (1, 2))
     assert one.keys() == two.keys()
     for key, t in one.items():
-        assert far(two[key], t) <= 1e-6, key
+        assert near(two[key], t), key
     assert len(by_one) == 2
     for update, gradients in enumerate(by_one):
         for alone, together in zip(gradients, by_two[update], strict=True):
-            assert far(together, alone) <= 1e-6, update
+            assert near(together, alone), update
 
 
-def far(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest difference, relative to the largest entry where that is above 1."""
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1))
+def near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Within 1e-6, and within 5e-6 of the largest entry: fp32 sums in another order."""
+    return float((a.double() - b.double()).abs().max()) <= min(1e-6, 5e-6 * float(b.abs().max()))
 
 
 def test_the_scripts_for_clusters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ SWITCHES = {
     "ham": {"start_epoch": 1, "screen_steps": 2},
     "ham_random": {"start_epoch": 1, "screen_steps": 2, "rows": "random"},
     "ham_jump": {"start_epoch": 1, "screen_steps": 2, "easy": "jump", "class_weights": "hard_share"},
+    "ham_frozen": {"start_epoch": 1, "screen_steps": 2, "freeze_bn": True},
     "ham_trust": {"start_epoch": 1, "screen_steps": 2, "trust": 0.5, "eps_factor": 1.25},
     "pgd_at": {"start_epoch": 1},
     "pgd_at_awp": {"start_epoch": 1, "awp": 0.01},
@@ -152,10 +154,10 @@ def test_every_method_trains_as_one_process(one, world, tmp_path):
 
 
 # ---------------------------------------------------------------- what is sent
-def sent(rank: int, loads: bool) -> dict:
+def sent(rank: int, loads: bool, norm: bool, bucket_mb: float | None) -> dict:
     """What one update sends: sums of a few numbers, messages of moved rows, passes over the gradients.
 
-    `loads`: its batch is from a loader of ours.
+    `loads`: its batch is from a loader of ours.  `norm`: of a model with BatchNorm.  `bucket_mb`: of gradients.
     """
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -169,14 +171,21 @@ def sent(rank: int, loads: bool) -> dict:
 
     dist.all_reduce = summed
     dist.all_to_all_single = lambda *args, **how: (moves.append(1), all_to_all(*args, **how))[1]
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1), nn.Tanh(), nn.AvgPool2d(4), nn.Flatten(), nn.Linear(24, CLASSES)
-    )
+    model = net()
+    if not norm:
+        del model[1]
+    ddp = nn.parallel.DistributedDataParallel
+    wrap = ddp.__init__
+    if bucket_mb is not None:
+        ddp.__init__ = functools.wraps(wrap)(lambda *args, **how: wrap(*args, bucket_cap_mb=bucket_mb, **how))
+    attack = {"eps": 1e-4, "step_size": 1e-4, "steps": 4}
     trainer = ham.HAMTrainer(
-        model, torch.optim.SGD(model.parameters(), 0.1), **ATTACK, screen_steps=2, start_epoch=1, seed=3
+        model, torch.optim.SGD(model.parameters(), 0.1), **attack, screen_steps=2, start_epoch=1, seed=3
     )
-
+    images = (batches(1)[0][0] * 255).byte()
+    x = images / 255
+    y = copy.deepcopy(model).eval()(x).argmax(1)
+    y[16:] = (y[16:] + 1) % CLASSES  # the last third is hard, and all of process 1
     for name in ("broadcast", "all_gather", "all_gather_into_tensor", "_broadcast_coalesced"):
         setattr(dist, name, lambda *args, name=name, **how: pytest.fail(f"{name} was called"))
 
@@ -188,9 +197,11 @@ def sent(rank: int, loads: bool) -> dict:
     model.register_forward_pre_hook(
         lambda m, x: in_attack.append((len(sums), len(buckets))) if not m.training else None
     )
+    trainer.train_step(*mine((x, y), rank, 2), epoch=1)  # the wrapper makes its buckets by the first backward
+    for noted in (sums, moves, buckets, in_attack):
+        noted.clear()
     if loads:
-        x, y = batches(1)[0]
-        loader = Batches((x * 255).byte(), y, ROWS, shuffle=False, rank=rank, world=2)
+        loader = Batches(images, y, ROWS, shuffle=False, rank=rank, world=2)
 
         def leave(step) -> None:
             raise InterruptedError
@@ -199,23 +210,26 @@ def sent(rank: int, loads: bool) -> dict:
             trainer.fit(loader, 1, on_batch_end=leave)
         sums.pop()  # that both leave
     else:
-        trainer.train_step(*mine(batches(1)[0], rank, 2), epoch=1)
+        trainer.train_step(*mine((x, y), rank, 2), epoch=1)
     found = {"sums": list(sums), "moves": len(moves), "buckets": list(buckets), "in_attack": list(in_attack)}
-    loss = ham.ham_loss(trainer._update._through, *mine(batches(1)[0], rank, 2), eps=0.2, step_size=0.05)
+    loss = ham.ham_loss(trainer._update._through, *mine((x, y), rank, 2), eps=0.2, step_size=0.05)
     assert loss.dtype == torch.float32
     return found
 
 
-@pytest.mark.parametrize("loads", [False, True])
-def test_an_attack_sends_nothing_and_an_update_little(loads, tmp_path):
-    for found in on_ranks(2, sent, tmp_path, loads):
-        # rows of each, which a loader of ours knows beforehand, facts of each at the look, and loss with weights
-        assert len(found["sums"]) == 3 - loads
+@pytest.mark.parametrize(("loads", "norm", "bucket_mb"), [(False, False, None), (True, False, 1e-4), (True, True, None)])
+def test_an_attack_sends_nothing_and_an_update_little(loads, norm, bucket_mb, tmp_path):
+    for found in on_ranks(2, sent, tmp_path, loads, norm, bucket_mb):
+        # rows of each, which a loader of ours knows beforehand, facts of each at the look, and loss with weights; on
+        # the CPU two in the forward of a BatchNorm and one in its backward
+        assert len(found["sums"]) == 3 - loads + 3 * norm
         assert max(found["sums"]) <= 2 * 10
-        assert found["moves"] <= 1
-        assert found["buckets"] == [0]  # one pass over the gradients, of one bucket
+        assert found["moves"] == 1
+        buckets = found["buckets"]
+        assert sorted(buckets) == list(range(len(buckets)))  # one pass over the gradients
+        assert (len(buckets) > 1) == (bucket_mb is not None)
         assert {buckets for _, buckets in found["in_attack"]} == {0}
-        steps = [sums for sums, _ in found["in_attack"]][1:]  # behind the first look at the model
+        steps = [sums for sums, _ in found["in_attack"]]
         assert len(set(steps)) <= 2  # nothing between the steps but the look
 
 
@@ -267,8 +281,8 @@ def with_bad(rank: int, known: bool) -> dict:
     """What process 0 and 1 raise when something is wrong on process 1 alone, and that nothing has moved."""
     said = {}
     good = mine(batches(1)[0], rank, 2)
-    names = ("nan", "label", "pixel", "shape", "draw", "callback", "epoch", "short", "rank", "told", "rows")
-    nets = {name: net() for name in names[: None if known else 8]}
+    names = ("nan", "nan in the update", "label", "pixel", "shape", "draw", "callback", "epoch", "short", "rank", "told", "rows")
+    nets = {name: net() for name in names[: None if known else 9]}
     for name, model in nets.items():
         trainer = ham.HAMTrainer(
             model, torch.optim.SGD(model.parameters(), 0.1), **ATTACK, screen_steps=2, start_epoch=1
@@ -280,6 +294,8 @@ def with_bad(rank: int, known: bool) -> dict:
         if rank == 1:
             if name == "nan":
                 model.register_forward_hook(lambda m, a, z: z * float("nan"))
+            elif name == "nan in the update":
+                model.register_forward_hook(lambda m, a, z: z * float("nan") if m.training else z)
             elif name == "label":
                 y[0] = CLASSES
             elif name == "pixel":
@@ -327,6 +343,7 @@ def test_what_is_wrong_on_one_process_raises_on_all(known, tmp_path):
         kind, said, left = first[name]
         assert (kind, left) == (RankError.__name__, name in ("callback", "epoch"))
         assert words in said, name
+    assert {said["nan in the update"][0] for said in (first, second)} == {"NonFiniteError"}  # a mean over both
     assert (second["nan"][0], second["callback"][0]) == ("NonFiniteError", "KeyError")
     assert "labels run from" in second["label"][1]
     assert "pixels run from" in second["pixel"][1]

@@ -53,6 +53,8 @@ class _Synced:
         mean, var = (layer.running_mean, layer.running_var) if tracks else (None, None)
         if x.is_cuda:
             x = x.contiguous(memory_format=torch.channels_last) if _is_nhwc(x) else x.contiguous()
+            if not x.numel():  # torch sends sums of no rows in their own dtype, and those of others in fp32
+                x = x.to(torch.promote_types(x.dtype, torch.float32))
             return _OnGPU.apply(x, layer.weight, layer.bias, mean, var, layer.eps, momentum, ranks.group, ranks.world)
         y, batch_mean, batch_var, n = _Normalised.apply(x, layer.eps, ranks)
         if tracks:

@@ -42,7 +42,8 @@ def attack_mode(model: nn.Module, *, fast_batchnorm: bool = True) -> Iterator[No
     """
     with _alone(model):
         modes = [(m, m.training) for m in model.modules()]
-        learned = [p for p in model.parameters() if p.requires_grad]
+        learns = [(p, p.requires_grad) for p in model.parameters()]
+        learned = [p for p, does in learns if does]
         if any(p.is_inference() for p in learned):
             raise troubles.error("inference_weights")
         try:
@@ -56,8 +57,11 @@ def attack_mode(model: nn.Module, *, fast_batchnorm: bool = True) -> Iterator[No
         finally:
             for m, training in modes:
                 m.training = training
-            for p in learned:
-                p.requires_grad_(True)
+            # FSDP2 leaves gathered weights in place of a shard, behind a forward that no backward followed
+            for (p, does), now in zip(learns, model.parameters(), strict=True):
+                if does:
+                    p.requires_grad_(True)
+                    now.requires_grad_(True)
 
 
 def note_resting(model: nn.Module) -> WeakSet[nn.Module]:

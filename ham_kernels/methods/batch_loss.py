@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attack.pgd import PGD, draw_seed
 from ..common import checks, troubles
-from ..distributed import Meeting, inner_model, ranks_of
+from ..distributed import Meeting, forwards_meet, inner_model, ranks_of
 from ..engine import look_once
 from .ham import HAM
 from .mining import place_of
@@ -56,7 +56,7 @@ def loss(
         checks.batch(x, y, empty=ranks.several)
         seed = draw_seed(generator)
         heard = meeting.table([len(y), seed >> 31, seed & (2**31 - 1)])  # each exact in fp64
-    high, low = (int(part) for part in heard[0][1:])
+    rows, (high, low) = [n for n, *_ in heard], (int(part) for part in heard[0][1:])
     if objective is not method and method.keeps_over_batches:
         troubles.warn("memory_lost", method=method.title, kind=type(method).__name__)
     if objective.method.awp:
@@ -69,8 +69,9 @@ def loss(
             f"method: got {objective.method.name!r}; it replaces the optimiser's step, which a loss does not see: use "
             "ham_kernels.Trainer"
         )
-    with place_of(ranks, [rows for rows, *_ in heard], x.device) as place:
-        if objective.pgd.steps and len(y):
+    with place_of(ranks, rows, x.device) as place:
+        # where a forward waits for the others, all look at one batch, of which each has rows
+        if objective.pgd.steps and (all(rows) if ranks.several and forwards_meet(inner) else len(y)):
             look_once(inner, x, y)
         examples = objective.group_examples(inner, x, y, (len(y),), seed=high << 31 | low, step=0, place=place)[0]
     if examples.no_gradient and inner not in _told:
