@@ -73,7 +73,8 @@ def readme_section(result: dict) -> str:
         f"`python benchmarks/bench_ranks.py`: images/s of a training step, {s['model']}, {s['batch_size']} rows, K 10, "
         f"by {s['processes']} processes of one thread each and by one process of {s['processes']} threads, in turn; "
         f"median, lowest and highest of {s['rounds']} rounds. {m['cpu']}, cores: {m['cores'].split(',')[0]}; torch "
-        f"{m['torch']}, ham_kernels {m['ham_kernels']}; {m['date']}.\n\n{markdown(rows_of(result))}\n\n{alone_line(result)}"
+        f"{m['torch']}, ham_kernels {m['ham_kernels']}; {m['date']}.\n\n"
+        f"{markdown(rows_of(result))}\n\n{alone_line(result)}"
     )
 
 
@@ -83,7 +84,7 @@ def alone_line(result: dict) -> str:
         for name, r in result["alone"].items()
     ]
     return (
-        "A step of one process that joins no others takes, against one without the points where processes would meet "
+        "A step of one process that joins no others, in times of one without the points where processes would meet "
         f"(16 images of 1×8×8; median of {result['settings']['pairs']} pairs in turn and its 95 % interval): "
         f"{'; '.join(said)}."
     )
@@ -146,7 +147,7 @@ def _without_meetings():
     with ExitStack() as patches:
         for module in (batches, trainer):
             patches.enter_context(mock.patch.object(module, "Meeting", _NoMeeting))
-        patches.enter_context(mock.patch.object(trainer, "place_of", lambda *_: nullcontext(WHOLE)))
+        patches.enter_context(mock.patch.object(trainer, "place_of", return_value=nullcontext(WHOLE)))
         yield
 
 

@@ -36,6 +36,7 @@ BATCHES = {
     "infinite": (X / 0, Y, ValueError, r"x: "),
     "labels float": (X, Y.float(), TypeError, r"y: got torch.float32; labels must be int64"),
     "labels one-hot": (X, torch.eye(8, dtype=torch.int64), ValueError, r"y: got shape \(8, 8\); it must be \(8,\)"),
+    "soft labels": (X, torch.eye(8) * 0.9 + 0.0125, TypeError, r"y: got soft labels, torch.float32 \(8, 8\), as mixup"),
     "too few labels": (X, Y[:7], ValueError, r"y: got shape \(7,\)"),
     "label too high": (X, Y + 3, ValueError, r"y: labels run from 3 to 10; the model knows classes 0..9"),
     "label negative": (X, Y - 1, ValueError, r"y: labels run from -1 to 6"),

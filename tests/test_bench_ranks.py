@@ -24,7 +24,7 @@ def test_both_ways_in_turn(tmp_path):
     assert "2 processes" in said
     for r in result["alone"].values():
         assert 0 < r["low"] <= r["ratio"] <= r["high"] < 10
-    assert "takes, against one without the points" in said
+    assert "in times of one without the points" in said
 
 
 @pytest.mark.slow

@@ -113,6 +113,15 @@ def test_an_own_name_is_known_without_a_look_at_torchvision(monkeypatch):
     assert models.is_known("small_cnn")
 
 
+@pytest.mark.parametrize("name", ["convnext_tiny", "vit_b_16"])
+def test_imagenets_models_take_a_batch_without_rows(name):
+    """As a process gets it that has no hard rows: its loss is 0, and so is every gradient."""
+    model = models.create(name, 10, mean=(0.5,) * 3, std=(0.5,) * 3)
+    x, y = torch.empty(0, 3, 224, 224), torch.empty(0, dtype=torch.int64)
+    nn.functional.cross_entropy(model(x), y, reduction="sum").backward()
+    assert all(not p.grad.any() for p in model.parameters())
+
+
 def test_bad_requests():
     with pytest.raises(ValueError, match=r"name: got 'wrn-34-1'; close are wrn_34_10.*names\(\) lists all"):
         models.create("wrn-34-1", 10)

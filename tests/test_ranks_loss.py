@@ -1,4 +1,4 @@
-"""The loss of one batch in somebody's loop, by torch's wrappers: the gradient of one process, whatever rows each has."""
+"""The loss of a batch in somebody's loop, by torch's wrappers: the gradient of one process, whatever rows each has."""
 
 from __future__ import annotations
 

@@ -217,7 +217,9 @@ def sent(rank: int, loads: bool, norm: bool, bucket_mb: float | None) -> dict:
     return found
 
 
-@pytest.mark.parametrize(("loads", "norm", "bucket_mb"), [(False, False, None), (True, False, 1e-4), (True, True, None)])
+@pytest.mark.parametrize(
+    ("loads", "norm", "bucket_mb"), [(False, False, None), (True, False, 1e-4), (True, True, None)]
+)
 def test_an_attack_sends_nothing_and_an_update_little(loads, norm, bucket_mb, tmp_path):
     for found in on_ranks(2, sent, tmp_path, loads, norm, bucket_mb):
         # rows of each, which a loader of ours knows beforehand, facts of each at the look, and loss with weights; on
@@ -281,7 +283,10 @@ def with_bad(rank: int, known: bool) -> dict:
     """What process 0 and 1 raise when something is wrong on process 1 alone, and that nothing has moved."""
     said = {}
     good = mine(batches(1)[0], rank, 2)
-    names = ("nan", "nan in the update", "label", "pixel", "shape", "draw", "callback", "epoch", "short", "rank", "told", "rows")
+    names = (
+        "nan", "nan in the update", "label", "pixel", "shape", "draw", "callback", "epoch", "short", "rank", "told",
+        "rows",
+    )  # fmt: skip
     nets = {name: net() for name in names[: None if known else 9]}
     for name, model in nets.items():
         trainer = ham.HAMTrainer(

@@ -50,6 +50,13 @@ def test_presets_are_the_papers(name, start, screen, lr):
     assert factors == pytest.approx(expected)
 
 
+def test_imagenet_is_trained_as_the_field_does():
+    s = preset("imagenet")
+    assert (s.data.dataset, s.model.name, s.model.normalize) == ("imagenet", "resnet50", True)
+    assert (s.attack.eps, s.attack.step_size, s.attack.steps) == (4 / 255, 8 / 3 / 255, 3)
+    assert (s.method.name, s.method.screen_steps) == ("ham", 1)
+
+
 def test_fewer_epochs_keep_the_shape_of_the_course():
     s = preset("cifar10", epochs=30)
     assert (s.method.start_epoch, s.optim.milestones, s.optim.epochs) == (13, (16, 23, 28), 30)
