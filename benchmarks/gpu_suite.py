@@ -31,7 +31,7 @@ from gpu.files import collect, fabricate, restore, to_json, write
 from gpu.process import Failed, OutOfTime, Shell, Slot
 from gpu.stages import BENCHMARKS, ROOT, Options, Stage
 
-RESERVE = 35.0  # seconds at the end of a slot: a stage that has to stop, the report, the summary
+RESERVE = 30.0  # seconds at the end of a slot: a stage that has to stop, the report, the summary
 RESULTS, PAGE = BENCHMARKS / "results" / "gpu", ROOT / "docs" / "gpu-results.md"
 
 
@@ -45,10 +45,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--data", type=Path, metavar="PATH", help="CIFAR-10 as a folder or tar of class folders "
                    "(default: torchvision's, downloaded)")  # fmt: skip
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="(default 0 1)")
+    p.add_argument("--arms", nargs="+", choices=gpu_runs.ALL, metavar="ARM", help=f"of {', '.join(gpu_runs.ALL)}; "
+                   "in this order (default: all)")  # fmt: skip
     p.add_argument("--epochs", type=int, default=30, help="of each run (default 30)")
     p.add_argument("--engine", choices=gpu_runs.ENGINES, default="bf16", help="of training (default bf16; both bf16 "
                    "and fp32 with channels_last, compile and cuda_graphs, plain with nothing)")  # fmt: skip
-    p.add_argument("--autoattack-images", type=int, default=2000, metavar="N", help="(default 2000; 0: all)")
+    p.add_argument("--autoattack-images", type=int, default=1000, metavar="N", help="(default 1000; 0: all)")
     p.add_argument("--collect", type=Path, metavar="DIR2", help="copy results.tar.gz, summary.md and summary.json here")
     p.add_argument("--restore", type=Path, metavar="FILE", help="begin with the results.tar.gz of another machine")
     p.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU: does every stage work?")
@@ -71,14 +73,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         path = getattr(args, name)
         if path is not None and not path.exists():
             p.error(f"--{name}: {path} is not there")
-    known = [stage.name for stage in plan_of(Options(args.out, seeds=tuple(args.seeds)))]
+    known = [stage.name for stage in plan_of(Options(args.out, seeds=tuple(args.seeds), arms=args.arms))]
     if unknown := [name for name in args.stage if not any(k.startswith(name) for k in known)]:
         p.error(f"--stage: got {unknown[0]}; there are {', '.join(known)}")
     return args
 
 
 def plan_of(o: Options) -> list[Stage]:
-    return [*gpu_stages.stages(o), *gpu_runs.stages(o)]
+    return [*gpu_stages.stages(o), *gpu_runs.stages(o), *gpu_stages.last_stages(o)]
 
 
 # ---------------------------------------------------------------- one call
@@ -226,7 +228,7 @@ def main() -> int:
     data = fabricate(out) if args.smoke else args.data and args.data.resolve()
     small = {"seeds": (0,), "epochs": 2, "engine": "plain", "autoattack_images": 4} if args.smoke else {
         "seeds": tuple(args.seeds), "epochs": args.epochs, "engine": args.engine,
-        "autoattack_images": args.autoattack_images, "commit": args.commit,
+        "autoattack_images": args.autoattack_images, "commit": args.commit, "arms": args.arms,
     }  # fmt: skip
     o = Options(out, data, args.smoke, **small)
     plan = plan_of(o)

@@ -57,11 +57,12 @@ def shell_for(tmp_path: Path, **env: str) -> Shell:
     return Shell(Slot(120, 0.0), tmp_path / "stage.log", found, tmp_path, 120, False)
 
 
-def test_a_test_that_ends_or_spoils_its_process_costs_no_other(tmp_path):
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_test_that_ends_or_spoils_its_process_costs_no_other(parts, tmp_path):
     (tmp_path / "test_cases.py").write_text(CASES)
     o = Options(tmp_path)
     cases, patient = [str(tmp_path / "test_cases.py")], {"HAM_SUITE_PATIENCE": "5"}
-    run = partial(gpu_stages.tests, o, "tests-gpu", "they pass", cases, patient)
+    run = partial(gpu_stages.tests, o, "tests-gpu", "they pass", cases, patient, parts)
     result = run(shell_for(tmp_path))
     assert result["line"] == "5 passed, 5 failed, 1 skipped"
     texts = {f["test"].rpartition("::")[2]: f["text"] for f in result["failures"]}
@@ -76,12 +77,12 @@ def test_a_test_that_ends_or_spoils_its_process_costs_no_other(tmp_path):
     log = (tmp_path / "stage.log").read_text()
     assert run(shell_for(tmp_path))["line"] == result["line"]
     added = (tmp_path / "stage.log").read_text().removeprefix(log)
-    assert "11 deselected" in added, "tests that have an outcome were run again"
+    assert added.count("11 deselected") == parts, "tests that have an outcome were run again"
 
 
 def test_a_suite_of_tests_that_cannot_start_has_failed(tmp_path):
     with pytest.raises(Failed, match="pytest ended with 4"):
-        gpu_stages.tests(Options(tmp_path), "tests", "", [str(tmp_path / "none.py")], {}, shell_for(tmp_path))
+        gpu_stages.tests(Options(tmp_path), "tests", "", [str(tmp_path / "none.py")], {}, 1, shell_for(tmp_path))
 
 
 def test_tests_that_end_one_process_after_another_are_not_done(tmp_path, monkeypatch):
@@ -89,7 +90,7 @@ def test_tests_that_end_one_process_after_another_are_not_done(tmp_path, monkeyp
     (tmp_path / "test_cases.py").write_text(
         "import os, pytest\n@pytest.mark.parametrize('i', range(4))\ndef test_dies(i): os._exit(7)\n"
     )
-    run = partial(gpu_stages.tests, Options(tmp_path), "tests", "", [str(tmp_path / "test_cases.py")], {})
+    run = partial(gpu_stages.tests, Options(tmp_path), "tests", "", [str(tmp_path / "test_cases.py")], {}, 1)
     for failed in (2, 4):
         with pytest.raises(Failed, match=rf"ended 2 processes; so far {{'failed': {failed}}}"):
             run(shell_for(tmp_path))

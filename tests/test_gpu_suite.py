@@ -242,21 +242,34 @@ def test_a_restored_folder_keeps_what_stands_alone(tmp_path):
     out, back = tmp_path / "out", tmp_path / "back"
     names = [
         "stages/tests-gpu.json", "stages/train-ham-seed0.json", "stages/train-ham-seed1.json", "summary.json",
+        "stages/warm-up-seed0.json", "stages/autoattack-ema-ham-seed0.json", "cifar/fair-seed0/metrics.jsonl",
         "cifar/options.json", "cifar/ham-seed0/metrics.jsonl", "cifar/ham-seed1/metrics.jsonl", "summary.md",
     ]  # fmt: skip
     for name in names:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("{}")
     for seed, word in ((0, "done"), (1, "failed")):
-        judged = {"stage": f"judge-seed{seed}", "state": word}
-        (out / f"stages/judge-seed{seed}.json").write_text(json.dumps(judged))
+        judged = {"stage": f"judge-ham-seed{seed}", "state": word}
+        (out / f"stages/judge-ham-seed{seed}.json").write_text(json.dumps(judged))
     gpu_files.collect(out, back)
     gpu_files.restore(back / "results.tar.gz", tmp_path / "new")
     there = {str(p.relative_to(tmp_path / "new")) for p in (tmp_path / "new").rglob("*") if p.is_file()}
     assert there == {
-        "stages/tests-gpu.json", "stages/train-ham-seed0.json", "stages/judge-seed0.json", "stages/judge-seed1.json",
-        "cifar/options.json", "cifar/ham-seed0/metrics.jsonl",
+        "stages/tests-gpu.json", "stages/train-ham-seed0.json", "stages/judge-ham-seed0.json",
+        "stages/judge-ham-seed1.json", "stages/autoattack-ema-ham-seed0.json", "cifar/options.json",
+        "cifar/ham-seed0/metrics.jsonl",
     }  # fmt: skip
+
+
+def test_an_arm_is_judged_before_the_next_is_trained(tmp_path):
+    names = [stage.name for stage in gpu_runs.stages(Options(tmp_path, seeds=(3,), arms=("fair_fast", "ham")))]
+    assert names == [
+        "warm-up-seed3", "train-ham-seed3", "judge-ham-seed3", "autoattack-ema-ham-seed3", "train-fair_fast-seed3",
+        "judge-fair_fast-seed3", "autoattack-ema-fair_fast-seed3", "autoattack-last-ham-seed3",
+        "autoattack-last-fair_fast-seed3", "report",
+    ]  # fmt: skip
+    alone = gpu_runs.stages(Options(tmp_path, seeds=(3,), arms=("trades",)))
+    assert (alone[0].name, alone[0].after) == ("train-trades-seed3", ())
 
 
 @pytest.mark.parametrize(

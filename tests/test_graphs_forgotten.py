@@ -71,6 +71,36 @@ def test_weights_that_were_replaced_are_not_kept(batches):
     assert old() is None
 
 
+@pytest.mark.parametrize("how", ["another model", "given up", "the trainer goes"])
+def test_memory_is_given_back_without_the_collector(batches, how):
+    """A capture that ran out of memory is followed by a step without graphs, and nothing collects in between."""
+
+    def capture(fns, device, pool):
+        graphs_module.run(fns)
+        return [lambda: None for _ in fns]  # as of a GPU, a replay holds none of the functions
+
+    trainer = trainer_of(small_cnn(), capture)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            trainer.train_step(*batches[0], epoch=2)
+        graphs = trainer.engine.graphs
+        places = [weakref.ref(t) for k in graphs._kept.values() for t in k.places.values() if t is not None]
+        assert {type(k).__name__ for k in graphs._kept.values()} == {"Bucket", "_Graphed"}
+        if how == "another model":
+            graphs.follow(small_cnn(seed=1))
+        elif how == "given up":
+            with pytest.warns(EngineWarning, match="cuda_graphs: no memory"):
+                trainer.engine.give_up("cuda_graphs", "no memory")
+        else:
+            del graphs, trainer
+        assert places
+        assert not any(place() is not None for place in places)
+    finally:
+        gc.enable()
+
+
 def test_weights_loaded_in_place_are_seen(batches):
     recorder = Recorder()
     ours, theirs = twins(small_cnn(), recorder)

@@ -40,15 +40,15 @@ def collect(out: Path, to: Path) -> None:
 def restore(file: Path, out: Path) -> None:
     """Results of another machine, as far as they stand alone: runs whose weights are not here begin anew.
 
-    A seed that was judged is kept, since its accuracies need no weights any more.
+    A run that was judged is kept, since its accuracies need no weights any more.
     """
     with tarfile.open(file) as archive:
         results = [json.load(archive.extractfile(name)) for name in archive.getnames() if "stages/judge-" in name]
-        judged = {r["stage"].rpartition("seed")[2] for r in results if r["state"] == "done"}
+        judged = {r["stage"].removeprefix("judge-") for r in results if r["state"] == "done"}
         for member in archive.getmembers():
-            head, _, seed = member.name.removesuffix(".json").partition("-seed")
-            of_run = head.startswith(("stages/warm-up", "stages/train-", "cifar/"))
-            lost = of_run and seed.split("/")[0] not in judged and member.name != "cifar/options.json"
+            of = member.name.removesuffix(".json").removeprefix("stages/train-").removeprefix("cifar/").split("/")[0]
+            of_run = member.name.startswith(("stages/warm-up", "stages/train-", "cifar/"))
+            lost = of_run and of not in (*judged, "options")
             if not lost and not (out / member.name).exists():
                 archive.extract(member, out, filter="data")
 

@@ -38,6 +38,12 @@ def write(path: Path, **entry) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
+def _part() -> tuple[int, int]:
+    """Which of how many processes, that share the tests, this one is."""
+    part, parts = os.environ.get("HAM_SUITE_PART", "0/1").split("/")
+    return int(part), int(parts)
+
+
 def _path() -> Path:
     return Path(os.environ["HAM_SUITE_OUTCOMES"])
 
@@ -50,7 +56,7 @@ class _Recorder:
         self.session = session
 
     def pytest_runtest_logstart(self, nodeid) -> None:
-        write(_path(), test=nodeid, outcome="started")
+        write(_path(), test=nodeid, outcome="started", part=_part()[0])
 
     def pytest_collectreport(self, report) -> None:
         if report.failed:
@@ -109,4 +115,5 @@ def pytest_configure(config) -> None:
 def pytest_collection_modifyitems(config, items) -> None:
     done = set(Path(os.environ["HAM_SUITE_DONE"]).read_text().splitlines())
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
-    items[:] = [item for item in items if item.nodeid not in done]
+    part, parts = _part()
+    items[:] = [item for item in items if item.nodeid not in done][part::parts]

@@ -1,9 +1,10 @@
 """The CIFAR-10 runs of gpu_suite.py: PGD-AT, HAM, and HAM with frozen BatchNorm, behind one warm-up per seed; others.
 
-    python -m gpu.runs warm-up FOLDER SEED FLAGS...    what all arms share; then one run folder per arm
+    python -m gpu.runs warm-up FOLDER SEED ARM,... FLAGS...    what these arms share; then one run folder for each
 
-Until HAM starts all arms train alike, so the warm-up is trained once, as the beginning of PGD-AT, and copied. Its
-time counts in each run. Every other step is a command of `ham`, so that a run goes on wherever a call ended.
+Until HAM starts these arms train alike, so the warm-up is trained once, as the beginning of PGD-AT, and copied. Its
+time counts in each run. Every other step is a command of `ham`, so that a run goes on wherever a call ended. An arm is
+judged as soon as it is trained: a machine that goes takes its weights along, and what was judged stays.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ def name_of(arm: str, seed: int) -> str:
     return f"{arm}-seed{seed}"
 
 
+def warm_up_name(seed: int) -> str:
+    return f".warm-up-seed{seed}"
+
+
 def data_name(o: Options) -> str:
     return "torchvision" if o.data is None else o.data.name
 
@@ -60,14 +65,21 @@ def flags(o: Options, seed: int) -> list[str]:
     return [str(flag) for flag in (*where, *course, *(TINY if o.smoke else ()))]
 
 
+def chosen(o: Options) -> list[str]:
+    return [arm for arm in ALL if o.arms is None or arm in o.arms]
+
+
 # ---------------------------------------------------------------- stages
 def warm_up(o: Options, seed: int, shell: Shell) -> dict:
     _check_options(o)
-    folder = o.out / "cifar"
-    (status,) = shell.run([sys.executable, "-m", "gpu.runs", "warm-up", str(folder), str(seed), *flags(o, seed)])
+    folder, arms = o.out / "cifar", [arm for arm in chosen(o) if arm in ARMS]
+    if all((folder / name_of(arm, seed)).exists() for arm in arms):
+        return {"line": f"{len(arms)} arms are behind it"}
+    told = ["warm-up", str(folder), str(seed), ",".join(arms), *flags(o, seed)]
+    (status,) = shell.run([sys.executable, "-m", "gpu.runs", *told])
     if status:
         raise Failed(shell.last_line())
-    return {"line": f"{len(_epochs(folder / name_of(BASE, seed)))} epochs, shared by {len(ARMS)} arms"}
+    return {"line": f"{len(_epochs(folder / warm_up_name(seed)))} epochs, shared by {len(arms)} arms"}
 
 
 def train(o: Options, arm: str, seed: int, shell: Shell) -> dict:
@@ -84,35 +96,18 @@ def train(o: Options, arm: str, seed: int, shell: Shell) -> dict:
     return {"line": f"{len(epochs)} epochs, {sum(e['seconds'] for e in epochs):.0f} s of training{hard}"}
 
 
-def judge(o: Options, seed: int, choice: list[str], shell: Shell) -> dict:
-    """All arms side by side: times do not matter here, and one alone does not fill the GPU."""
+def judge(o: Options, arm: str, seed: int, choice: list[str], shell: Shell) -> dict:
     if "autoattack" in choice and importlib.util.find_spec("pyautoattack") is None:
         raise Failed("pyautoattack is not installed")
-    folders = [o.out / "cifar" / name for name in _finished(o, seed)]
-    if not folders:
-        raise Failed("no run is finished")
-    command = [sys.executable, "-m", "ham_kernels", "evaluate"]
-    statuses = shell.run(*([*command, str(folder), "--quiet", "--no-masking", *choice] for folder in folders))
-    wrong = [folder.name for folder, status in zip(folders, statuses, strict=True) if status]
-    if wrong:
-        raise Failed(f"ham evaluate ended with {max(statuses)} for {', '.join(wrong)}: {shell.last_line()}")
+    folder = o.out / "cifar" / name_of(arm, seed)
+    told = ["evaluate", str(folder), "--quiet", "--no-masking", *choice]
+    (status,) = shell.run([sys.executable, "-m", "ham_kernels", *told])
+    if status:
+        raise Failed(f"ham evaluate ended with {status}: {shell.last_line()}")
     weights, attack = ("last" if "ema" not in choice else "ema"), "autoattack" if "autoattack" in choice else "cw20"
-    words = []
-    for folder in folders:
-        found = json.loads((folder / "evaluation" / f"{weights}.json").read_text())["attacks"][attack]
-        share = [100 * found[key]["value"] for key in ("accuracy", "worst_class")]
-        words.append(f"{folder.name} {share[0]:.1f} %, worst {share[1]:.1f} %")
-    return {"line": f"{attack}, {weights}: {'; '.join(words)}"}
-
-
-def _finished(o: Options, seed: int) -> list[str]:
-    """Names of this seed's runs that are; one that failed must not keep the others from being judged."""
-    found = []
-    for name in (name_of(arm, seed) for arm in ALL):
-        path = o.out / "cifar" / name / "status.json"
-        if path.exists() and json.loads(path.read_text())["state"] == "finished":
-            found.append(name)
-    return found
+    found = json.loads((folder / "evaluation" / f"{weights}.json").read_text())["attacks"][attack]
+    share = [100 * found[key]["value"] for key in ("accuracy", "worst_class")]
+    return {"line": f"{attack}, {weights}: {share[0]:.1f} %, worst class {share[1]:.1f} %"}
 
 
 def report(o: Options, shell: Shell) -> dict:
@@ -146,34 +141,35 @@ def _check_options(o: Options) -> None:
 
 
 def stages(o: Options) -> list[Stage]:
-    """Whole comparisons first: all arms of a seed are trained and judged before the next seed begins."""
+    """Seed by seed and arm by arm, each judged before the next is trained; the last weights behind all others."""
     short = 0.0 if o.smoke else 1.0
     images = ["--images", str(o.autoattack_images)] if o.autoattack_images else []
-    auto = ["--attacks", "autoattack", "--no-analyses", "--batch-size", "500", *images]
+    auto = ["--attacks", "autoattack", "--search", "fast", "--no-analyses", "--batch-size", "500", *images]
     usual = ["--attacks", "clean", "pgd20", "cw20", "--batch-size", "1000", "--weights", *WEIGHTS]
     usual += ["--analysis-images", "24"] if o.smoke else []
     found, late = [], []
     for seed in o.seeds:
-        trained = tuple(f"train-{name_of(arm, seed)}" for arm in ALL)
-        found.append(Stage(f"warm-up-seed{seed}", 60 * short, partial(warm_up, o, seed)))
-        found += [
-            Stage(name, 75 * short, partial(train, o, arm, seed), (f"warm-up-seed{seed}",))
-            for name, arm in zip(trained, ALL, strict=True)
-        ]
-        done = partial(_finished, o, seed)
-        found.append(Stage(f"judge-seed{seed}", 30 * short, partial(judge, o, seed, usual), behind=trained, stamp=done))
-        for weights, where in [("ema", found), ("last", late)][: 1 if o.smoke else 2]:
-            work = partial(judge, o, seed, [*auto, "--weights", weights])
-            stamp = partial(lambda done: [images, *done()], done)
-            where.append(Stage(f"autoattack-{weights}-seed{seed}", 60 * short, work, behind=trained, stamp=stamp))
-    judged = (f"judge-seed{o.seeds[0]}",)
+        shared = [arm for arm in chosen(o) if arm in ARMS]
+        first = (f"warm-up-seed{seed}",) if shared else ()
+        found += [Stage(name, 60 * short, partial(warm_up, o, seed)) for name in first]
+        for arm in chosen(o):
+            name = name_of(arm, seed)
+            trained = (f"train-{name}",)
+            work = partial(train, o, arm, seed)
+            found.append(Stage(*trained, 75 * short, work, after=first if arm in shared else ()))
+            found.append(Stage(f"judge-{name}", 30 * short, partial(judge, o, arm, seed, usual), after=trained))
+            for weights, where in [("ema", found), ("last", late)][: 1 if o.smoke else 2]:
+                work = partial(judge, o, arm, seed, [*auto, "--weights", weights])
+                stamp = partial(list, images)
+                where.append(Stage(f"autoattack-{weights}-{name}", 60 * short, work, after=trained, stamp=stamp))
+    judged = (f"judge-{name_of(chosen(o)[0], o.seeds[0])}",)
     last = Stage("report", 5 * short, partial(report, o), behind=judged, stamp=partial(_judged, o), final=True)
     return [*found, *late, last]
 
 
 # ---------------------------------------------------------------- the command
-def share_warm_up(folder: Path, seed: int, flags: list[str]) -> None:
-    """Trains PGD-AT until HAM would start, and gives each other arm a folder that goes on from there."""
+def share_warm_up(folder: Path, seed: int, arms: list[str], flags: list[str]) -> None:
+    """Trains PGD-AT until HAM would start, and gives each arm a folder that goes on from there."""
     from ham_kernels.commands.cli import main
     from ham_kernels.commands.flags import parse_train
     from ham_kernels.runs.folder import RunFolder
@@ -181,18 +177,16 @@ def share_warm_up(folder: Path, seed: int, flags: list[str]) -> None:
     told = {arm: parse_train([*flags, *choice]).settings for arm, choice in ARMS.items()}
     for settings in told.values():
         settings.check()
-    source = folder / name_of(BASE, seed)
+    source = folder / warm_up_name(seed)
     if not (source / "config.toml").exists():
         RunFolder.create(source, told[BASE])
     epochs = told["ham"].method.start_epoch - 1
     if status := main(["train", "--resume", str(source), "--until-epoch", str(epochs)]):
         sys.exit(status)
-    for arm, settings in told.items():
-        path = folder / name_of(arm, seed)
+    for arm in arms:
+        path, settings = folder / name_of(arm, seed), told[arm]
         if path.exists():
             continue
-        if (done := RunFolder.open(source).status()["epoch"]) != epochs:
-            raise RuntimeError(f"{source} is at epoch {done}, {arm} needs it at {epochs}; remove both")
         aside = folder / f".{path.name}.partial"
         shutil.rmtree(aside, ignore_errors=True)
         RunFolder.create(aside, settings)
@@ -202,5 +196,5 @@ def share_warm_up(folder: Path, seed: int, flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _, where, number, *rest = sys.argv[1:]
-    share_warm_up(Path(where), int(number), rest)
+    _, where, number, names, *rest = sys.argv[1:]
+    share_warm_up(Path(where), int(number), names.split(","), rest)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +26,8 @@ def bucket_for(model: nn.Module, like: ActiveSet, pgd: PGD, engine: Engine, what
         pgd.loss, like.track, ambient(x.device),
     )  # fmt: skip
     try:
-        bucket = graphs.kept(key, lambda: Bucket(model, like, rows, pgd, engine))
-        bucket.capture_one(what)
+        bucket = graphs.kept(key, lambda: Bucket(model, like, rows, engine))
+        bucket.capture_one(what, model, pgd, engine)
     except CaptureError as error:
         engine.give_up("cuda_graphs", str(error))
         return None
@@ -41,7 +39,7 @@ class Bucket(Captured):
     by itself, so that they cost time and nothing else.
     """
 
-    def __init__(self, model: nn.Module, like: ActiveSet, rows: int, pgd: PGD, engine: Engine):
+    def __init__(self, model: nn.Module, like: ActiveSet, rows: int, engine: Engine):
         super().__init__(engine.graphs, {name: getattr(like, name) for name in _LOADED}, rows, max(rows, like.batch))
         self.rows = ActiveSet(**self.places, eps=like.eps, step_size=like.step_size, batch=rows)
         with torch.no_grad(), no_autocast_cache():  # as in the capture: a compiled model has a form for each
@@ -53,6 +51,7 @@ class Bucket(Captured):
         if like.track:
             self.rows.track, self.rows.prev, self.rows.max_step = True, self.logits, self.max_step
 
+    def capture_one(self, what: str, model: nn.Module, pgd: PGD, engine: Engine) -> None:
         def step() -> None:
             self._keep(take_step(model, self.rows, pgd, engine, measure=True))
             self.largest.copy_(self.rows.largest)
@@ -62,10 +61,7 @@ class Bucket(Captured):
             self.hard.copy_(hard)
             self._keep(z)
 
-        self._functions: dict[str, Callable[[], None]] = {"step": step, "look": look}
-
-    def capture_one(self, what: str) -> None:
-        super().capture({what: self._functions[what]})
+        super().capture({what: {"step": step, "look": look}[what]})
 
     def _keep(self, z: Tensor) -> None:
         self.logits.copy_(z)

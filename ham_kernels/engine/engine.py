@@ -56,7 +56,8 @@ class Engine:
             keep_freed_memory()
         self._placed = self._compiled_model = None
         self._was: Sequence[nn.Parameter] = ()
-        self._halves = MadeFor(lambda model: HalfWeights(model, DTYPES[self.precision]))
+        half = DTYPES.get(self.precision)
+        self._halves = MadeFor(lambda model: HalfWeights(model, half))
         self._winograd = MadeFor(WinogradLayers)
 
     def __reduce__(self):
@@ -72,7 +73,8 @@ class Engine:
         self._on.discard(option)
         if option == "precision":
             self.precision = "fp32"
-        if option == "cuda_graphs":
+        if option == "cuda_graphs" and self.graphs is not None:
+            self.graphs.forget()  # callers still hold it, and what follows may need the memory
             self.graphs = None
         refuse(option, reason, option in self._required)  # last: warnings may be errors
 

@@ -6,6 +6,7 @@ import functools
 import math
 import sys
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -120,14 +121,18 @@ class Graphs:
         where = addresses(model)
         if model is self._model and where == self._addresses:
             return
+        self.forget()
+        self._model, self._addresses = model, where
+        # such a layer normalises an attack by the batch, where padding would be seen
+        self._rows_meet = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
+
+    def forget(self) -> None:
+        """Gives back the memory of all graphs."""
         self._kept.clear()
         self._seen.clear()
         self.shared.clear()
         self._pool = None
         self._full = 0
-        self._model, self._addresses = model, where
-        # such a layer normalises an attack by the batch, where padding would be seen
-        self._rows_meet = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
 
     def rows_for(self, rows: int, full: int) -> int:
         """How many rows to capture for `rows` of a batch of `full`: a share of the largest batch so far."""
@@ -212,7 +217,7 @@ class Captured:
     """
 
     def __init__(self, graphs: Graphs, like: dict[str, Tensor | None], rows: int, capacity: int):
-        self._graphs = graphs
+        self._graphs = weakref.proxy(graphs)  # which keep this: in a circle a GPU's memory would wait for the collector
         self.places = {name: _place(graphs.shared, name, t, rows, capacity) for name, t in like.items()}
         self._replays: dict[str, Replay] = {}
 

@@ -24,7 +24,7 @@ def start_read(values: Tensor) -> Callable[[], list[float]]:
     """
     if values.device.type != "cuda":
         return values.tolist
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
     host.copy_(values, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(values.device))

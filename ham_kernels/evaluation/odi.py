@@ -92,8 +92,8 @@ def _verdict(model: nn.Module, x_adv: Tensor, y: Tensor, precision: str) -> tupl
 def _directions(y: Tensor, preferred: Tensor | None, classes: int, seed: int, step: int) -> Tensor:
     """(n, classes), weights of the logits: random, but for the preferred class and the label."""
     draw = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-    toward = 2 * torch.rand(len(y), classes, generator=draw) - 1
-    own = OWN[0] + (OWN[1] - OWN[0]) * torch.rand(len(y), generator=draw)
+    toward = 2 * torch.rand(len(y), classes, generator=draw, device="cpu") - 1
+    own = OWN[0] + (OWN[1] - OWN[0]) * torch.rand(len(y), generator=draw, device="cpu")
     toward, own = toward.to(y.device), own.to(y.device)
     if preferred is not None:
         toward.scatter_(1, y[:, None], own[:, None] * classes / 10)
@@ -111,9 +111,10 @@ class _Walk:
         self.resisted = torch.ones_like(y, dtype=torch.bool)
         self.blind = 0  # rows whose margin had no gradient at its first step
         self._left = torch.arange(len(y), device=y.device)
+        # before the weights are rounded: those that it moves are the model's own
+        self._x, self._y, self._toward = by.place(model, x), y, toward
+        self._x_adv = by.place(model, x_adv)
         with by.attacking(model):
-            self._x, self._y, self._toward = by.place(model, x), y, toward
-            self._x_adv = by.place(model, x_adv)
             logits = engine.logits_of(model, by, len(x))
             for k in range(DIRECTED + STEPS):
                 if len(self._left):
