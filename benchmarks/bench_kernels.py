@@ -11,7 +11,7 @@ compaction is no slower than CUB's DeviceSelect, and 3 times as fast as torch.no
 Every time is the median over rounds in which all competitors take turns, with what lies between the fastest and the
 slowest round as a share of it (±). On a GPU each call is timed in three ways, on random inputs that rotate through
 more memory than the L2 cache holds (or 32 sets of them: small ones stay in it, for all competitors alike):
-    call   Triton's do_bench: events around one call, the L2 cache flushed before it
+    call   Triton's do_bench: events around one call, the L2 cache flushed before it, the host ahead of the device
     graph  calls one after another in a CUDA graph, per call: no gap between launches, no host
     host   until the call has returned to Python; the device may still be at work
 compact_to_host, and everything on a CPU, is timed by the host's clock until the result is there. GB/s counts each input
@@ -95,6 +95,9 @@ def cuda_problem() -> str | None:
 
 
 # ---------------------------------------------------------------- clocks: µs per call, a function for each kind of time
+SLEEP = 300_000  # cycles, some 0.15 ms: more than the host takes for a call
+
+
 class CpuClock:
     """Bursts of calls of about `ms`."""
 
@@ -114,6 +117,14 @@ def _burst(calls: Calls, repeats: int) -> float:
     for i in range(repeats):
         calls[i % len(calls)]()
     return (time.perf_counter() - start) / repeats * 1e6
+
+
+class _Sleeper:
+    """Stands for a tensor whose gradient do_bench forgets before each call: the device then sleeps, so that a call that
+    takes the host long is in its queue when the clock starts, and the time is the device's."""
+
+    def __setattr__(self, name: str, value: None) -> None:
+        torch.cuda._sleep(SLEEP)
 
 
 class CudaClock:
@@ -148,7 +159,9 @@ class CudaClock:
 
     def _call(self, calls: Calls) -> float:
         turn = itertools.cycle(calls)
-        return 1e3 * self._do_bench(lambda: next(turn)(), warmup=1, rep=self.ms, return_mode="median")
+        return 1e3 * self._do_bench(
+            lambda: next(turn)(), warmup=1, rep=self.ms, grad_to_none=[_Sleeper()], return_mode="median"
+        )
 
     def _waits(self, call: Callable) -> bool:
         """Whether the host waits for the device inside the call: no graph can hold such a call."""

@@ -1,9 +1,12 @@
 """Several processes against one: images per second of a training step on this machine's cores.
 
     python benchmarks/bench_ranks.py            2 processes of a thread each, and one process of 2 threads
+    python benchmarks/bench_ranks.py --device cuda --processes 8 --batch-size 1024 --model preact_resnet18
+                                                8 GPUs, and one with its share of the rows: the ratio is the speed-up
 
 The same step on the same images, both ways in turn: by all processes together, then by the first alone with as many
-threads as there are processes, while the others wait. On a CPU this tells what meeting costs, and nothing of GPUs.
+threads as there are processes, while the others wait. On a CPU this tells what meeting costs, and nothing of GPUs,
+where the first alone takes its own rows.
 Then what the code for several processes costs a step that has none: with it, and with the points where processes would
 meet replaced by nothing, in turn, on small batches.
 """
@@ -31,6 +34,7 @@ from ham_kernels.data.batches import slice_of
 from ham_kernels.methods.mining import WHOLE
 from ham_kernels.training import batches, trainer
 
+SETTINGS = ("model", "batch_size", "processes", "rounds", "pairs", "device")
 METHODS = {"PGD-AT": ham.methods.PGDAT(start_epoch=1), "HAM": ham.methods.HAM(start_epoch=1)}
 
 
@@ -40,12 +44,15 @@ def parse() -> argparse.Namespace:
     p.add_argument("--model", default="small_cnn", help="by name (default small_cnn)")
     p.add_argument("--batch-size", type=int, default=256, help="of all processes together (default 256)")
     p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default cpu)")
     p.add_argument("--pairs", type=int, default=300, help="of steps with and without the points to meet (default 300)")
     p.add_argument("--out", type=Path, default=Path("runs"), help="folder for the JSON (default runs)")
     args = p.parse_args()
     for name, low in (("processes", 2), ("batch_size", 2), ("rounds", 1), ("pairs", 10)):
         if getattr(args, name) < low:
             p.error(f"--{name.replace('_', '-')}: got {getattr(args, name)}; it must be at least {low}")
+    if args.device == "cuda" and args.processes > torch.cuda.device_count():
+        p.error(f"--processes: got {args.processes}; torch finds {torch.cuda.device_count()} GPUs")
     return args
 
 
@@ -56,13 +63,13 @@ def main() -> None:
         mp.spawn(_worker, (args, f"file://{folder}/store", seconds), args.processes)
         found = torch.load(seconds)
     result = {
-        "settings": {name: getattr(args, name) for name in ("model", "batch_size", "processes", "rounds", "pairs")},
+        "settings": {name: getattr(args, name) for name in SETTINGS},
         "machine": machine(),
-        "methods": {name: _rates(found[name], args.batch_size) for name in METHODS},
+        "methods": {name: _rates(found[name], args) for name in METHODS},
         "alone": {name: _ratio_alone(method, args.pairs) for name, method in METHODS.items()},
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / "bench_ranks_cpu.json", result)
+    write_json(args.out / f"bench_ranks_{args.device}.json", result)
     print(aligned(rows_of(result)))
     print(alone_line(result))
 
@@ -92,15 +99,20 @@ def alone_line(result: dict) -> str:
 
 def rows_of(result: dict) -> list[list[str]]:
     n = result["settings"]["processes"]
-    rows = [["images/s", f"{n} processes", f"1 process, {n} threads", "ratio within a round"]]
+    ways = [f"{n} processes", f"1 process, {n} threads"]
+    if result["settings"].get("device") == "cuda":
+        ways = [f"{n} GPUs", f"1 GPU, 1/{n} of the rows"]
+    rows = [["images/s", *ways, "ratio within a round"]]
     for name, r in result["methods"].items():
         cells = [f"{r[way]['median']:.0f} ({r[way]['low']:.0f} to {r[way]['high']:.0f})" for way in ("all", "alone")]
         rows.append([name, *cells, f"{r['ratio']['median']:.2f} ({r['ratio']['low']:.2f} to {r['ratio']['high']:.2f})"])
     return rows
 
 
-def _rates(seconds: dict[str, list[float]], images: int) -> dict:
-    of = {way: [images / s for s in times] for way, times in seconds.items()}
+def _rates(seconds: dict[str, list[float]], args: argparse.Namespace) -> dict:
+    first, end = slice_of(args.batch_size, 0, args.processes)
+    images = {"all": args.batch_size, "alone": end - first if args.device == "cuda" else args.batch_size}
+    of = {way: [images[way] / s for s in times] for way, times in seconds.items()}
     of["ratio"] = [a / b for a, b in zip(of["all"], of["alone"], strict=True)]
     return {
         way: {"median": statistics.median(rates), "low": min(rates), "high": max(rates)} for way, rates in of.items()
@@ -152,21 +164,26 @@ def _without_meetings():
 
 
 def _worker(rank: int, args: argparse.Namespace, store: str, out: Path) -> None:
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=args.processes)
+    on_gpus = args.device == "cuda"
+    if on_gpus:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if on_gpus else "gloo", init_method=store, rank=rank, world_size=args.processes)
     g = torch.Generator().manual_seed(0)
     x, y = torch.rand(args.batch_size, 3, 32, 32, generator=g), torch.randint(10, (args.batch_size,), generator=g)
+    x, y = x.to(args.device), y.to(args.device)
     first, end = slice_of(len(y), rank, args.processes)
+    own = x[first:end], y[first:end]
     found = {}
     for name, method in METHODS.items():
-        together, alone = (_trainer(args.model, method, group) for group in ("auto", None))
+        together, alone = (_trainer(args.model, method, group, device=args.device) for group in ("auto", None))
         times = found[name] = {"all": [], "alone": []}
         for round_ in range(args.rounds + 1):  # the first warms up
             torch.set_num_threads(1)
             dist.barrier()
-            all_seconds = _seconds(together, x[first:end], y[first:end])
+            all_seconds = _seconds(together, *own)
             torch.set_num_threads(args.processes)
             dist.barrier()
-            alone_seconds = _seconds(alone, x, y) if rank == 0 else 0.0
+            alone_seconds = _seconds(alone, *(own if on_gpus else (x, y))) if rank == 0 else 0.0
             dist.barrier()
             if round_:
                 times["all"].append(all_seconds)
@@ -178,9 +195,9 @@ def _worker(rank: int, args: argparse.Namespace, store: str, out: Path) -> None:
     os._exit(0)  # torch's threads may abort a process that unloads them
 
 
-def _trainer(model: str, method, group, channels: int = 3) -> ham.Trainer:
+def _trainer(model: str, method, group, channels: int = 3, device: str = "cpu") -> ham.Trainer:
     torch.manual_seed(0)
-    net = ham.models.create(model, 10, channels=channels)
+    net = ham.models.create(model, 10, channels=channels).to(device)
     # nothing is learned, so that as many rows are hard in every round
     return ham.Trainer(net, torch.optim.SGD(net.parameters(), 0.0), method, eps=8 / 255, step_size=2 / 255, group=group)
 
@@ -188,6 +205,8 @@ def _trainer(model: str, method, group, channels: int = 3) -> ham.Trainer:
 def _seconds(trainer: ham.Trainer, x: torch.Tensor, y: torch.Tensor) -> float:
     start = time.perf_counter()
     trainer.train_step(x, y, epoch=1)
+    if x.is_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

@@ -5,9 +5,10 @@
 //   count[0]            number of true flags
 //
 // Let t(p) be the number of true flags before position p. A true flag goes to index[t(p)], a false
-// one to index[n - 1 - (p - t(p))]. Filling the false positions from the back needs no total, so
-// one pass is enough, and one CTA needs neither a workspace nor atomics. At the sizes of a training
-// batch (n <= 65 536) the launch dominates; larger n is correct, and slow.
+// one to index[n - 1 - (p - t(p))]. Filling the false positions from the back needs no total.
+// Up to 16 384 flags are the work of one CTA. Of more, each CTA counts the flags before its own by
+// itself: they are few bytes, in L2 after the first read, and neither a workspace nor atomics nor
+// an order of the CTAs is needed.
 
 #pragma once
 
@@ -22,6 +23,11 @@ constexpr uint32_t kMaxThreads = 1024;
 constexpr uint32_t kFlagsPerThread = 16;  // one 16-byte load
 constexpr uint32_t kTile = kMaxThreads * kFlagsPerThread;
 constexpr uint32_t kAllLanes = 0xffffffffu;
+#ifdef HAM_COMPACT_BLOCKS  // of tests
+constexpr uint32_t kMaxBlocks = HAM_COMPACT_BLOCKS;
+#else
+constexpr uint32_t kMaxBlocks = 64;  // each reads up to n bytes more
+#endif
 
 __device__ inline uint32_t inclusive_scan(uint32_t value) {
   const uint32_t lane = threadIdx.x % kWarp;
@@ -101,22 +107,35 @@ __device__ inline uint32_t true_bits(uint4 bytes) {
   return bits;
 }
 
-// Any n < 2^31: tiles of 16 384 flags, with a running count of the true ones. A warp owns 512
-// consecutive flags, 16 per lane, and writes them as 16 rows of 32.
+// t(end) for the whole block, where `end` is a multiple of kTile and at most n.
+__device__ inline uint32_t trues_before(const uint8_t* __restrict__ flags, uint32_t end, uint32_t n,
+                                        uint32_t* slots) {
+  uint32_t trues = 0;
+  for (uint32_t start = threadIdx.x * kFlagsPerThread; start < end; start += kTile) {
+    trues += __popc(true_bits(load_flags(flags, start, n)));
+  }
+  const uint32_t of_warp = __shfl_sync(kAllLanes, inclusive_scan(trues), kWarp - 1);
+  return sum_over_warps(of_warp, slots).total;
+}
+
+// Any n < 2^31: `share` tiles of 16 384 flags for each block, with a running count of the true
+// ones. A warp owns 512 consecutive flags, 16 per lane, and writes them as 16 rows of 32.
 __global__ void __launch_bounds__(kMaxThreads)
-    compact_tiles(const uint8_t* __restrict__ flags, uint32_t n, int32_t* __restrict__ index,
-                  int32_t* __restrict__ count) {
+    compact_tiles(const uint8_t* __restrict__ flags, uint32_t n, uint32_t share,
+                  int32_t* __restrict__ index, int32_t* __restrict__ count) {
   __shared__ uint32_t slots[2][kWarp];
   const uint32_t thread_start = threadIdx.x * kFlagsPerThread;
   const uint32_t warp_start = threadIdx.x / kWarp * (kWarp * kFlagsPerThread);
-  uint32_t trues = 0;  // before the tile
-  uint4 next = load_flags(flags, thread_start, n);
-  for (uint32_t tile = 0; tile < n; tile += kTile) {
+  const uint32_t first = blockIdx.x * share * kTile;
+  const uint32_t end = n - first <= share * kTile ? n : first + share * kTile;
+  uint4 next = load_flags(flags, first + thread_start, n);
+  uint32_t trues = first == 0 ? 0 : trues_before(flags, first, n, slots[1]);  // before the tile
+  for (uint32_t tile = first; tile < end; tile += kTile) {
     const uint32_t bits = true_bits(next);
     next = load_flags(flags, tile + kTile + thread_start, n);  // in flight during this tile
 
     const uint32_t warp_trues = __shfl_sync(kAllLanes, inclusive_scan(__popc(bits)), kWarp - 1);
-    const BlockSum tile_trues = sum_over_warps(warp_trues, slots[tile / kTile % 2]);
+    const BlockSum tile_trues = sum_over_warps(warp_trues, slots[(tile - first) / kTile % 2]);
 
     // Lanes 2r and 2r + 1 hold the two halves of row r.
     const uint32_t pair = bits | __shfl_down_sync(kAllLanes, bits, 1) << kFlagsPerThread;
@@ -129,20 +148,26 @@ __global__ void __launch_bounds__(kMaxThreads)
     }
     trues += tile_trues.total;
   }
-  if (threadIdx.x == 0) count[0] = trues;
+  if (end == n && threadIdx.x == 0) count[0] = trues;
 }
 
 // flags: n bytes, a nonzero one is true; index: n words; count: one word; all on the stream's
 // device. n < 2^31, and 0 is fine. Does not wait; returns the error of the launch.
 inline cudaError_t compact(const uint8_t* flags, uint32_t n, int32_t* index, int32_t* count,
                            cudaStream_t stream) {
-  const bool small = n <= kMaxThreads;
-  const uint32_t warps = n == 0 ? 1 : (n + kWarp - 1) / kWarp;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(1);
-  config.blockDim = dim3(small ? warps * kWarp : kMaxThreads);
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, small ? compact_small : compact_tiles, flags, n, index, count);
+  if (n <= kMaxThreads) {
+    const uint32_t warps = n == 0 ? 1 : (n + kWarp - 1) / kWarp;
+    config.gridDim = dim3(1);
+    config.blockDim = dim3(warps * kWarp);
+    return cudaLaunchKernelEx(&config, compact_small, flags, n, index, count);
+  }
+  const uint32_t tiles = (n + kTile - 1) / kTile;
+  const uint32_t share = (tiles + kMaxBlocks - 1) / kMaxBlocks;
+  config.gridDim = dim3((tiles + share - 1) / share);
+  config.blockDim = dim3(kMaxThreads);
+  return cudaLaunchKernelEx(&config, compact_tiles, flags, n, share, index, count);
 }
 
 }  // namespace ham_kernels

@@ -21,7 +21,8 @@ SECONDS = 60  # a deadlock is a red test, not a job that hangs
 
 
 def on_ranks(world: int, function, folder: Path, *args) -> list:
-    """What `function(rank, *args)` of a test module returned on each of `world` processes, joined by gloo."""
+    """What `function(rank, *args)` of a test module returned on each of `world` processes, joined by gloo, or by its
+    `backend`."""
     store, processes = started(world, function, folder, *args)
     for process in processes:
         process.join(4 * SECONDS)
@@ -57,10 +58,14 @@ def _one(rank: int, world: int, store: str, names, sys_path, args) -> None:
         warnings.filterwarnings("error", **told)
     warnings.filterwarnings("ignore", "Grad strides do not match")  # of images of one channel, whose strides are alike
     try:
+        function = getattr(importlib.import_module(names[0]), names[1])
+        backend = getattr(function, "backend", "gloo")
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=SECONDS)
+            backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=SECONDS)
         )
-        found = getattr(importlib.import_module(names[0]), names[1])(rank, *args)
+        found = function(rank, *args)
         dist.barrier()
         dist.destroy_process_group()
         torch.save(found, f"{store}-{rank}.pt")

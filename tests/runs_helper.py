@@ -61,5 +61,5 @@ def timeless_metrics(run: Path) -> list[dict]:
     import json
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("seconds", "cpu_seconds", "images_per_s", "sum")
+    clocks = ("seconds", "cpu_seconds", "waited", "images_per_s", "sum")
     return [{k: v for k, v in line.items() if k not in clocks} for line in lines]

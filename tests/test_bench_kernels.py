@@ -240,7 +240,10 @@ class CountingGPU:
                 gpu.capture = None
             gpu.current = "main"
 
-        def do_bench(fn, warmup, rep, return_mode):
+        def do_bench(fn, warmup, rep, grad_to_none, return_mode):
+            for sleeper in grad_to_none:
+                sleeper.grad = None
+            assert gpu.slept >= 100_000
             start = gpu.now
             fn()
             return (gpu.now - start) / 1e3
@@ -249,6 +252,7 @@ class CountingGPU:
             "Event": Event, "CUDAGraph": Graph, "graph": graph, "stream": stream, "synchronize": lambda: None,
             "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
             "current_stream": lambda: SimpleNamespace(name=gpu.current, wait_stream=lambda other: None),
+            "_sleep": lambda cycles: setattr(gpu, "slept", cycles),
             "set_stream": lambda s: setattr(gpu, "current", s.name), "current_device": lambda: 0,
             "set_sync_debug_mode": lambda mode: setattr(gpu, "mode", mode),
             "get_device_properties": lambda _: SimpleNamespace(L2_cache_size=2**20),

@@ -15,7 +15,8 @@ TESTS = Path(__file__).resolve().parent
 GUARD = 64  # run_compact.cpp: words of poison on both sides of index
 POISON = -0x55555555
 
-# 0 and 1; one warp; one CTA of one flag per thread; one tile of 16 flags per thread; several tiles.
+# 0 and 1; one warp; one CTA of one flag per thread; one tile of 16 flags per thread; several tiles, each of a CTA or
+# of as many as there may be.
 SIZES = [0, 1, 31, 32, 33, 1023, 1024, 1025, 16383, 16384, 16385, 40000, 65536]
 
 pytestmark = [
@@ -24,13 +25,14 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
+@pytest.fixture(scope="module", params=[64, 2])
+def program(request, tmp_path_factory):
+    """Of so many CTAs at most."""
     binary = tmp_path_factory.mktemp("host_cuda") / "run_compact"
     command = ["g++", "-std=c++20", "-O2", "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     # A misaligned 16-byte load is an error on a GPU; here it traps.
     command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-    command += [f"-I{TESTS / 'host_cuda'}", f"-I{TESTS.parent / 'csrc'}"]
+    command += [f"-DHAM_COMPACT_BLOCKS={request.param}", f"-I{TESTS / 'host_cuda'}", f"-I{TESTS.parent / 'csrc'}"]
     command += [str(TESTS / "host_cuda" / "run_compact.cpp"), "-o", str(binary)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -91,7 +93,7 @@ def test_every_nonzero_byte_is_true(program, seed, n):
 
 
 def test_one_true_flag_at_each_seam(program, seed):
-    """The first and the last flag of a load, a warp's share and a tile."""
-    n = 16384 + 600
-    seams = [0, 15, 16, 511, 512, 16383, 16384, n - 1]
+    """The first and the last flag of a load, a warp's share, a tile and a block's share."""
+    n = 2 * 16384 + 600
+    seams = [0, 15, 16, 511, 512, 16383, 16384, 32767, 32768, n - 1]
     check(program, [(bytes(p == seam for p in range(n)), 0) for seam in seams], seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from nets import Broken, Constant, Counting, sgd, small_cnn
 import ham_kernels as ham
 import ham_reference as reference
 from ham_kernels import data
+from ham_kernels.commands.progress import epoch_line
+from ham_kernels.training.reports import EpochReport
 
 SETTINGS = {"eps": 0.2, "step_size": 0.05, "steps": 5, "screen_steps": 2, "start_epoch": 2}
 
@@ -194,6 +197,23 @@ def test_fit_history_and_validation(digits):
     assert trainer.fit(loader, 4)[-1].epoch == 4
     with pytest.raises(ValueError, match="epochs: got 4, but 4 are done"):
         trainer.fit(loader, 4)
+
+
+def test_the_time_in_which_a_batch_was_not_there(digits):
+    x, y = digits
+
+    class Loader:
+        def __iter__(self):
+            for part in zip(x.split(160), y.split(160), strict=True):
+                time.sleep(0.3)
+                yield part
+
+    report = pair(start_epoch=1)[0].fit(Loader(), 1)[0]
+    assert 0.6 <= report.waited <= report.seconds
+    assert f"{report.waited / report.seconds:.0%} of it waiting for images (--workers)" in epoch_line(report)
+    back = EpochReport.from_dict({k: v for k, v in report.to_dict().items() if k != "waited"})
+    assert back.waited is None  # of a checkpoint of before
+    assert "waiting" not in epoch_line(back)
 
 
 def test_ham_loss_is_the_references_and_trains(digits):

@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from ..training.reports import EpochReport, StepReport
 
+WAITED = 0.1  # share of an epoch from which on it is told that images are what limits
+
 
 def say(text: str = "", file: TextIO | None = None) -> None:
     """Prints a line to `file` (None: standard output). Where nobody reads any more, it and all after it are dropped:
@@ -163,6 +165,8 @@ def epoch_line(report: EpochReport) -> str:
         f"hard {report.hard_fraction:4.0%}",
         f"{report.n / report.seconds:.0f} images/s" if report.seconds else "",
     ]
+    if report.waited and report.waited >= WAITED * report.seconds:
+        parts.append(f"{report.waited / report.seconds:.0%} of it waiting for images (--workers)")
     if report.skipped:
         parts.append(f"{report.skipped} batches without a hard row")
     for name, judged in (("val", report.val), ("val ema", report.val_ema)):

@@ -52,6 +52,7 @@ class EpochReport:
     mined: bool = False  # rows were screened or weighed
     no_gradient: int = 0  # rows whose attack began without a gradient to follow
     cpu_seconds: float | None = 0.0  # of all threads of this process in the same time; None in reports of before
+    waited: float | None = 0.0  # of `seconds`, for batches to be there; None in reports of before
     watch: dict[str, int] | None = None  # after a one-step epoch: of `rows` training images, how many resist what
 
     @property
@@ -69,7 +70,7 @@ class EpochReport:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> EpochReport:
         report = cls(
-            **{"mined": values["phase"] == "ham", "cpu_seconds": None, **values}
+            **{"mined": values["phase"] == "ham", "cpu_seconds": None, "waited": None, **values}
         )  # reports of before did not tell
         for name in ("val", "val_ema"):
             judged = getattr(report, name)
@@ -88,6 +89,11 @@ class RunningEpoch:
 
     report: EpochReport  # its loss is a sum over rows until the epoch ends
     batches: int = 0
+
+    def waited(self, seconds: float) -> None:
+        """For a batch; it counts in the time of its step."""
+        if self.report.waited is not None:
+            self.report.waited += seconds
 
     def add(self, step: StepReport, seconds: float, cpu_seconds: float) -> None:
         report = self.report

@@ -259,6 +259,7 @@ class Trainer:
         running = self._running
         since = _clocks()
         for batches, rows in self._feed.groups(loader, epoch, running.batches, method.group):
+            running.waited(time.perf_counter() - since[0])
             with errors_say_where(epoch, running.batches, len(batches)):
                 steps = self._train(batches, epoch, rows)
             took = [(now - then) / len(steps) for now, then in zip(_clocks(), since, strict=True)]

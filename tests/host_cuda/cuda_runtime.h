@@ -1,4 +1,4 @@
-// Enough of CUDA to run a kernel of one block on the host: one std::thread per CUDA thread. The
+// Enough of CUDA to run a kernel on the host, block by block: one std::thread per CUDA thread. The
 // tests put this folder before the toolkit's, so csrc compiles unchanged and its real kernel bodies
 // run. Every exchange within a warp is a barrier of its 32 lanes: a kernel in which not all of them
 // take part hangs (the test has a time limit). -fsanitize=thread reports a missing __syncthreads;
@@ -63,7 +63,7 @@ inline thread_local uint32_t exchanges = 0;
 }  // namespace host_cuda
 
 inline thread_local dim3 threadIdx;
-inline dim3 blockDim;
+inline dim3 blockDim, blockIdx;
 
 inline void __syncthreads() { host_cuda::block_barrier->wait(); }
 
@@ -111,22 +111,25 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
   const uint32_t threads = config->blockDim.x;
-  if (config->gridDim.x != 1 || threads == 0 || threads > 1024 || threads % 32 != 0) {
+  if (config->gridDim.x == 0 || threads == 0 || threads > 1024 || threads % 32 != 0) {
     return cudaErrorInvalidConfiguration;
   }
   blockDim = config->blockDim;
-  host_cuda::block_barrier = std::make_unique<host_cuda::Barrier>(threads);
-  host_cuda::warps.clear();
-  for (uint32_t w = 0; w < threads / 32; ++w) {
-    host_cuda::warps.push_back(std::make_unique<host_cuda::Warp>());
+  for (uint32_t b = config->gridDim.x; b-- > 0;) {  // the last first: no block may count on others
+    blockIdx = dim3(b);
+    host_cuda::block_barrier = std::make_unique<host_cuda::Barrier>(threads);
+    host_cuda::warps.clear();
+    for (uint32_t w = 0; w < threads / 32; ++w) {
+      host_cuda::warps.push_back(std::make_unique<host_cuda::Warp>());
+    }
+    std::vector<std::thread> block;
+    for (uint32_t t = 0; t < threads; ++t) {
+      block.emplace_back([=] {
+        threadIdx = dim3(t);
+        kernel(arguments...);
+      });
+    }
+    for (std::thread& thread : block) thread.join();
   }
-  std::vector<std::thread> block;
-  for (uint32_t t = 0; t < threads; ++t) {
-    block.emplace_back([=] {
-      threadIdx = dim3(t);
-      kernel(arguments...);
-    });
-  }
-  for (std::thread& thread : block) thread.join();
   return cudaSuccess;
 }
