@@ -77,8 +77,8 @@ def mine(batch, rank: int, world: int):
     return x[here], y[here]
 
 
-def trained(rank: int, key: str, updates: int = 3, world: int | None = None, **further) -> dict:
-    """The state after some updates, on this process's rows of every batch; "first" is that after one of them."""
+def trained(rank: int, key: str, updates: int = 2, world: int | None = None, **further) -> dict:
+    """The state after two epochs of some updates, on this process's rows of each batch; "first": after one of them."""
     alone = world == 1
     world = world or dist.get_world_size()
     model = net()

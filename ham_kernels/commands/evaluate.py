@@ -15,7 +15,7 @@ from torch import nn
 from .. import data, evaluation
 from ..common import provenance
 from ..common.files import write_atomically
-from ..distributed import Ranks, start
+from ..distributed import PATIENT, Ranks, start
 from ..evaluation.gradient_masking import COST as MASKING_COST
 from ..evaluation.gradient_masking import IMAGES as MASKING_IMAGES
 from ..evaluation.named_attacks import plans, searcher
@@ -47,7 +47,7 @@ def evaluate_run(
     """
     settings = settings or EvaluateSettings()
     settings.check()
-    ranks = start()
+    ranks = start(timeout=PATIENT)  # the checks for masking and the analyses are the work of one
     run = RunFolder.open(path, writes=ranks.rank == 0)
     if run.writes:
         run.check_writable("run")

@@ -10,12 +10,11 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 from .. import report
 from ..common.processes import alone, launched
-from ..distributed import Ranks, start
+from ..distributed import PATIENT, Ranks, start
 from ..evaluation import autoattack
 from ..evaluation.named_attacks import plans
 from ..methods.pgd_at import PGDAT
@@ -46,7 +45,7 @@ def sweep(wanted: Sweep) -> int:
     Returns: 0, or 1 where a run failed. Raises: Stopped after a signal; and, before anything is trained, ValueError,
         FileNotFoundError, ImportError naming what would fail in every run.
     """
-    ranks = start("gloo", timedelta(days=365))  # others may have runs of days left
+    ranks = start("gloo", PATIENT)  # others may have runs of days left
     without_idle_teacher(wanted.settings).check()
     wanted = replace(wanted, settings=with_its_digest(with_their_normalisation(wanted.settings)))
     folder = wanted.out or Path("runs") / f"sweep-{wanted.settings.data.source}"

@@ -5,9 +5,9 @@ and ALONE is one process, which sends nothing.
 """
 
 from .batchnorm import synced_batchnorm
-from .ranks import ALONE, Meeting, RankError, Ranks, forwards_meet, inner_model, ranks_of, start, stop, wrapped
+from .ranks import ALONE, PATIENT, Meeting, RankError, Ranks, forwards_meet, inner_model, ranks_of, start, stop, wrapped
 
 __all__ = [
-    "ALONE", "Meeting", "RankError", "Ranks", "forwards_meet", "inner_model", "ranks_of", "start", "stop",
+    "ALONE", "PATIENT", "Meeting", "RankError", "Ranks", "forwards_meet", "inner_model", "ranks_of", "start", "stop",
     "synced_batchnorm", "wrapped",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from ..common import troubles
 from ..common.processes import launched
 
 TIMEOUT = timedelta(hours=2)  # an attack of minutes on one process keeps the others waiting
+PATIENT = timedelta(days=365)  # where one process may have hours of work that the others have no part in
 
 
 class RankError(ValueError):
