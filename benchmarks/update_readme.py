@@ -39,6 +39,7 @@ PAGES: dict[Path, Sections] = {
         "screened_digits": screened,
         "methods_cifar10": measured.methods_cifar10,
         "fair_cifar10": measured.fair_cifar10,
+        "field_cifar10": measured.field_cifar10,
         "odi": measured.odi,
         "autoattack": timed.autoattack,
         "bench_pgd": measured.bench_pgd,

@@ -323,6 +323,14 @@ def fair_cifar10(here: Path) -> str:
     )  # fmt: skip
 
 
+def field_cifar10(here: Path) -> str:
+    return report(
+        here, "sweep_field_cifar10",
+        "`ham sweep methods --only pgd_at free_at atta --seeds {seeds} " + SMALL_CIFAR + "; {machines}. CPU times are "
+        "of one thread; the other core had other work.",
+    )  # fmt: skip
+
+
 def odi(here: Path) -> str:
     """What ODI leaves beside what AutoAttack leaves, of the methods that all seeds were judged by both."""
     data = read("sweep_methods_digits/data.json")

@@ -42,8 +42,8 @@ def attack_mode(model: nn.Module, *, fast_batchnorm: bool = True) -> Iterator[No
     """
     with _alone(model):
         modes = [(m, m.training) for m in model.modules()]
-        learns = [(p, p.requires_grad) for p in model.parameters()]
-        learned = [p for p, does in learns if does]
+        parameters = list(model.parameters())
+        learned = [p for p in parameters if p.requires_grad]
         if any(p.is_inference() for p in learned):
             raise troubles.error("inference_weights")
         try:
@@ -57,10 +57,11 @@ def attack_mode(model: nn.Module, *, fast_batchnorm: bool = True) -> Iterator[No
         finally:
             for m, training in modes:
                 m.training = training
-            # FSDP2 leaves gathered weights in place of a shard, behind a forward that no backward followed
-            for (p, does), now in zip(learns, model.parameters(), strict=True):
-                if does:
-                    p.requires_grad_(True)
+            for p in learned:
+                p.requires_grad_(True)
+            # behind a forward that no backward followed FSDP2 leaves gathered weights in the place of shards
+            for p, now in zip(parameters, model.parameters(), strict=False):
+                if p.requires_grad and now is not p:
                     now.requires_grad_(True)
 
 
