@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -240,13 +241,15 @@ def uneven(rank: int, world: int | None = None) -> list:
     """States after updates in which processes have few rows or none, hard or not, of this or that."""
     alone, world = world == 1, world or dist.get_world_size()
     found = []
-    for rows, easy in ((1, 0), (2, 0), (ROWS, 12), (ROWS, 23), (ROWS, 24), (7, 3)):
+    cases = ((1, 0), (2, 0), (ROWS, 12), (ROWS, 23), (ROWS, 24), (7, 3))
+    for (rows, easy), moves in itertools.product(cases, (True, False)):  # where none move, some have no hard row
         model = net(1)
         with torch.no_grad():
             model[-1].weight.mul_(8)  # sure of what it says
         trainer = ham.HAMTrainer(
             model, torch.optim.SGD(model.parameters(), 0.1), eps=1e-4, step_size=1e-4, steps=3, screen_steps=1,
             start_epoch=1, seed=1, group=None if alone else "auto", ema_decay=0.5,
+            rebalance=moves,
         )  # fmt: skip
         x = torch.rand(rows, 1, 8, 8, generator=torch.Generator().manual_seed(rows))
         y = copy.deepcopy(model).eval()(x).argmax(1)
