@@ -251,8 +251,10 @@ def goals_of(result: dict) -> Iterator[dict]:
 
 # ---------------------------------------------------------------- all but the CIFAR runs
 def stages(o: Options) -> list[Stage]:
-    gpu = ["-p", "no:xdist", "-m", "gpu and not thorough"]  # each process sees when its CUDA is lost
+    parts = 2 if o.smoke else max(1, min(8, (os.cpu_count() or 1) // 2))
+    choice = [*_few(o), "-p", "no:xdist", "-m", "gpu and not thorough"]  # each process sees when its CUDA is lost
     patient = {"HAM_SUITE_PATIENCE": str(PATIENCE)}
+    gpu_tests = partial(tests, o, "tests-gpu", "the GPU tests pass", choice, patient, parts)
     kernels = ["--minutes", "3"]
     training = ["--minutes", "3.5", "--models", "preact_resnet18"]  # the other has no goal on a GPU
     images = ["--check", "--files", "200", "--workers", "0", "8"]
@@ -264,11 +266,10 @@ def stages(o: Options) -> list[Stage]:
         images = [*tiny, "--images", "256", "--files", "0", "--repetitions", "2"]
         run = [*tiny, "--model", "small_cnn", "--batch-size", "4", "--repetitions", "1"]
     short = 0.0 if o.smoke else 1.0  # nothing is too short for tiny sizes
-    gpu_pass, parts = "the GPU tests pass", 2 if o.smoke else max(1, min(8, (os.cpu_count() or 1) // 2))
     return [
         Stage("build", 5 * short, partial(build, o), always=True, limit=240),
         Stage("environment", 5 * short, partial(environment, o), always=True, gate=True, limit=200),
-        Stage("tests-gpu", 30 * short, partial(tests, o, "tests-gpu", gpu_pass, [*_few(o), *gpu], patient, parts)),
+        Stage("tests-gpu", 30 * short, gpu_tests),
         Stage("bench-training", 280 * short, partial(benchmark, o, "bench_training.py", training), limit=420),
         Stage("bench-kernels", 240 * short, partial(benchmark, o, "bench_kernels.py", kernels), limit=330),
         Stage("memcheck", 40 * short, partial(sanitizer, o, "memcheck"), limit=120),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attack.pgd import PGD, draw_seed
 from ..common import checks, troubles
-from ..distributed import Meeting, forwards_meet, inner_model, ranks_of
+from ..distributed import Meeting, inner_model, ranks_of
 from ..engine import look_once
 from .ham import HAM
 from .mining import place_of
@@ -70,8 +70,7 @@ def loss(
             "ham_kernels.Trainer"
         )
     with place_of(ranks, rows, x.device) as place:
-        # where a forward waits for the others, all look at one batch, of which each has rows
-        if objective.pgd.steps and (all(rows) if ranks.several and forwards_meet(inner) else len(y)):
+        if objective.pgd.steps and all(rows):  # on all processes or none: a sharded model's forward waits for all
             look_once(inner, x, y)
         examples = objective.group_examples(inner, x, y, (len(y),), seed=high << 31 | low, step=0, place=place)[0]
     if examples.no_gradient and inner not in _told:
