@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from ham_kernels.attack.pgd import PGD
 from ham_kernels.data import Batches
 from ham_kernels.data.batches import PAD
 from ham_kernels.distributed import Ranks
-from ham_kernels.methods import ATTA, Objective
+from ham_kernels.methods import ATTA, HAM, Objective
 from ham_kernels.methods.objective import EpochEnd
+from ham_kernels.runs.presets import preset
+from ham_kernels.runs.settings import WarmUpSettings
 from ham_reference import ATTA as Reference
 
 EPS, STEP = 0.1, 0.04
@@ -227,6 +230,21 @@ def test_refusals(images):
         Objective(ATTA(early_drop=True), PGD())
     with pytest.raises(ValueError, match="method: got 'atta' on several processes"):
         Objective(ATTA(), PGD(), ranks=Ranks(0, 2))
+    usual = replace(preset("digits"), method=ATTA())
+    warmed = replace(usual, method=HAM(start_epoch=2), warm_up=WarmUpSettings("atta"))
+    for settings, setting in ((usual, "method"), (warmed, "warm_up")):
+        settings.check()
+        for change, which in (
+            ({"generated": "some.npz"}, "generated images"), ({"dataset": "imagenet"}, "images of files"),
+            ({"dataset": "imagenette", "size": 160}, "images of files"),
+        ):  # fmt: skip
+            elsewhere = replace(settings, data=replace(settings.data, **change))
+            with pytest.raises(ValueError, match=f"{setting}: got 'atta', which goes on .*; {which} come without a"):
+                elsewhere.check()
+        with pytest.raises(ValueError, match=f"{setting}: got 'atta', which goes on .*; images of files come"):
+            settings.check_numbered(in_files=True)  # of a folder, as its images tell
+        small = replace(settings, data=replace(settings.data, dataset="imagenette", size=32))
+        small.check()
     for name in ("k", "reset_every"):
         with pytest.raises(ValueError, match=f"{name}: got 0"):
             ATTA(**{name: 0})

@@ -147,6 +147,16 @@ def test_bad_attack_settings(choices, error, message):
 
 def test_model_and_optimizer_of_the_wrong_kind():
     model = small_cnn()
+    with pytest.raises(TypeError, match=r"method: got 'fair'; it must be a method, such as"):
+        ham.Trainer(model, sgd(model), "fair")
+    around = lambda x: model(x)  # noqa: E731
+    for call in (
+        lambda: ham.pgd_attack(around, X, Y, eps=0.1, step_size=0.02, steps=2),
+        lambda: ham.ham_loss(around, X, Y, eps=0.1, step_size=0.02, steps=2, screen_steps=1),
+        lambda: ham.evaluate(around, [(X, Y)], ("clean",)),
+    ):
+        with pytest.raises(TypeError, match=r"model: got function; it must be a torch.nn.Module"):
+            call()
     with pytest.raises(TypeError, match=r"model: got function; it must be a torch.nn.Module"):
         ham.HAMTrainer(lambda x: x, sgd(model))
     with pytest.raises(TypeError, match=r"optimizer: got generator"):

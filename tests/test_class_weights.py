@@ -330,8 +330,11 @@ def test_dafa_needs_an_epoch_of_its_own_before_its_weights():
 def test_a_loss_says_that_it_forgets(batch):
     """A method given to loss() anew each time has no memory; an Objective made once has."""
     model = small_cnn()
-    with pytest.warns(HamWarning, match="method: fair remembers something from batch to batch"):
+    with pytest.warns(HamWarning, match="method: fair goes by earlier batches or by epochs"):
         ham.loss(ham.methods.Fair(), model, *batch, **ATTACK)
+    for by_epoch in (ham.methods.MAIL(), ham.methods.FAT()):  # in epoch 1 for ever, they would be another method
+        with pytest.warns(HamWarning, match=f"method: {by_epoch.title} goes by earlier batches or by epochs"):
+            ham.loss(by_epoch, model, *batch, **ATTACK)
     with warnings.catch_warnings():
         warnings.simplefilter("error", HamWarning)
         ham.loss(ham.methods.FAAL(), model, *batch, **ATTACK)  # by this batch alone

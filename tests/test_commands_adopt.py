@@ -85,6 +85,9 @@ def test_a_report_compares_it_with_runs(run, checkpoint, tmp_path):
     table = (tmp_path / "report/table.md").read_text().splitlines()
     row = next(line for line in table if line.startswith("| TRADES |"))
     assert row.endswith("| – |")  # its time
+    page = (tmp_path / "report/index.html").read_text()
+    assert "Settings of all that were trained here: " in page
+    assert f"Weights: last weights (of epoch {data['runs'][0]['epoch']})." in page
 
 
 class Net(nn.Module):

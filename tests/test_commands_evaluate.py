@@ -11,6 +11,7 @@ import pytest
 import torch
 from runs_helper import TINY
 
+from ham_kernels import models
 from ham_kernels.commands import cli, flags, progress
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.evaluate import evaluate_run
@@ -188,6 +189,15 @@ def test_two_evaluations_do_not_share_a_file(run, monkeypatch):
     monkeypatch.setattr(RunFolder.alone.__wrapped__, "__defaults__", (".lock", 0.2))
     with RunFolder(run).alone("evaluation/.lock"), pytest.raises(BlockingIOError, match="another process works on"):
         evaluate_run(run, QUICK, quiet=True)
+
+
+def test_a_function_that_makes_another_model_by_now_is_named(run, monkeypatch):
+    import ham_kernels as ham_package
+
+    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    monkeypatch.setattr(models, "create", lambda *_, **how: other)
+    with pytest.raises(ValueError, match=r"model: small_cnn makes another model than it did for this run: .*"):
+        ham_package.load_model(run, "ema", "cpu")
 
 
 def test_loading_a_model_leaves_the_generators_alone(run):

@@ -58,6 +58,7 @@ def test_the_arithmetic_of_an_estimate():
         "the whole run: 3:05, from 2:45 to 3:25 by the fastest and the slowest of 5 steps timed; checkpoints are not"
     )
     assert whole in estimate.lines()[3]
+    assert "20 s (10 s to 30 s, 2 steps), 20 s an epoch" in dry_run.Estimate(kinds, 10, 128, 5.0, "").lines()[0]
 
 
 def test_a_dry_run_refuses_what_a_run_does(tmp_path, capsys):

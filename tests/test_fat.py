@@ -48,6 +48,9 @@ def test_the_course(tmp_path):
     assert rescaled(settings, settings.optim.epochs) == settings
     assert rescaled(settings, 12).method.tau_from == tuple(1 + round(e * 12 / settings.optim.epochs) for e in (50, 90))
     assert rescaled(preset("digits"), 12).optim.epochs == 12
+    assert rescaled(settings, 2).method.tau_from == (2,)  # an epoch behind the end is none, not the last
+    assert FAT().begins() == (("tau_from", 51, "rows"),)
+    assert FAT(tau_from=()).begins() == ()
     with pytest.raises(ValueError, match=r"tau_from: got 0; it must be >= 1"):
         FAT(tau_from=(0, 3))
 

@@ -29,7 +29,7 @@ def settings():
         usual, method=methods.CFA(class_from=7, beta=3.0), attack=replace(usual.attack, eps=0.1),
         data=replace(usual.data, batch_size=64), engine=replace(usual.engine, channels_last="on"),
         warm_up=WarmUpSettings("n_fgsm"), run=RunSettings(seed=3, label="mine", ema_decay=0.9, precision="bf16"),
-        optim=replace(usual.optim, optimizer="adamw", lr=0.004),
+        optim=replace(usual.optim, optimizer="adamw", lr=0.004, schedule="cosine"),
     )  # fmt: skip
 
 
@@ -45,17 +45,18 @@ def test_the_settings_of_a_run(settings, tmp_path):
     found = told("--from", origin, "--method", "trades")
     assert found.method == methods.TRADES()
     assert (found.attack, found.engine, found.data) == (settings.attack, settings.engine, settings.data)
-    assert found.optim == replace(settings.optim, epochs=2, lr=0.0004, milestones=(), lr_decay=())
+    assert found.optim == replace(settings.optim, epochs=2, lr=0.0004, schedule="step", milestones=(), lr_decay=())
     assert found.run == replace(settings.run, label=None, weights=origin)
     assert found.warm_up == WarmUpSettings()
 
 
 def test_flags_say_otherwise(settings, tmp_path):
     origin = str(RunFolder.create(tmp_path / "run", settings).path)
-    flags = ("--epochs", "5", "--lr", "0.3", "--seed", "8", "--eps", "0.2", "--beta", "2")
+    flags = ("--epochs", "5", "--lr", "0.3", "--schedule", "cosine", "--seed", "8", "--eps", "0.2", "--beta", "2")
     found = told("--from", origin, *flags)
     assert found.method == methods.CFA(class_from=2, beta=2.0)  # the run's own, its course shortened
     assert (found.optim.epochs, found.optim.lr, found.run.seed, found.attack.eps) == (5, 0.3, 8, 0.2)
+    assert found.optim.schedule == "cosine"
 
 
 def test_a_course_is_shortened(settings, tmp_path):
@@ -133,6 +134,7 @@ def test_as_many_epochs_as_a_share_of_the_time_buys(settings, tmp_path):
     assert epochs("--method", "pgd_at", "--step-sizes", "2", "1", "--time", "1") == round(24 * 23 / 7)
     assert epochs("--method", "n_fgsm", "--time", "1", "--epochs", "10") == 46
     assert epochs("--method", "free_at", "--time", "1") == 23
+    assert epochs("--method", "rslad", "--teacher", "RUN", "--time", "1") == round(24 * 23 / (26 + 1))
     assert epochs("--method", "natural", "--time", "1e-9") == 1
     origin = str(RunFolder.create(tmp_path / "run", settings).path)
     assert told("--from", origin, "--preset", "fair", "--steps", "10").optim.epochs == round(2 * 0.95 * 23 / 9)

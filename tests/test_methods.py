@@ -448,6 +448,32 @@ def test_a_stop_while_the_watch_draws_ends_no_epoch_twice(dummy, batches):
     assert int(trainer.phases.method.epochs) == 1
 
 
+@pytest.mark.parametrize(
+    ("idle", "same"),
+    [
+        (methods.PGDAT(class_from=5), methods.PGDAT()),
+        (methods.PGDAT(class_from=5, trust=1.0), methods.PGDAT(trust=1.0)),
+        (methods.PGDAT(early_drop=False, screen_steps=5, lam=2.0), methods.PGDAT()),
+        (methods.FairARD(clean_share=0.5), methods.FairARD()),
+        (methods.FairARD(base="rslad", temperature=3.0), methods.FairARD(base="rslad")),
+        (methods.CFA(base="pgd_at", beta=2.0, lam_beta=0.1), methods.CFA(base="pgd_at")),
+        (methods.MAIL(base="mart", loss="boosted_ce"), methods.MAIL(base="mart")),
+    ],
+)
+def test_settings_without_an_effect_tell_no_methods_apart(idle, same):
+    assert idle.in_effect() == same.in_effect()
+    assert idle.describe() == same.describe()
+    assert idle.begins() == same.begins()
+
+
+def test_classes_are_treated_apart_from_an_epoch_on():
+    for name in ("wat", "fsr", "frl", "cfol", "fair_tat", "dafa", "cfa", "absld", "fair_ard"):
+        method = class_of(name)(class_from=9)
+        assert method.in_effect()["class_from"] == 9
+        assert ("class_from", 9, "classes") in method.begins()
+    assert methods.PGDAT(class_from=9, class_weights="hedge").begins() == (("class_from", 9, "classes"),)
+
+
 def test_two_methods_of_one_name_are_refused():
     with pytest.raises(ValueError, match=r"name: 'trades' of .*Other is that of TRADES already"):
 

@@ -51,7 +51,7 @@ def test_names_of_the_field_both_ways(name, seed):
 def test_normalisation_stays_ours_on_the_way_out(seed):
     ours = models.create("preact_resnet18", 10, mean=[0.4] * 3, std=[0.2] * 3)
     assert to_theirs(ours, ours.state_dict()).keys() == TheirPreActResNet18(True).state_dict().keys()
-    with pytest.raises(TypeError, match="model: got SmallCNN; only PreActResNet18 and WideResNet"):
+    with pytest.raises(TypeError, match="names: SmallCNN has none of the field's; only PreActResNet18 and WideResNet"):
         to_theirs(models.SmallCNN(), {})
 
 

@@ -14,7 +14,7 @@ import ham_kernels as ham
 from ham_kernels.attack.pgd import PGD, Attack
 from ham_kernels.engine import PLAIN
 from ham_kernels.methods.objective import EpochEnd
-from ham_kernels.methods.registry import class_of
+from ham_kernels.methods.registry import class_of, names
 from ham_reference import METHODS
 from ham_reference.attack import attack
 from ham_reference.method import draw_seed
@@ -22,6 +22,7 @@ from ham_reference.method import draw_seed
 CLASSES, SEED = 5, 5
 L2 = {"eps": 0.6, "step_size": 0.2, "steps": 4, "norm": "l2"}  # smooth in the gradient: no rounding grows to a sign
 SCREENED = {"early_drop": True, "screen_steps": 2}
+ONE_STEP = ("fgsm_rs", "n_fgsm", "natural")
 RULES = ("hard_share", "kl_ball", "chi2", "exponentiated", "hedge", "dafa")
 
 
@@ -57,6 +58,7 @@ CASES = [
     case("fair", fast=True, loss="boosted_ce", trust=0.0, eps_factor=1.0, **SCREENED, easy="jump"),
     case("fair", fast=True, **SCREENED, easy="jump", awp=0.01),
     case("wat", eta=0.5, beta=2.0),
+    case("wat", eta=0.5, class_from=3),
     case("rslad", clean_share=0.5, class_weights="hard_share", reweight=True),
     case("fair_ard", base="rslad", power=1.0),
     case("fair_ard", temperature=2.0, **SCREENED, easy="stop"),
@@ -67,6 +69,7 @@ CASES = [
     case("frl", rate=0.5, eps_rate=2.0, slack=0.0),
     case("frl", remargin=False, rate=2.0, slack=0.02, most=0.3, class_weights="chi2"),
     case("fsr", share=0.7, lowered=0.5, class_weights="hard_share"),
+    case("fsr", share=0.7, class_from=3),
     case("bat", beta=2.0, entropy=0.3, reweight=True, class_weights="hard_share"),
     case("bat", **SCREENED, easy="stop", reweight=True, step_sizes=(0.1, 0.6, 0.3, 0.2), awp=0.01),
     case("fat", base="trades", reweight=True, class_weights="hard_share"),
@@ -165,6 +168,11 @@ def same_start(trainer: ham.Trainer, dtype: torch.dtype = torch.float32) -> tupl
     optimizer = sgd(twin)
     optimizer.load_state_dict(copy.deepcopy(trainer.optimizer.state_dict()))
     return twin, optimizer
+
+
+def test_every_method_has_a_reference():
+    ours = {name for name in names() if class_of(name).__module__.startswith("ham_kernels.")}
+    assert ours - set(METHODS) == {"atta", "free_at", "offsets", *ONE_STEP}  # in tests of their own
 
 
 @pytest.mark.parametrize(("name", "switches"), CASES)

@@ -9,6 +9,7 @@ import pytest
 from fake_runs import change_evaluation, fake_run, with_flags, write_json
 
 from ham_kernels import report
+from ham_kernels.report.drawing import failures
 
 
 def answered(run, answers, attack="pgd20"):
@@ -49,6 +50,17 @@ def test_confusions_are_shares_of_the_class_over_all_seeds(tmp_path):
     assert [(p["label"], p["answer"], p["images"]) for p in found["pairs"]] == [(2, 0, 5), (0, 1, 3), (1, 0, 1)]
     assert "figures/confusion.png" in data["figures"]
     assert "Most often: PGD-AT takes 2 for 0 in 62.5 %." in page
+
+
+def test_of_methods_without_a_worst_class_the_best_averages_are_drawn():
+    def group(title, average, baseline=False):
+        accuracy = {"ema": {"pgd20": {"worst": {"mean": 0.0}, "average": {"mean": average}}}}
+        told = {"title": title, "baseline": baseline, "accuracy": accuracy, "weights": "ema"}
+        return told | {"confusion": {"shares": [[1.0]]}}
+
+    groups = [group("low", 0.01), group("base", 0.02, True), group("best", 0.34), group("mid", 0.1)]
+    section = {"groups": groups, "attack": "pgd20", "weights": "ema"}
+    assert [g["title"] for g in failures.worth_showing(section, "confusion", 3)] == ["base", "best", "mid"]
 
 
 def test_confusions_are_by_the_strongest_attack_that_keeps_answers(tmp_path):

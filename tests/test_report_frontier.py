@@ -280,6 +280,14 @@ def test_the_dominated_are_grey_and_numbered_as_in_the_table(field, tmp_path, mo
     assert min(axis for axis in average.get_ylim()) > 5
 
 
+def test_a_baseline_stands_at_its_value_however_low(tmp_path, monkeypatch):
+    """Its dotted line is read against the axis."""
+    runs = [run(tmp_path, "p", "pgd_at", [0.02, 0.0], 100.0), run(tmp_path, "t", "trades", [0.5, 0.4], 100.0)]
+    section, styles = section_of(runs, tmp_path / "out", monkeypatch)
+    _, average = frontier.against_time(section, styles).axes
+    assert any(line.get_linestyle() == ":" and set(line.get_ydata()) == {1.0} for line in average.lines)
+
+
 def test_each_that_nothing_dominates_is_named_and_where_it_leads(tmp_path, monkeypatch):
     """A leads in average, B in worst class, and C, between them, in neither: it is named in the upper panel."""
     values = {"pgd_at": [0.5, 0.1], "trades": [0.9, 0.2], "mart": [0.5, 0.4], "wat": [0.7, 0.3]}

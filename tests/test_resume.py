@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 
+import numpy as np
 import pictures
 import pytest
 import torch
@@ -110,6 +111,20 @@ def test_random_generators_go_on_too(tmp_path, monkeypatch, one_thread):
     torch.rand(3)
     train_command.resume(tmp_path / "run", quiet=True)
     assert_same_weights(tmp_path / "run", tmp_path / "reference")
+
+
+def test_a_seed_is_of_every_generator(tmp_path, monkeypatch, one_thread):
+    """A model of the user's may draw from Python's generator and NumPy's, when it is made and in its forward."""
+    create = models.create
+
+    class Drawing(torch.nn.Module):
+        def forward(self, z):
+            return z * (1 + 0.1 * random.random() + 0.1 * np.random.rand())  # noqa: NPY002
+
+    monkeypatch.setattr(models, "create", lambda *args, **how: torch.nn.Sequential(create(*args, **how), Drawing()))
+    for name in ("one", "two"):
+        train_command.train(settings(), tmp_path / name, quiet=True)
+    assert_same_weights(tmp_path / "one", tmp_path / "two")
 
 
 def test_stop_in_validation(reference, tmp_path, monkeypatch, one_thread):

@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import warnings
+from dataclasses import replace
 
 import pictures
 import pytest
 import torch
 from pictures import write_folder, write_tar
 
+from ham_kernels.commands import run_images
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.evaluate import evaluate_run
 from ham_kernels.commands.flags import number, parse_evaluate, parse_train
@@ -117,6 +119,21 @@ def test_settings_of_idx_files(tmp_path):
     s = told("--path", str(tmp_path))
     assert (s.data.dataset, s.data.augment, s.model.normalize, s.data.val_images) == ("fashion_mnist", "crop", False, 0)
     assert glance(tmp_path) == Glance(6, 28, idx=True)
+
+
+def test_a_glance_passes_over_a_broken_image(tmp_path):
+    """Whose name is told when it is read; the others say as before what they are."""
+    source = photos(tmp_path / "set", each=10)
+    whole = glance(source)
+    next(source.rglob("*.png")).write_bytes(b"broken")
+    assert glance(source) == whole
+
+
+def test_one_class_is_named_with_its_folder(tmp_path):
+    source = write_folder(tmp_path / "set", [f"cat/{i}.png" for i in range(9)])
+    told = replace(preset("cifar10"), data=replace(preset("cifar10").data, path=str(source), val_images=0))
+    with pytest.raises(ValueError, match=r"path: .*set has one class, 'cat'; a classifier needs two or more"):
+        run_images.images_of(told)
 
 
 def test_a_glance_counts_what_trains(tmp_path):

@@ -142,6 +142,15 @@ def test_engine_options_reach_the_trainer(name):
         assert all(getattr(options, o) is False for o in SWITCHES if o != name)
 
 
+def test_a_method_that_starts_late_takes_its_share_of_the_course_of_one_that_does_not(tmp_path):
+    """Of HAM's 120 epochs 50 to 120 mine; one that has a start keeps it."""
+    (tmp_path / "c.toml").write_text('[method]\nname = "trades"\n[optim]\nepochs = 60')
+    for told, start in ((["--epochs", "24"], 11), ([], 25), (["--epochs", "1"], 1), (["--start-epoch", "7"], 7)):
+        wanted = parse_train(["--config", str(tmp_path / "c.toml"), "--method", "ham", *told]).settings
+        wanted.check()
+        assert wanted.method.start_epoch == start
+
+
 def test_a_method_is_named_in_toml(tmp_path):
     (tmp_path / "c.toml").write_text('[method]\nname = "trades"\nbeta = 3\nearly_drop = true')
     read = from_toml(tmp_path / "c.toml", preset("svhn")).method

@@ -96,6 +96,24 @@ def test_a_sweep_gives_the_teacher_to_those_that_learn_from_one():
 
 
 @pytest.mark.slow
+def test_a_teacher_is_found_again_from_elsewhere(tmp_path, monkeypatch):
+    """Told relative to a folder that a resume, or a fine-tuning, is not started in."""
+    monkeypatch.chdir(tmp_path)
+    tiny = [*TINY, "--device", "cpu"]
+    train_command.train(flags.parse_train([*tiny, "--method", "pgd_at"]).settings, "t", quiet=True)
+    told = [*tiny, "--method", "rslad", "--start-epoch", "1", "--teacher", "t"]
+    train_command.train(flags.parse_train(told).settings, "student", quiet=True)
+    (tmp_path / "away").mkdir()
+    monkeypatch.chdir(tmp_path / "away")
+    run = RunFolder.open(tmp_path / "student")
+    assert run.settings().run.teacher == "t"
+    assert train_command.resume(run.path, quiet=True).epoch == 4  # its teacher is there before it finds all done
+    tuned = flags.parse_train(["--from", str(run.path), "--epochs", "1"]).settings
+    assert tuned.run.teacher == str(tmp_path / "t")
+    assert flags.parse_train(["--from", str(run.path), "--method", "trades"]).settings.run.teacher is None
+
+
+@pytest.mark.slow
 def test_trained_and_resumed_with_the_same_teacher_alone(tmp_path, capsys):
     """Of a run, and of a checkpoint of the same model; moved, and of other weights."""
     tiny = [*TINY, "--device", "cpu"]

@@ -128,6 +128,7 @@ def pgd_attack(
     Raises: TypeError, ValueError naming the argument. The model's modes, requires_grad and .grad are the same
         afterwards, also then.
     """
+    checks.module("model", model)
     checks.batch(x, y)
     pgd = PGD(eps, step_size, steps, norm, random_start)
     engine = plain(checks.choice("precision", precision, PRECISIONS))

@@ -90,7 +90,7 @@ class Estimate:
         return [*said, f"peak memory: {self.peak}"]
 
     def _of_kind(self, kind: Kind) -> str:
-        steps = [s * self.batch_size for s in kind.row_seconds]
+        steps = [s * min(self.batch_size, self.rows) for s in kind.row_seconds]
         epochs = f"epoch {kind.first}" if kind.epochs == 1 else f"epochs {kind.first} to {kind.last}"
         hard = f" at {kind.hard:.0%} hard rows" if kind.method.early_drop else ""
         return (

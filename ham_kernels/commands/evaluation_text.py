@@ -65,14 +65,20 @@ def _attacks(result: dict[str, Any]) -> list[str]:
 
 def _limits(result: dict[str, Any]) -> list[str]:
     """A model that answers one class, attacks that had no gradient."""
-    clean = result["attacks"].get("clean")
-    answer = answers_one_class([c["value"] for c in clean["per_class"]]) if clean else None
-    one = [] if answer is None else [f"{result['classes'][answer]} is its answer for nearly all images: do not rank it"]
-    return one + [
+    return one_answer(result) + [
         f"{attack_title(name)}: gradient missing for {a['no_gradient']} of {a['n']} images, which were not attacked"
         for name, a in result["attacks"].items()
         if a.get("no_gradient")
     ]
+
+
+def one_answer(result: dict[str, Any]) -> list[str]:
+    """That it answers one class for nearly all images, if it does."""
+    clean = result["attacks"].get("clean")
+    answer = answers_one_class([c["value"] for c in clean["per_class"]]) if clean else None
+    return (
+        [] if answer is None else [f"{result['classes'][answer]} is its answer for nearly all images: do not rank it"]
+    )
 
 
 def _parts(result: dict[str, Any]) -> list[str]:

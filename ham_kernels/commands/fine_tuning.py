@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..runs.places import found_again
 from ..runs.presets import rescaled
-from ..runs.settings import DataSettings, TrainSettings, WarmUpSettings
+from ..runs.settings import TrainSettings, WarmUpSettings
 from .experiments import without_idle_teacher
 
 EPOCHS = 2
@@ -33,19 +33,18 @@ def fine_tuning(base: TrainSettings, origin: str, epochs: int) -> TrainSettings:
     The learning rate stays as it is in all of them.
     """
     short = rescaled(base, epochs)
-    optim = replace(short.optim, milestones=(), lr_decay=())
-    run = replace(short.run, label=None, weights=origin)
-    tuned = replace(
-        short, method=replace(short.method, start_epoch=1), warm_up=WarmUpSettings(), optim=optim, run=run,
-        data=_as_found(short.data, Path(origin)),
-    )  # fmt: skip
+    optim = replace(short.optim, schedule="step", milestones=(), lr_decay=())
+    places = _places_of(Path(origin))
+    data = replace(short.data, **found_again(vars(short.data), places))
+    run = replace(short.run, label=None, weights=origin, **found_again(vars(short.run), places))
+    method = replace(short.method, start_epoch=1)
+    tuned = replace(short, data=data, method=method, optim=optim, warm_up=WarmUpSettings(), run=run)
     return without_idle_teacher(tuned)
 
 
-def _as_found(data: DataSettings, run: Path) -> DataSettings:
-    """Where the images of a run lie, wherever this process was started."""
+def _places_of(run: Path) -> dict[str, dict[str, str]]:
+    """Of its images and its teacher, wherever this process was started."""
     try:
-        places = json.loads((run / "data.json").read_text())["places"]
+        return json.loads((run / "data.json").read_text())["places"]
     except (OSError, KeyError, ValueError):  # a file of weights, or a run that has not begun
-        return data
-    return replace(data, **found_again(vars(data), places))
+        return {}

@@ -11,6 +11,7 @@ from ..methods.registry import with_name
 from ..runs.config_file import from_toml, read_toml
 from ..runs.presets import LONG, epochs_in_time, for_folder, preset, rescaled, stretched, with_fewer_epochs
 from ..runs.settings import TrainSettings
+from .experiments import without_idle_teacher
 from .fine_tuning import EPOCHS, FINE_TUNED, config_of, fine_tuning
 
 # Of --preset: the method, its switches, and its time where it is not in as many epochs as PGD-AT.
@@ -57,7 +58,7 @@ def base_of(argv: list[str], stretch: float | None = None) -> TrainSettings:
         switches = {**switches, "start_epoch": 1}
     if named is not None:
         method = with_name(base.method, named, base.optim.epochs)
-        base = replace(base, method=replace(method, **switches))
+        base = without_idle_teacher(replace(base, method=replace(method, **switches)))
     optimizer, was = seen(argv, "--optimizer"), base.optim
     others_lr = get(told, "optim", "lr") is not None and optimizer not in (None, was.optimizer)
     if others_lr and seen(argv, "--lr") is None:

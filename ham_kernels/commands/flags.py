@@ -67,16 +67,22 @@ def parse_predict(argv: list[str]) -> Predict:
 
 
 def parse_sweep(argv: list[str]) -> Sweep:
+    own = {"--seed": "give --seeds", "--method": "the experiment sets it", "--label": "the experiment sets it"}
+    _refuse(argv, own, "a sweep")
     wanted = _cli(Sweep, argv, "ham sweep", Sweep(tyro.MISSING, settings=base_of(argv)))
     if not {"--masking", "--no-masking"} & set(argv):
         wanted = replace(wanted, masking=wanted.experiment in STRONG)
-    own = {"--seed": "give --seeds", "--method": "the experiment sets it", "--label": "the experiment sets it"}
     if wanted.experiment in ("grid", "paper"):
-        own |= {"--screen-steps": "the grid sets it", "--lam": "the grid sets it"}
-    for flag, why in own.items():
-        if seen(argv, flag) is not None:
-            raise ValueError(f"{flag.lstrip('-')}: cannot be given to a sweep of {wanted.experiment}; {why}")
+        of_grid = {"--screen-steps": "the grid sets it", "--lam": "the grid sets it"}
+        _refuse(argv, of_grid, f"a sweep of {wanted.experiment}")
     return wanted
+
+
+def _refuse(argv: list[str], flags: dict[str, str], of: str) -> None:
+    """Raises: ValueError naming the first of these flags that is given, with its reason."""
+    for flag, why in flags.items():
+        if seen(argv, flag) is not None:
+            raise ValueError(f"{flag.lstrip('-')}: cannot be given to {of}; {why}")
 
 
 def _cli(kind: type[T], argv: list[str], prog: str, default: T | None = None) -> T:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import data, models
+from ..common import checks
 from ..distributed import ALONE, Ranks, ranks_of
 from ..methods.class_weights import count_weights
 from ..runs.folder import RunFolder
@@ -103,6 +104,12 @@ def trained_model(settings: TrainSettings, facts: dict, state: dict, device: tor
     """The classifier with these weights, in eval mode; torch's random generators stay where they are."""
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         model = model_of(settings, len(facts["classes"]), facts["channels"])
+    try:
+        checks.state_fits(settings.model.name, model, state)
+    except ValueError as error:
+        raise ValueError(
+            f"model: {settings.model.name} makes another model than it did for this run: {error}"
+        ) from error
     model.load_state_dict(state)
     return model.to(device).eval()
 
@@ -111,6 +118,7 @@ def loaders_of(
     settings: TrainSettings, images: data.ImageSet | data.FileSet, device: torch.device, ranks: Ranks = ALONE
 ) -> data.Loaders:
     d = settings.data
+    settings.check_numbered(in_files=isinstance(images, data.FileSet))
     return data.loaders(
         images, d.batch_size, seed=settings.run.seed, augment=d.augment, balanced=d.balance == "sampler", device=device,
         workers=d.workers, generated_share=d.generated_share, rank=ranks.rank, world=ranks.world,

@@ -21,7 +21,7 @@ def look_at(name: str, size: str) -> dict[str, Any]:
     The images are random, so that nothing here depends on what the model has learned. Raises: ValueError, TypeError,
     ImportError naming the argument.
     """
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", size):
         raise ValueError(f"--input: got {size!r}; it must be like 3x32x32")
     model = model_named(name)
     device = model_device(model) or torch.device("cpu")
@@ -31,9 +31,9 @@ def look_at(name: str, size: str) -> dict[str, Any]:
         with attack_mode(model), runnable(model, x), torch.no_grad():
             y = model(x).argmax(1)  # rows that are not fooled
         found = findings(model, x, y)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         if not hasattr(error, "trouble"):
-            raise
+            raise ValueError(f"model: {name} cannot take images of {size} (--input): {error}") from error
         found = [error.trouble]
     told = [troubles.told(n, **facts) for n, facts in found]
     parameters = sum(p.numel() for p in model.parameters())

@@ -48,7 +48,7 @@ class Train:
     where K is 10. paper: the best worst class of the methods as published."""
     time: Annotated[float | None, tyro.conf.arg(help_behavior_hint="")] = None
     """As many epochs, in place of PGD-AT's, as cost this share of what they do by the cost model. Of a method that
-    screens, all rows are taken as hard."""
+    screens, all rows are taken as hard; a teacher is taken as large as the model."""
     method: Annotated[str, _METHOD] = "ham"
     settings: TrainSettings = field(default_factory=TrainSettings)
 

@@ -25,6 +25,8 @@ def images_of(settings: TrainSettings) -> data.ImageSet | data.FileSet:
     """The data set, cut to size, with its validation images set aside (the same ones for every seed)."""
     d = settings.data
     images = data.load(d.dataset, d.path, root=d.root, download=d.download, size=d.size, generated=d.generated)
+    if len(images.classes) < 2:
+        raise ValueError(f"path: {d.path} has one class, {images.classes[0]!r}; a classifier needs two or more")
     if images.y_val is not None:  # a part of its own
         images = images.subset(d.train_images, d.test_images)
     else:

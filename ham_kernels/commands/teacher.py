@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..models.named import is_architecture
 from ..models.weights import Brought, brought, lay, read_weights
 from ..runs.folder import RunFolder
+from ..runs.places import found_again
 from ..runs.settings import TrainSettings
 from .from_settings import model_of, trained_model
 
@@ -28,15 +30,26 @@ def with_its_digest(settings: TrainSettings) -> TrainSettings:
     return replace(settings, run=replace(settings.run, teacher_digest=found))
 
 
-def teacher_of(settings: TrainSettings, classes: int, channels: int, device: torch.device) -> nn.Module | None:
+def place_of(settings: TrainSettings, run: RunFolder | None = None) -> dict[str, dict[str, str]]:
+    """What a run notes of where its teacher lies; of one that goes on (`run`) it is looked for there first."""
+    given = settings.run.teacher
+    if given is None:
+        return {}
+    again = {} if run is None else found_again({"teacher": given}, run.places())
+    return {"teacher": {"given": given, "absolute": os.path.abspath(again.get("teacher", given))}}
+
+
+def teacher_of(
+    settings: TrainSettings, places: dict[str, dict[str, str]], classes: int, channels: int, device: torch.device
+) -> nn.Module | None:
     """The teacher in eval mode. Of a run it is that run's model; a checkpoint's weights are of the student's model.
 
-    torch's random generators stay where they are. Raises: as `with_its_digest`, and where its weights are others than
-    the settings tell.
+    places: of `place_of`. torch's random generators stay where they are.
+    Raises: as `with_its_digest`, and where its weights are others than the settings tell.
     """
-    name = settings.run.teacher
-    if name is None:
+    if settings.run.teacher is None:
         return None
+    name = places["teacher"]["absolute"]
     found = _found(name)
     _check_digest(settings, digest(found.state))
     if Path(name).is_dir():

@@ -17,7 +17,7 @@ from ..common.one_class import answers_one_class
 from ..data.batches import mixed_seed
 from ..data.table import generated_rows
 from ..distributed import RankError, Ranks, start
-from ..runs.checkpoints import random_states, set_random_states
+from ..runs.checkpoints import random_states, seed_python_and_numpy, set_random_states
 from ..runs.folder import RunFolder
 from ..runs.resume_rules import check_unchanged, noted
 from ..runs.settings import TrainSettings
@@ -29,7 +29,7 @@ from .from_settings import check_before_data, check_takes, device_of, loaders_of
 from .logs import Logs, behind
 from .progress import TrainProgress, duration, say
 from .signals import Stopped, StopRequest
-from .teacher import teacher_of, with_its_digest
+from .teacher import place_of, teacher_of, with_its_digest
 
 
 def train(settings: TrainSettings, out: str | Path | None = None, *, quiet: bool = False) -> Trainer:
@@ -106,11 +106,13 @@ class _Job:
         check_before_data(settings, device)
         with ranks.first_alone("the search for the images"):  # a download, the cache
             images, self.facts, self.places = run_images.find(settings, run, path)
+        seed_python_and_numpy(settings.run.seed)
         model = model_of(settings, len(images.classes), images.channels)
         fresh = run is None or not run.checkpoints.newest_first()
         self.begun = begin_with(settings, model) if settings.run.weights is not None and fresh else None
         counts = list(images.class_counts["train"].values())
-        teacher = teacher_of(settings, len(images.classes), images.channels, device)
+        self.places |= place_of(settings, run)
+        teacher = teacher_of(settings, self.places, len(images.classes), images.channels, device)
         self.trainer = trainer_of(settings, model, device, counts, teacher)
         self.scheduler = scheduler_of(settings, self.trainer)
         self.loaders = loaders_of(settings, images, device, ranks)

@@ -312,6 +312,12 @@ def _show(value) -> str:
 
 
 # ---------------------------------------------------------------- states
+def module(name: str, value) -> None:
+    """A torch.nn.Module, whose mode and parameters can be seen; a function around one hides them."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: got {type(value).__name__}; it must be a torch.nn.Module")
+
+
 def state_fits(name: str, model: nn.Module, state: dict[str, Tensor]) -> None:
     """A state dict of this model's architecture."""
     own = {k: tuple(v.shape) for k, v in model.state_dict().items()}

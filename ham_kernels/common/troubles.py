@@ -133,8 +133,8 @@ TROUBLES: dict[str, Trouble] = {
         "train in bf16 or fp32",
     ),
     "memory_lost": Trouble(
-        "method: {method} remembers something from batch to batch, and a method that is given to loss() anew each time "
-        "remembers nothing",
+        "method: {method} goes by earlier batches or by epochs, and a method that is given to loss() anew each time "
+        "remembers nothing of them",
         "What a method remembers lies in its Objective, and loss() makes a new one for each call.",
         "make one: objective = ham_kernels.methods.Objective(ham_kernels.methods.{kind}(), "
         "ham_kernels.attack.pgd.PGD(eps, step_size, steps)), give that to loss(), and after each epoch call "

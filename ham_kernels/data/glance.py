@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import statistics
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +67,9 @@ def _sizes(files) -> tuple[int, bool]:
     from PIL import Image
 
     sizes = []
-    for file in files:
-        with Image.open(file) as image:
+    for file in files:  # a broken one is named when it is read
+        with suppress(OSError, ValueError, SyntaxError), Image.open(file) as image:
             sizes.append(image.size)
+    if not sizes:
+        raise ValueError("none can be read")
     return int(statistics.median(map(min, sizes))), len(set(sizes)) > 1

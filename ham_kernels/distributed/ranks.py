@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..common import troubles
+from ..common import checks, troubles
 from ..common.processes import launched
 
 TIMEOUT = timedelta(hours=2)  # an attack of minutes on one process keeps the others waiting
@@ -180,8 +180,9 @@ def stop() -> None:
 def inner_model(model: nn.Module) -> nn.Module:
     """The model inside a wrapper for several processes: what an attack runs on, so that it reduces and sends nothing.
 
-    FSDP2 has no wrapper: each forward of such a model is a collective, and is left to it.
+    FSDP2 has no wrapper: each forward of such a model is a collective, and is left to it. Raises: TypeError.
     """
+    checks.module("model", model)
     while isinstance(model, nn.parallel.DistributedDataParallel) or type(model).__name__ == "_FabricModule":
         model = model.module
     return model

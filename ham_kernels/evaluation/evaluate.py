@@ -79,7 +79,7 @@ def accuracies(
         with judged(model, search):
             for b, x, y in batches(loader, device, ranks):
                 if look and not mine:
-                    engine.first_look(model, x, y)
+                    engine.first_look(model, x, y, judged="clean" not in wanted)
                 rows = [y]
                 for i, plan in enumerate(wanted.values()):
                     found = survivors(model, x, y, plan, seed=seed, batch=b, precision=precision, search=search)

@@ -75,7 +75,8 @@ def judge(
     weights = None if store is None else fingerprint_of_model(model)
     shelf = FlagStore(store, {"model": weights, "identity": identity, "classes": classes})
     by = searcher(search, device)
-    run = _Run(model, loader, classes, device, precision, seed, by, shelf, progress, ranks, _images_in(loader))
+    told = _images_in(loader), "clean" not in wanted
+    run = _Run(model, loader, classes, device, precision, seed, by, shelf, progress, ranks, *told)
     return {name: run.attack(plan) for name, plan in wanted.items()}
 
 
@@ -93,7 +94,8 @@ class _Run:
     shelf: FlagStore
     progress: Progress | None
     ranks: Ranks
-    images: int | None = None  # how many there are, as far as known
+    images: int | None  # how many there are, as far as known
+    unseen: bool  # nothing else tells whether the model has one answer to all images
     order: list[str] | None = None  # fingerprints of the batches, after the first attack
     labels: Tensor | None = None
     looked: bool = False  # at the model
@@ -165,7 +167,7 @@ class _Run:
 
     def _flags(self, x: Tensor, y: Tensor, plan: Plan, b: int) -> dict[str, Any]:
         if not self.looked:
-            engine.first_look(self.model, x, y)
+            engine.first_look(self.model, x, y, judged=self.unseen)
             self.looked = True
         how = {"seed": self.seed, "precision": self.precision, "search": self.search}
         found = survivors(self.model, x, y, plan, batch=b, **how)

@@ -32,6 +32,7 @@ class ATTA(Method):
     name = "atta"
     title = "ATTA"
     remembers_rows = True
+    knows_images = True
     remembers_first = True
     writes_rows_of = ("perturbations",)
 

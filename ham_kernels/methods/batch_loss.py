@@ -29,8 +29,9 @@ def loss(
     """A method's loss of one batch: call it, then backward() and optimizer.step().
 
     Args:
-        method: such as ham.methods.TRADES(beta=6.0). One that remembers something over batches is given as an
-            `Objective`, made once; its own attack then holds, and eps, step_size, steps and norm are not looked at.
+        method: such as ham.methods.TRADES(beta=6.0). One that remembers something over batches, or goes by epochs, is
+            given as an `Objective`, made once; its own attack then holds, and eps, step_size, steps and norm are not
+            looked at.
         model: classifier in train mode, images (n, C, H, W) in [0, 1] -> logits (n, classes).
         x: images in [0, 1], fp32, fp16 or bf16.  y: (n,) int64 labels.
         eps, step_size: >= 0, in units of the images; floats, or tensors (n,) with one value per row.
@@ -57,7 +58,7 @@ def loss(
         seed = draw_seed(generator)
         heard = meeting.table([len(y), seed >> 31, seed & (2**31 - 1)])  # each exact in fp64
     rows, (high, low) = [n for n, *_ in heard], (int(part) for part in heard[0][1:])
-    if objective is not method and method.keeps_over_batches:
+    if objective is not method and (method.keeps_over_batches or any(first > 1 for _, first, _ in method.begins())):
         troubles.warn("memory_lost", method=method.title, kind=type(method).__name__)
     if objective.method.awp:
         raise ValueError(

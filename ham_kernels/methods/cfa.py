@@ -33,6 +33,7 @@ class CFA(TRADES):
     name = "cfa"
     title = "CFA"
     looks_at_classes = True
+    treats_classes = True
     course = 200
 
     base: Annotated[Literal["trades", "pgd_at"], Words(by_value=(("pgd_at", "on PGD-AT"),))] = "trades"
@@ -45,6 +46,9 @@ class CFA(TRADES):
     """First epoch (1-based) with eps and beta by class."""
     gate: Annotated[float, Ge(0), Le(1), Words("gate {}", off=0.0)] = 0.2
     """The weight average takes the next epoch's updates where the worst class of the validation images reaches this."""
+
+    def idle(self):
+        return super().idle() | ({"beta", "lam_beta"} if self.base == "pgd_at" else set())
 
     @property
     def target_forwards(self) -> float:

@@ -31,6 +31,7 @@ class CFOL(Method):
     name = "cfol"
     title = "CFOL"
     looks_at_classes = True
+    treats_classes = True
     scales_weights = False
 
     gamma: Annotated[float, Ge(0), Le(1), Words("γ={}")] = 0.5

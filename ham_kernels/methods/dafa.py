@@ -26,6 +26,7 @@ class DAFA(TRADES):
     name = "dafa"
     title = "DAFA"
     looks_at_classes = True
+    treats_classes = True
     course = 110
 
     strength: Annotated[float, Ge(0), Words("λ={}")] = 1.0

@@ -31,6 +31,7 @@ class FairARD(RSLAD):
     name = "fair_ard"
     title = "Fair-ARD"
     looks_at_classes = True
+    treats_classes = True
     counts_right = True
     scales_weights = False
     course = 200
@@ -41,6 +42,9 @@ class FairARD(RSLAD):
     """Of both predictions, on ard."""
     power: Annotated[float, Ge(0), Words("power {}")] = 2.0
     """Of the number of right points; 0: classes weigh alike."""
+
+    def idle(self):
+        return super().idle() | {"clean_share" if self.base == "ard" else "temperature"}
 
     @property
     def update_forwards(self) -> float:

@@ -29,6 +29,7 @@ class FAIRTAT(Method):
     name = "fair_tat"
     title = "FAIR-TAT"
     looks_at_classes = True
+    treats_classes = True
     remembers_first = True
     course = 200
 

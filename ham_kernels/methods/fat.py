@@ -34,6 +34,9 @@ class FAT(OnBase):
     tau_from: Annotated[tuple[int, ...], Ge(1), Words("τ from epochs {}", off=(), scales=True)] = (51, 91)
     """Epochs (1-based) from each of which on a row may be wrong once more before it stays; none: it stays at once."""
 
+    def begins(self):
+        return (*super().begins(), *(("tau_from", epoch, "rows") for epoch in sorted(self.tau_from)[:1]))
+
     def attack(self, pgd):
         return replace(pgd, loss="kl" if self.base == "trades" else "ce", patience=0)
 

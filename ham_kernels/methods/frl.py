@@ -38,6 +38,7 @@ class FRL(TRADES):
     name = "frl"
     title = "FRL"
     looks_at_classes = True
+    treats_classes = True
     course = 40
 
     beta: Annotated[float, Ge(0), Words("β={}")] = 1.5

@@ -39,6 +39,7 @@ class FSR(TRADES):
     name = "fsr"
     title = "FSR"
     looks_at_classes = True
+    treats_classes = True
 
     share: Annotated[float, Ge(0), Le(1), Words("share {}")] = 0.3
     """Of the term that confusions weigh; the clean cross entropy has the rest."""
@@ -81,8 +82,9 @@ class FSR(TRADES):
 
     def end_epoch(self, end, memory):
         super().end_epoch(end, memory)
-        shares = memory.fsr_confused / memory.fsr_counts[:, None].clamp_min(1)
-        memory.fsr_weights.copy_(confusion_weights(shares.T))
+        if end.epoch + 1 >= self.class_from:
+            shares = memory.fsr_confused / memory.fsr_counts[:, None].clamp_min(1)
+            memory.fsr_weights.copy_(confusion_weights(shares.T))
         memory.fsr_confused.zero_()
         memory.fsr_counts.zero_()
 

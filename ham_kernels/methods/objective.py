@@ -50,8 +50,8 @@ class Objective(nn.Module):
         super().__init__()
         if not isinstance(method, Method):
             raise TypeError(f"method: got {method!r}; it must be a method, such as ham_kernels.methods.HAM()")
-        if teacher is not None and not isinstance(teacher, nn.Module):
-            raise TypeError(f"teacher: got {type(teacher).__name__}; it must be a torch.nn.Module")
+        if teacher is not None:
+            checks.module("teacher", teacher)
         if method.needs_teacher != (teacher is not None):
             raise ValueError(
                 f"teacher: got None; {method.title} learns from one: give Trainer or Objective teacher=MODEL"

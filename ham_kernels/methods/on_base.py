@@ -26,6 +26,9 @@ class OnBase(Method):
     beta: Annotated[float | None, Ge(0), Words("β={}")] = None
     """Weight of the divergence. None (TOML: false): 6 on trades, 5 on mart; pgd_at has none."""
 
+    def idle(self):
+        return super().idle() | ({"loss"} if self.base == "mart" else set())
+
     @property
     def target_forwards(self) -> float:
         return 1 if self.base == "trades" else 0

@@ -24,8 +24,8 @@ def class_of(name: str) -> type[Method]:
 def with_name(method: Method, name: str, epochs: int | None = None) -> Method:
     """The method of this name; M, and where it starts unless that is the first epoch, as they are told `method`.
 
-    With `epochs`, the length of the training, other epochs that it names keep their share of the course.
-    Raises: ValueError for a name that no method has.
+    With `epochs`, the length of the training, other epochs that it names keep their share of the course; so does its
+    start where `method` has none. Raises: ValueError for a name that no method has.
     """
     kind = class_of(name)
     if kind is type(method):
@@ -36,6 +36,8 @@ def with_name(method: Method, name: str, epochs: int | None = None) -> Method:
     told = {"screen_steps": method.screen_steps}
     if usual.start_epoch > 1 and method.start_epoch > 1:
         told["start_epoch"] = method.start_epoch
+    elif usual.start_epoch > 1 and epochs is not None:
+        told["start_epoch"] = min(epochs, 1 + round((usual.start_epoch - 1) * epochs / usual.course))
     return dataclasses.replace(usual, **told)
 
 

@@ -61,8 +61,10 @@ class Method:
     # `attack_on` needs its memory for the first batch too; else the first attack tells how many classes there are
     remembers_first: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = False  # learns from another classifier, whose forward `cost` does not count
+    treats_classes: ClassVar[bool] = False  # apart, by a rule of its own, from class_from on
     tunes_only: ClassVar[bool] = False  # moves little of a trained model, and trains none from the start
     remembers_rows: ClassVar[bool] = False  # a memory of places in a batch, which several processes cannot share
+    knows_images: ClassVar[bool] = False  # remembers each by its number, which not every loader tells
     writes_rows_of: ClassVar[tuple[str, ...]] = ()  # large buffers of its memory, written through `rows_written` alone
     replays: ClassVar[int] = 1  # updates of each batch, one behind the other
     target_forwards: ClassVar[float] = 0  # of the full batch, before the attack
@@ -200,14 +202,16 @@ class Method:
 
     def in_effect(self) -> dict[str, Any]:
         """The method's name, and the fields that have an effect beside the others."""
+        idle = self.idle()
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in idle}
+        return {"name": self.name, **fields}
+
+    def idle(self) -> set[str]:
+        """Fields that have no effect beside the others."""
         words = field_types.words(type(self))
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-        def used(name: str) -> bool:
-            needs = words[name].needs if name in words else None
-            return needs is None or fields[needs] not in (False, words[needs].off)
-
-        return {"name": self.name, **{name: value for name, value in fields.items() if used(name)}}
+        needs = {name: of.needs for name, of in words.items() if of.needs}
+        idle = {name for name, other in needs.items() if getattr(self, other) in (False, words[other].off)}
+        return idle if self.treats_classes or self.class_weights != "none" else idle | {"class_from"}
 
     def describe(self, warm_up: str = "pgd_at") -> str:
         """The method in one line, with what is not the default, M, λ, and where it starts behind a warm-up."""
@@ -258,7 +262,7 @@ class Method:
 
     def begins(self) -> tuple[tuple[str, int, str], ...]:
         """(field, epoch in which what it names begins, what is treated alike before)."""
-        return (("class_from", self.class_from, "classes"),) if self.looks_at_classes else ()
+        return () if "class_from" in self.idle() else (("class_from", self.class_from, "classes"),)
 
     @property
     def looks_at_classes(self) -> bool:

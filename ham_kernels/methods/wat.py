@@ -27,6 +27,7 @@ class WAT(TRADES):
     name = "wat"
     title = "WAT"
     looks_at_classes = True
+    treats_classes = True
     scales_weights = False
     course = 100
 
@@ -60,7 +61,8 @@ class WAT(TRADES):
     def weights(self, examples, memory):
         from .class_weights import expert_weights
 
-        return self.weights_with(expert_weights(memory.wat_totals, self.eta), examples, memory)
+        eta = self.eta if memory.epoch >= self.class_from else 0.0
+        return self.weights_with(expert_weights(memory.wat_totals, eta), examples, memory)
 
     def end_epoch(self, end, memory):
         from .class_weights import add_epoch

@@ -32,9 +32,7 @@ def to_ours(model: nn.Module, state: State) -> State:
 def _names(model: nn.Module) -> dict[str, str]:
     """{our prefix: theirs} of all layers with weights."""
     if not isinstance(model, PreActNet):
-        raise TypeError(
-            f"model: got {type(model).__name__}; only PreActResNet18 and WideResNet have names in its place"
-        )
+        raise TypeError(f"names: {type(model).__name__} has none of the field's; only PreActResNet18 and WideResNet do")
     wide = isinstance(model, WideResNet)
     found: dict[str, str] = {}
     for i, layer in enumerate(model):

@@ -75,6 +75,12 @@ def random_states() -> dict[str, Any]:
     }
 
 
+def seed_python_and_numpy(seed: int) -> None:
+    """Which a model of the user's own may draw from, as its seed says for torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
 def set_random_states(states: dict[str, Any]) -> None:
     version, words, gauss_next = states["python"]
     random.setstate((version, tuple(words), gauss_next))

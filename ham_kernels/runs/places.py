@@ -1,4 +1,4 @@
-"""Where the images of a run lie. Imports no torch."""
+"""Where the images and the teacher of a run lie. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def found_again(now: Mapping[str, Any], places: Mapping[str, Mapping[str, Any]])
     return {
         name: place["absolute"]
         for name, place in places.items()
-        if now[name] == place["given"] and Path(place["absolute"]).exists()
+        if name in now and now[name] == place["given"] and Path(place["absolute"]).exists()
     }

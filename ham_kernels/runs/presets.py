@@ -111,9 +111,12 @@ def with_fewer_epochs(settings: TrainSettings, replays: int | None = None) -> Tr
 
 
 def epochs_in_time(settings: TrainSettings, share: float) -> float:
-    """Epochs that cost `share` of one of PGD-AT by the cost model; where a method screens, as if all rows were hard."""
-    steps = settings.attack.steps
-    return share * PGDAT().cost(steps) / settings.method.cost(steps)
+    """Epochs that cost `share` of one of PGD-AT by the cost model, a teacher taken as large as the model.
+
+    Where a method screens, as if all rows were hard.
+    """
+    steps, method = settings.attack.steps, settings.method
+    return share * PGDAT().cost(steps) / (method.cost(steps) + method.needs_teacher)
 
 
 def in_time(settings: TrainSettings, share: float) -> TrainSettings:
@@ -137,9 +140,13 @@ def rescaled(settings: TrainSettings, epochs: int) -> TrainSettings:
     def moved(epoch: int) -> int:
         return 1 + round((epoch - 1) * factor)
 
+    def within(value: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        """An epoch behind the end is the last; of several, it is left out."""
+        return tuple(e for e in value if e <= epochs) if isinstance(value, tuple) else min(value, epochs)
+
     method = settings.method
     named = [name for name, words in field_types.words(type(method)).items() if words.scales]
-    scaled = {n: field_types.of_each(lambda e: min(moved(e), epochs), getattr(method, n)) for n in named}
+    scaled = {name: within(field_types.of_each(moved, getattr(method, name))) for name in named}
     if method.class_from > method.start_epoch:  # some have an epoch of their own before
         scaled["class_from"] = max(scaled["class_from"], scaled["start_epoch"] + 1)
     return replace(

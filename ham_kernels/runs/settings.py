@@ -17,7 +17,7 @@ from annotated_types import Ge, Gt, Lt
 
 from ..common import field_types
 from ..common.field_types import Words
-from ..data.table import GENERATED_SHARE, generated_rows
+from ..data.table import GENERATED_SHARE, IN_MEMORY, SETS, generated_rows
 from ..methods.ham import HAM
 from ..methods.registry import warm_up_of
 from ..methods.settings import Method
@@ -48,6 +48,12 @@ class ImageSettings:
     def source(self) -> str:
         """A short name, for folders."""
         return Path(self.path).resolve().name.split(".")[0] if self.path else self.dataset
+
+    @property
+    def in_files(self) -> bool:
+        """Whether they are read file by file in each epoch, as far as the settings tell; those of `path` may be too."""
+        large = self.size is None or self.size > IN_MEMORY
+        return self.path is None and large and self.dataset in SETS and not SETS[self.dataset].in_memory
 
 
 @dataclass(frozen=True)
@@ -256,6 +262,7 @@ class TrainSettings:
             raise ValueError(
                 f"start_epoch: got {method.start_epoch} with epochs={optim.epochs}, so {method.name} would never start"
             )
+        self.check_numbered(self.data.in_files)
         for name, first, until in method.begins():
             if first > optim.epochs:
                 raise ValueError(
@@ -280,6 +287,17 @@ class TrainSettings:
             raise ValueError(
                 f"natural_epochs: got {warm_up.natural_epochs}, but there are {last} epochs before start_epoch"
             )
+
+    def check_numbered(self, in_files: bool) -> None:
+        """Raises: ValueError where a method remembers each image by its number, and their loader tells none."""
+        numberless = "images of files" if in_files else "generated images" if self.data.generated is not None else None
+        methods = {"warm_up": warm_up_of(self.method, self.warm_up.name), "method": self.method}
+        for setting, method in methods.items():
+            if numberless and method.knows_images:
+                raise ValueError(
+                    f"{setting}: got {method.name!r}, which goes on from what it remembers of each image; {numberless} "
+                    "come without a number to know them by"
+                )
 
 
 def check_step(size: float, norm: str, name: str = "step_size") -> None:

@@ -36,7 +36,7 @@ class Phases:
         loss_weights: Tensor | None = None, teacher: nn.Module | None = None, ranks: Ranks = ALONE,
     ):  # fmt: skip
         def objective(of: Method) -> Objective:
-            return Objective(of, pgd, loss_weights, teacher if of.needs_teacher or of is method else None, ranks)
+            return Objective(of, pgd, loss_weights, teacher if of is method or of.needs_teacher else None, ranks)
 
         self.method = objective(method)
         self.natural_epochs = checks.integer("natural_epochs", natural_epochs, 0, method.start_epoch - 1)

@@ -90,8 +90,7 @@ class Trainer:
         cuda_graphs: bool | str = False, winograd: bool | str = False, keep_memory: bool = True,
         group: Any = "auto", rebalance: bool = True,
     ):  # fmt: skip
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: got {type(model).__name__}; it must be a torch.nn.Module")
+        checks.module("model", model)
         self.ranks, self._rebalances = ranks_of(group), checks.flag("rebalance", rebalance)
         given, model = model, inner_model(model)
         if not isinstance(optimizer, torch.optim.Optimizer):

@@ -35,7 +35,8 @@ class FSR(TRADES):
 
     def each(self, model, x, x_adv, y, w, epoch):
         clean, adversarial = model(x).float(), model(x_adv).float()
-        g = self.g.float().to(y.device)[adversarial.argmax(1), y]
+        of_now = self.g if epoch >= self.class_from else torch.ones_like(self.g)
+        g = of_now.float().to(y.device)[adversarial.argmax(1), y]
         kl = row_divergence(F.softmax(clean, 1), adversarial)
         ce = (1 - self.share) * self.classification(clean, y) + self.share * g * cross_entropy(adversarial, y)
         return w * (ce + self.beta * kl)

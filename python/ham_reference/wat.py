@@ -36,7 +36,7 @@ class WAT(TRADES):
             self.costs[label].append(value)
 
     def row_weights(self, attacked, y, epoch):
-        v = hedge(self.totals, self.eta).float().to(y.device)
+        v = hedge(self.totals, self.eta if epoch >= self.class_from else 0.0).float().to(y.device)
         return super().row_weights(attacked, y, epoch) * v[y]
 
     def end_epoch(self):

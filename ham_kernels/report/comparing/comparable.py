@@ -183,6 +183,9 @@ def _limits_of_runs(runs: Sequence[Run]) -> list[str]:
 def _limits_of_times(section: Section) -> list[str]:
     """Which runs share the time of a warm-up. Others are timed whole, so that both are times of all epochs."""
     notes, everyone = [], {g.title for g in section.groups if any(run.epochs for run in g.counted)}
+    taught = [g.title for g in section.groups if g.method is not None and g.method.needs_teacher]
+    if taught:
+        notes.append(f"Forwards do not count those of a teacher, one in each step of {'; '.join(taught)}.")
     for group in section.groups:
         if any(run.first_weights is not None for run in group.counted):
             known = all(run.before("seconds") is not None for run in group.counted)

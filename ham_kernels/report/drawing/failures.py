@@ -24,13 +24,13 @@ MANY_LETTERS = 10  # classes: above, cells hold no numbers
 
 
 def worth_showing(section: Section, key: str, count: int) -> list[dict[str, Any]]:
-    """The groups with a value of `key`: the baseline, then those whose worst class is best."""
+    """The groups with a value of `key`: the baseline, then those whose worst class is best, then whose average is."""
     found = [g for g in section["groups"] if g[key]]
 
     def rank(group: dict) -> tuple:
         accuracy = shown(group, section)
-        worst = accuracy["worst"]["mean"] if accuracy else None
-        return not group["baseline"], -(worst or 0.0)
+        best = [-(accuracy[of]["mean"] or 0.0) if accuracy else 0.0 for of in ("worst", "average")]
+        return not group["baseline"], *best
 
     return sorted(found, key=rank)[:count]
 

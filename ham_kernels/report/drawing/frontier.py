@@ -111,7 +111,11 @@ def _spots(section: Section, cost: str, scale: float, gain: str) -> list[Spot]:
     numbers = {m["title"]: str(i) for i, m in enumerate(section["frontier"]["methods"], 1)}
     best = {m["title"] for m in undominated(methods, cost)}
     values = [100 * m[gain]["mean"] for m in methods]
-    floor = min(value for value in values if gain != "average" or value >= FAR * max(values))
+    floor = min(
+        value
+        for m, value in zip(methods, values, strict=True)
+        if m["baseline"] or gain != "average" or value >= FAR * max(values)
+    )
     named = _named(methods, cost, gain)
     out = []
     for m, value in zip(methods, values, strict=True):

@@ -55,7 +55,7 @@ def _shown(section: dict, runs: Sequence[dict]) -> dict[str, Any] | None:
     images = {f"{s['images'] or '?'} {s['part'] or ''} images of {s['dataset'] or 'unknown data'}" for s in mine}
     return mine and {
         "weights": sorted({WEIGHTS[s["weights"]] for s in mine}),
-        "epochs": sorted({s["epoch"] for s in mine} - {None}),
+        "epochs": sorted({s["epoch"] for s in mine} - {None, 0}),  # a model trained elsewhere has none
         "images": sorted(images),
         "attacks": dict.fromkeys(attacks),
         "precision": sorted({s["precision"] for s in mine} - {None, ""}),
@@ -67,8 +67,8 @@ def _attack(name: str, n: int | None, images: int | None) -> str:
 
 
 def _shared_settings(groups: Sequence[dict]) -> list[str]:
-    """Those that have one value in all groups; of the mining ones, in all that mine."""
-    found = []
+    """Those that have one value in all groups that were trained here; of the mining ones, in all that mine."""
+    found, groups = [], [g for g in groups if not g["adopted"]]
     for words, key in _SETTINGS.items():
         asked = [g["settings"] for g in groups if g["mines_hard_rows"] or not key.startswith("method.")]
         values = {None if settings.get(key) is None else str(settings[key]) for settings in asked}
