@@ -132,10 +132,10 @@ def count_rows(model, loader, store, **change) -> int:
         nonlocal rows
         rows += len(inputs[0])
 
-    def look(*args):
+    def look(*args, **how):
         nonlocal rows
         before = rows
-        first_look(*args)
+        first_look(*args, **how)
         rows = before
 
     first_look = engine.first_look
