@@ -16,7 +16,7 @@ from readme.frontier import frontier
 from readme.methods_table import details, methods
 from readme.presets import presets
 from readme.questions import questions
-from readme.screened import screened
+from readme.screened import screened, screened_field
 from readme.troubles import troubles
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +37,7 @@ PAGES: dict[Path, Sections] = {
         "long_digits": measured.long_digits,
         "fair_digits": measured.fair_digits,
         "screened_digits": screened,
+        "screened_field_digits": screened_field,
         "methods_cifar10": measured.methods_cifar10,
         "fair_cifar10": measured.fair_cifar10,
         "field_cifar10": measured.field_cifar10,

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 
 import pytest
 from runs_helper import TINY, assert_same_weights, finish, ham, wait_for
@@ -16,7 +17,7 @@ from ham_kernels.commands import cli, flags
 from ham_kernels.commands import sweep as sweep_command
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.experiments import cells
-from ham_kernels.runs.folder import RunFolder
+from ham_kernels.runs.folder import JUDGING_LOCK, RunFolder
 from ham_kernels.runs.presets import preset
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("no_gpu")]
@@ -187,6 +188,29 @@ def test_a_failed_judgement_leaves_the_training_finished(run, tmp_path, capsys):
     assert sweep_command.sweep(command) == 1
     assert "`ham evaluate` ended with 2" in capsys.readouterr().out
     assert RunFolder(tmp_path / "sweep" / cell.name).status()["state"] == "finished"
+
+
+def test_a_run_that_another_process_judges_is_waited_for(run, tmp_path, capsys, monkeypatch):
+    """Of two sweeps in one folder the slower one finds the run taken, and then all done."""
+    command = flags.parse_sweep(["ham", *TINY, "--attacks", "clean", "--out", str(tmp_path / "sweep")])
+    (cell,) = cells("ham", command.settings, (0,))
+    path, usual, calls = tmp_path / "sweep" / cell.name, sweep_command._Worker._run, []
+    shutil.copytree(run, path)
+
+    def raced(worker, path, *arguments):
+        calls.append(arguments[0])
+        if len(calls) > 1:
+            return usual(worker, path, *arguments)
+        taken = contextlib.ExitStack()
+        taken.enter_context(RunFolder(path).alone(JUDGING_LOCK))
+        threading.Timer(1.5, taken.close).start()
+        raise RuntimeError("`ham evaluate` ended with 2: run: another process works on it")
+
+    monkeypatch.setattr(sweep_command._Worker, "_run", raced)
+    assert sweep_command.sweep(command) == 0
+    assert calls == ["evaluate", "evaluate"]
+    assert "another process works on it; waiting" in capsys.readouterr().out
+    assert (path / "evaluation/ema.json").exists()
 
 
 def test_the_runs_of_earlier_experiments_stay_on_record(tmp_path):

@@ -19,7 +19,7 @@ from ..distributed import PATIENT, Ranks, start
 from ..evaluation.gradient_masking import COST as MASKING_COST
 from ..evaluation.gradient_masking import IMAGES as MASKING_IMAGES
 from ..evaluation.named_attacks import plans, searcher
-from ..runs.folder import RunFolder
+from ..runs.folder import JUDGING_LOCK, RunFolder
 from ..runs.judge_settings import EvaluateSettings
 from ..runs.settings import TrainSettings, check_step
 from . import run_images
@@ -61,7 +61,7 @@ def evaluate_run(
     with ranks.first_alone("the search for the images"):
         images, *_ = run_images.find(told, run, settings.path, generated=False)  # not others, which would be split anew
     quiet = quiet or not run.writes
-    with run.alone("evaluation/.lock"):
+    with run.alone(JUDGING_LOCK):
         judges = [
             _Judge(run, kind, state, told, what, under, images, model, other, device, quiet, ranks)
             for kind, state in states.items()

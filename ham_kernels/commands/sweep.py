@@ -110,10 +110,10 @@ class _Worker:
             if not (path / "config.toml").exists():
                 self._begin(path, cell.settings)
             if RunFolder.open(path).status()["state"] != "finished":
-                self._run(path, "train", "--resume", str(path), "--quiet")
+                self._run_alone(path, "train", "--resume", str(path), "--quiet")
             search = ["--search", self.wanted.search]
             asked = ["--masking-images", str(self.wanted.masking_images)] if self.wanted.masking else ["--no-masking"]
-            self._run(path, "evaluate", str(path), "--attacks", *self.wanted.attacks, *search, *asked, "--quiet")
+            self._run_alone(path, "evaluate", str(path), "--attacks", *self.wanted.attacks, *search, *asked, "--quiet")
         except (OSError, ValueError, RuntimeError) as error:
             # A judgement that failed takes nothing from a training that is finished.
             if (path / "config.toml").exists() and RunFolder(path).status()["state"] != "finished":
@@ -122,7 +122,7 @@ class _Worker:
         return ""
 
     def _wait_until_free(self, path: Path) -> None:
-        """A sweep that was killed leaves its run working."""
+        """A sweep that was killed leaves its run working; a second one in the same folder works on it too."""
         said = False
         while RunFolder(path).busy():
             if not said:
@@ -130,6 +130,16 @@ class _Worker:
             said = True
             self.stop.check()
             time.sleep(1)
+
+    def _run_alone(self, path: Path, *arguments: str) -> None:
+        """`_run`, again where another process was faster at working on this run."""
+        while True:
+            self._wait_until_free(path)
+            try:
+                return self._run(path, *arguments)
+            except RuntimeError:
+                if not RunFolder(path).busy():
+                    raise
 
     def _begin(self, path: Path, settings: TrainSettings) -> None:
         """A new run, behind the warm-up where that can be shared."""

@@ -33,6 +33,7 @@ from .settings import TrainSettings, lr_factor
 
 WEIGHTS = ("last", "ema", "best", "best_ema")
 ADOPTED = "adopted"
+JUDGING_LOCK = "evaluation/.lock"
 
 
 class RunFolder:
@@ -123,8 +124,8 @@ class RunFolder:
             yield
 
     def busy(self) -> bool:
-        """Whether a process works on the run at this moment."""
-        return locks.held(self.path / ".lock")
+        """Whether a process trains or judges the run at this moment."""
+        return any(locks.held(self.path / lock) for lock in (".lock", JUDGING_LOCK))
 
     def settings(self) -> TrainSettings:
         return from_toml(self.path / "config.toml", TrainSettings())
