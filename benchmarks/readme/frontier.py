@@ -14,10 +14,7 @@ from readme.output import markdown
 
 # folders below results/, those of one setting together; one that is missing is left out
 SWEEPS = (
-    (
-        "sweep_methods_digits", "sweep_field_digits", "sweep_long_digits", "sweep_fair_digits",
-        "sweep_screened_field_digits",
-    ),
+    ("sweep_methods_digits", "sweep_field_digits", "sweep_long_digits", "sweep_fair_digits"),
     ("sweep_methods_cifar10", "sweep_fair_cifar10", "sweep_field_cifar10"),
 )
 IMAGES = {"cifar10-jpeg.tar.xz": "10,000 CIFAR-10 images (small CNN, 15 epochs, judged on 1,000)"}

@@ -67,5 +67,5 @@ SAID_OF_OTHERS = (
     "pgd_at-jump fair-jump fsr-jump frl-jump mail-jump bat-jump cfol-jump fat-jump fair_tat-jump rslad-jump "
     "fair_ard-jump absld-jump --screen-steps 5 --no-masking --seeds {seeds} --teacher runs/teacher --attacks clean "
     "pgd20 cw20 autoattack --search fast --out runs/screened-field` on the digits, AutoAttack on all 517 test images; "
-    "{machines}. CPU times are of one thread; the other core had other work."
+    "{machines}. CPU times are of one thread; both cores had other work, so that they scatter: forwards tell more."
 )
