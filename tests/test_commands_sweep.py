@@ -194,7 +194,7 @@ def test_a_run_that_another_process_judges_is_waited_for(run, tmp_path, capsys, 
     """Of two sweeps in one folder the slower one finds the run taken, and then all done."""
     command = flags.parse_sweep(["ham", *TINY, "--attacks", "clean", "--out", str(tmp_path / "sweep")])
     (cell,) = cells("ham", command.settings, (0,))
-    path, usual, calls = tmp_path / "sweep" / cell.name, sweep_command._Worker._run, []
+    path, usual, calls = tmp_path / "sweep" / cell.name, sweep_command._Worker._process, []
     shutil.copytree(run, path)
 
     def raced(worker, path, *arguments):
@@ -206,7 +206,7 @@ def test_a_run_that_another_process_judges_is_waited_for(run, tmp_path, capsys, 
         threading.Timer(1.5, taken.close).start()
         raise RuntimeError("`ham evaluate` ended with 2: run: another process works on it")
 
-    monkeypatch.setattr(sweep_command._Worker, "_run", raced)
+    monkeypatch.setattr(sweep_command._Worker, "_process", raced)
     assert sweep_command.sweep(command) == 0
     assert calls == ["evaluate", "evaluate"]
     assert "another process works on it; waiting" in capsys.readouterr().out

@@ -74,11 +74,10 @@ def _limits(result: dict[str, Any]) -> list[str]:
 
 def one_answer(result: dict[str, Any]) -> list[str]:
     """That it answers one class for nearly all images, if it does."""
-    clean = result["attacks"].get("clean")
-    answer = answers_one_class([c["value"] for c in clean["per_class"]]) if clean else None
-    return (
-        [] if answer is None else [f"{result['classes'][answer]} is its answer for nearly all images: do not rank it"]
-    )
+    clean = result.get("attacks", {}).get("clean")
+    if clean is None or (answer := answers_one_class([c["value"] for c in clean["per_class"]])) is None:
+        return []
+    return [f"{result['classes'][answer]} is its answer for nearly all images: do not rank it"]
 
 
 def _parts(result: dict[str, Any]) -> list[str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from ..runs.places import found_again
 from ..runs.presets import rescaled
 from ..runs.settings import TrainSettings, WarmUpSettings
-from .experiments import without_idle_teacher
 
 EPOCHS = 2
 FINE_TUNED = 10  # divides the learning rate where a training begins with weights
@@ -38,8 +37,7 @@ def fine_tuning(base: TrainSettings, origin: str, epochs: int) -> TrainSettings:
     data = replace(short.data, **found_again(vars(short.data), places))
     run = replace(short.run, label=None, weights=origin, **found_again(vars(short.run), places))
     method = replace(short.method, start_epoch=1)
-    tuned = replace(short, data=data, method=method, optim=optim, warm_up=WarmUpSettings(), run=run)
-    return without_idle_teacher(tuned)
+    return replace(short, data=data, method=method, optim=optim, warm_up=WarmUpSettings(), run=run)
 
 
 def _places_of(run: Path) -> dict[str, dict[str, str]]:

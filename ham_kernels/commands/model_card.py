@@ -125,7 +125,7 @@ def _attack_settings(settings: dict[str, Any]) -> str:
 
 def _limits(judged: dict[str, Any]) -> list[str]:
     attacks = judged.get("attacks", {})
-    found = [f"- {text}." for text in one_answer(judged)] if attacks else []
+    found = [f"- {text}." for text in one_answer(judged)]
     if "autoattack" not in attacks:
         found.append("- Not judged by AutoAttack: weaker attacks flatter.")
     elif attacks["autoattack"]["n"] < judged["images"]:

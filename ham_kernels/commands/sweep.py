@@ -110,10 +110,10 @@ class _Worker:
             if not (path / "config.toml").exists():
                 self._begin(path, cell.settings)
             if RunFolder.open(path).status()["state"] != "finished":
-                self._run_alone(path, "train", "--resume", str(path), "--quiet")
+                self._run(path, "train", "--resume", str(path), "--quiet")
             search = ["--search", self.wanted.search]
             asked = ["--masking-images", str(self.wanted.masking_images)] if self.wanted.masking else ["--no-masking"]
-            self._run_alone(path, "evaluate", str(path), "--attacks", *self.wanted.attacks, *search, *asked, "--quiet")
+            self._run(path, "evaluate", str(path), "--attacks", *self.wanted.attacks, *search, *asked, "--quiet")
         except (OSError, ValueError, RuntimeError) as error:
             # A judgement that failed takes nothing from a training that is finished.
             if (path / "config.toml").exists() and RunFolder(path).status()["state"] != "finished":
@@ -130,16 +130,6 @@ class _Worker:
             said = True
             self.stop.check()
             time.sleep(1)
-
-    def _run_alone(self, path: Path, *arguments: str) -> None:
-        """`_run`, again where another process was faster at working on this run."""
-        while True:
-            self._wait_until_free(path)
-            try:
-                return self._run(path, *arguments)
-            except RuntimeError:
-                if not RunFolder(path).busy():
-                    raise
 
     def _begin(self, path: Path, settings: TrainSettings) -> None:
         """A new run, behind the warm-up where that can be shared."""
@@ -170,6 +160,16 @@ class _Worker:
         return path
 
     def _run(self, path: Path, *arguments: str) -> None:
+        """`ham ...`, again where another process was faster at working on this run. Raises: as `_process`."""
+        while True:
+            self._wait_until_free(path)
+            try:
+                return self._process(path, *arguments)
+            except RuntimeError:
+                if not RunFolder(path).busy():
+                    raise
+
+    def _process(self, path: Path, *arguments: str) -> None:
         """`ham ...` in a process; what it says goes to the run's log. Raises: RuntimeError with its last line."""
         path.mkdir(parents=True, exist_ok=True)
         with (path / "log.txt").open("a+b") as log:
