@@ -105,7 +105,8 @@ def test_reports_tell_shares_apart(tmp_path):
 def test_a_report_tells_what_all_groups_share():
     """A group without generated images, or on all training images, shares neither file nor number with the others."""
     told = {"data.generated": "made.npz", "data.generated_share": 0.7, "data.train_images": 100}
-    mixed, plain = ({"settings": s | {"attack.steps": 10}, "mines_hard_rows": True} for s in (told, {}))
+    trained = {"mines_hard_rows": True, "adopted": False}
+    mixed, plain = (trained | {"settings": s | {"attack.steps": 10}} for s in (told, {}))
     assert _shared_settings([mixed, mixed]) == [
         "training images 100", "K 10", "generated images made.npz", "their share of a batch 0.7",
     ]  # fmt: skip
