@@ -101,10 +101,13 @@ class Net(nn.Module):
 
 def test_a_model_as_an_object(tmp_path, seed):
     net, how = Net().train(), {"images": 60, "masking": False}
-    out = ham.adopt(net, tmp_path / "net", attacks=("clean",), **how)
-    assert net.training
-    ham.adopt(net, out, attacks=["fgsm"], **how)
+    net.f.eval()
+    out = ham.adopt(net, tmp_path / "net", attacks=("clean",), label="Mine", **how)
+    assert (net.training, net.f.training) == (True, False)
+    ham.adopt(net, out, attacks=["fgsm"], workers=1, root=str(tmp_path), **how)  # neither the name nor where images lie
     assert attacks_of(out).keys() == {"clean", "fgsm"}
+    begun = RunFolder.open(out).settings()
+    assert (begun.run.label, begun.data.workers) == ("Mine", 1)
     ham.adopt(net, out, attacks=["clean"], analyses=True, analysis_images=40, **how)
     assert [row["label"] for row in json.loads((out / "evaluation/last.json").read_text())["examples"]["rows"]] == [
         *range(10)

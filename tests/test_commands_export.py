@@ -15,6 +15,7 @@ import ham_kernels as ham
 from ham_kernels import models
 from ham_kernels.commands import cli, flags
 from ham_kernels.commands import train as train_command
+from ham_kernels.commands.export import _apart
 from ham_kernels.commands.model_card import model_card, robustbench_entry
 from ham_kernels.models.weights import lay, read_weights
 from ham_kernels.runs.folder import RunFolder
@@ -101,11 +102,36 @@ def judged_by(attack: dict, images: int) -> dict:
 def test_a_figure_of_some_images_is_no_entry_and_a_fast_search_is_told(run, exported):
     about = json.loads((exported / "about.json").read_text())
     assert robustbench_entry(about, judged_by({}, 60))["autoattack_acc"] == "50.00"
-    part = judged_by({"search": {"compile": True}}, 61)
-    assert robustbench_entry(about, part)["autoattack_acc"] == robustbench_entry(about, part)["reported"] == ""
+    part, fast = judged_by({"search": {"compile": True}}, 61), judged_by({"search": {"compile": True}}, 60)
+    for found in (part, fast, judged_by({}, 61)):
+        assert robustbench_entry(about, found)["autoattack_acc"] == robustbench_entry(about, found)["reported"] == ""
     card = model_card(about, part, RunFolder.open(run))
     assert "AutoAttack saw 60 of 61 images." in card
     assert "AutoAttack: examples looked for on a rounded, compiled form of the model, each judged by the" in card
+
+
+def test_first_weights_and_generated_images_are_told(run, tmp_path):
+    tuned = tmp_path / "tuned"
+    told = flags.parse_train(["--from", str(run), "--method", "pgd_at", "--epochs", "1"]).settings
+    train_command.train(told, tuned, quiet=True)
+    cli.main(["export", str(tuned), "--formats", "card", "robustbench", "--out", str(tmp_path / "out")])
+    card = (tmp_path / "out/MODEL_CARD.md").read_text()
+    assert "It began with the weights of another training: PGD-AT, " in card
+    assert str(tmp_path) not in card
+    about = json.loads((tmp_path / "out/about.json").read_text())
+    assert robustbench_entry(about, {})["additional_data"] == ""
+    assert robustbench_entry(about | {"begun_with": None}, {})["additional_data"] is False
+    assert robustbench_entry(about | {"generated": True}, {})["additional_data"] is True
+    assert robustbench_entry(about | {"begun_with": None, "method": None}, {})["additional_data"] == ""
+
+
+def test_tied_weights_are_written_apart(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    second.weight = first.weight
+    safetensors.save_file(_apart(dict(torch.nn.Sequential(first, second).state_dict())), tmp_path / "m.safetensors")
+    found = safetensors.load_file(tmp_path / "m.safetensors")
+    assert torch.equal(found["0.weight"], found["1.weight"])
 
 
 def test_weights_that_were_not_judged_say_so(run, tmp_path):
@@ -191,6 +217,7 @@ def test_what_is_wrong_is_told(run, exported, tmp_path, capsys):
         (("predict", str(run), "nowhere.png"), "files: nowhere.png is not a file"),
         (("predict", str(run), __file__), "is not a readable image"),
         (("predict", str(run), "a.png", "--top", "0"), "top: got 0"),
+        (("predict", str(exported), "a.png", "--weights", "last"), "weights: got 'last', but"),
     ]:
         assert cli.main(list(arguments)) == 2, arguments
         assert says in capsys.readouterr().err

@@ -213,6 +213,54 @@ def test_a_run_that_another_process_judges_is_waited_for(run, tmp_path, capsys, 
     assert (path / "evaluation/ema.json").exists()
 
 
+def test_a_run_that_another_sweep_has_begun_meanwhile_is_left_to_it(tmp_path, monkeypatch):
+    """Two sweeps wait for one warm-up, and then both would begin the run behind it."""
+    command = flags.parse_sweep(["ham", *TINY, "--out", str(tmp_path)])
+    (cell,) = cells("ham", command.settings, (0,))
+    path, begun = tmp_path / cell.name, []
+
+    def warm_up(worker, settings, epochs):
+        begun.append(RunFolder.create(path, cell.settings))
+        return tmp_path / "warm-up"  # of which nothing is copied
+
+    monkeypatch.setattr(sweep_command._Worker, "_warm_up", warm_up)
+    sweep_command._Worker(tmp_path, command, None)._begin(path, cell.settings)
+    assert len(begun) == 1
+    assert os.listdir(path) == ["config.toml"]
+    assert not list(tmp_path.glob(".*.begun"))
+
+
+def test_a_run_that_another_process_trains_is_not_called_failed(run, tmp_path, monkeypatch):
+    command = flags.parse_sweep(["ham", *TINY, "--out", str(tmp_path)])
+    (cell,) = cells("ham", command.settings, (0,))
+    path = tmp_path / cell.name
+    shutil.copytree(run, path)
+    RunFolder(path).set_status("running", 1, 3)
+    taken = contextlib.ExitStack()
+
+    def fails(worker, path, *arguments):
+        taken.enter_context(RunFolder(path).alone())
+        raise ValueError("this one cannot")
+
+    monkeypatch.setattr(sweep_command._Worker, "_run", fails)
+    with taken:
+        assert "this one cannot" in sweep_command._Worker(tmp_path, command, None).bring_to_end(cell)
+        assert RunFolder(path).status()["state"] == "running"
+
+
+@pytest.mark.parametrize(("launched", "expected"), [(1, ["--device", "cpu"]), (2, [])])
+def test_a_judgement_runs_where_the_training_did(run, tmp_path, monkeypatch, launched, expected):
+    command = flags.parse_sweep(["ham", *TINY, "--device", "cpu", "--attacks", "clean", "--out", str(tmp_path)])
+    (cell,) = cells("ham", command.settings, (0,))
+    shutil.copytree(run, tmp_path / cell.name)
+    calls = []
+    monkeypatch.setattr(sweep_command._Worker, "_run", lambda worker, path, *arguments: calls.append(arguments))
+    monkeypatch.setattr(sweep_command, "launched", lambda: launched)
+    assert sweep_command._Worker(tmp_path, command, None).bring_to_end(cell) == ""
+    (told,) = calls
+    assert [word for word in told if word in ("--device", "cpu")] == expected
+
+
 def test_the_runs_of_earlier_experiments_stay_on_record(tmp_path):
     sweep_command._note(tmp_path, "baseline", "a", "")
     sweep_command._note(tmp_path, "baseline", "b", "FAILED: no memory")

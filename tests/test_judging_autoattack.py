@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
@@ -200,6 +201,9 @@ def test_model_without_parameters_and_bf16(quick, capsys):
         result = ham.evaluate(Linear(), [(x, y)], ["clean", "autoattack"], eps=0.2, precision=precision)
         assert result["autoattack"].accuracy < result["clean"].accuracy == 1.0
     assert "device" not in capsys.readouterr().out
+    for attack in ("autoattack", "apgd"):
+        with pytest.raises(TypeError, match="x: got bfloat16; AutoAttack needs images and weights in float32"):
+            ham.evaluate(copy.deepcopy(robust_cnn()).bfloat16(), [(x.bfloat16(), y)], [attack], eps=0.2)
     model = robust_cnn()
     result = ham.evaluate(model, [batch()], ["autoattack"], eps=EPS, precision="bf16")
     assert result["autoattack"].accuracy < 1.0

@@ -87,18 +87,24 @@ def test_answers_are_the_classes_at_the_judged_examples(model, loader):
 
 
 def test_a_store_without_answers_stays_valid(model, loader, tmp_path):
-    """Its flags are not made anew, and the attack has no answers, also where some batches were added later."""
+    """Its flags are not made anew, and the attack has no answers, also where some batches were added later.
+
+    Nor did it tell the place and the seconds of each batch.
+    """
     store = tmp_path / "flags.json"
     with pytest.raises(Interrupt):
         judge(model, loader, ATTACKS, **HOW, store=store, progress=stop_after("pgd3", 16))
     body = json.loads(store.read_text())
     for entry in body["attacks"].values():
+        entry["seconds"] = 7.0 * len(entry["batches"])
         for batch in entry["batches"]:
-            del batch["answers"]
+            del batch["answers"], batch["at"], batch["seconds"]
     body.pop("sha256")
     store.write_text(json.dumps({"sha256": partial_results._digest(body), **body}))
     assert count_rows(model, loader, store) == (3 + 1) * (40 - 16)
     found = judge(model, loader, (*ATTACKS, "fgsm"), **HOW, store=store)
+    assert found["clean"]["seconds"] == 21.0
+    assert 7.0 < found["pgd3"]["seconds"] < 14.0
     assert ["answers" in found[name] for name in ("clean", "pgd3", "fgsm")] == [False, False, True]
 
 
@@ -184,6 +190,17 @@ def test_changed_images_are_judged_anew(model, loader, tmp_path):
     loader[1] = (loader[1][0][:10], loader[1][1][:10])
     assert count_rows(model, loader, store) == 5 * 10  # the one behind it is at its place, and as it was
     assert count_rows(model, loader[:1], store) == 0
+
+
+def test_a_look_at_fewer_images_or_in_other_batches_keeps_what_is_done(model, loader, tmp_path):
+    store = tmp_path / "flags.json"
+    with pytest.raises(Interrupt):
+        judge(model, loader, ATTACKS, **HOW, store=store, progress=stop_after("pgd3", 32))
+    few = [loader[0], (loader[1][0][:4], loader[1][1][:4])]
+    assert count_rows(model, few, store) == (1 + 4) * 4
+    halves = [half for x, y in loader for half in zip(x.split(8), y.split(8), strict=True)]
+    assert count_rows(model, halves, store) == ALL_ROWS
+    assert count_rows(model, loader, store) == 4 * 8
 
 
 @pytest.mark.parametrize(

@@ -272,3 +272,28 @@ def test_an_interval_beside_its_value_can_be_drawn(tmp_path):
     write_json(path, raw)
     report.build([run], tmp_path / "out")
     assert "worst_class_time" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_seed_counts_once(tmp_path):
+    """A copy, or a second run of a seed, would make the spread over seeds smaller than it is."""
+    kept = fake_run(tmp_path / "again", "pgd_at", seed=0, accuracy=ACCURACY | {"cw20": [0.4, 0.2]})
+    fake_run(tmp_path / "first", "pgd_at", seed=0, accuracy=ACCURACY)
+    fake_run(tmp_path / "other", "pgd_at", seed=1, accuracy=ACCURACY)
+    fine = [fake_run(tmp_path / f"tuned{i}", seed=0, settings={"run.weights": f"runs/{i}"}) for i in range(2)]
+    for run in fine:
+        write_json(run / "begun_with.json", {"run": "PGD-AT"})
+    (section,) = grouped([kept, tmp_path / "first", tmp_path / "other", *fine])
+    base, tuned = section.groups
+    assert [run.name for run in base.counted] == ["again", "other"]  # of the same seed the one judged by more
+    assert "Not in the means, since another run of the same seed is: first." in section.notes
+    assert len(tuned.counted) == 2  # of other first weights
+
+
+def test_adopted_models_of_one_name_count_by_their_weights(tmp_path):
+    runs = [fake_run(tmp_path / str(i), accuracy=ACCURACY, settings={"run.label": "Theirs"}) for i in range(3)]
+    for i, run in enumerate(runs):
+        write_json(run / "status.json", {"state": "adopted", "epoch": 0, "epochs": 0, "message": ""})
+        path = run / "evaluation/ema.json"
+        write_json(path, json.loads(path.read_text()) | {"checkpoint_sha256": "ab"[i > 0] * 64})
+    (section,) = grouped(runs)
+    assert [len(group.counted) for group in section.groups] == [2]

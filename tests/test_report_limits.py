@@ -173,7 +173,7 @@ def test_the_same_work_done_faster_is_ranked_but_is_not_what_the_method_gains(tm
 def test_too_few_images_a_class_judge_nothing(tmp_path):
     """One of 31 images weighs more than the 3.2 points of the claim."""
     for count, holds in ((62, None), (64, True)):
-        runs = pair(tmp_path / str(count))
+        runs = pair(tmp_path / str(count), ours=HAM | {"cw20": [0.5, 0.5]})
         judged_on(runs, "cw20", (count, count))
         page, section, _ = built(runs, tmp_path / f"out{count}")
         claims = {c["claim"]: c for c in section["claims"]}

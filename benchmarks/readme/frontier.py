@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ham_kernels.report.comparing.frontier import better
+from ham_kernels.report.comparing.over_seeds import half
 from ham_kernels.report.text_format import attack_title
 from readme import measured
 from readme.output import markdown
@@ -114,7 +115,7 @@ def _name(m: dict) -> str:
 
 
 def share(value: dict) -> str:
-    return f"{100 * value['mean']:.1f} ± {50 * (value['high'] - value['low']):.1f}"
+    return f"{100 * value['mean']:.1f} ± {100 * half(value):.1f}"
 
 
 def _promise(images: str, m: dict, base: dict) -> str:

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from .. import engine
+from ..common.files import write_atomically
 from ..models.named import OBJECT, is_architecture
 from ..models.weights import lay, read_weights
+from ..runs.config_file import to_toml
 from ..runs.folder import ADOPTED, RunFolder
 from ..runs.judge_settings import EvaluateSettings, JudgeSettings
 from ..runs.presets import preset
@@ -61,14 +63,15 @@ def adopt(
     data = ImageSettings(**told["data"])
     called = f"{OBJECT}:{type(model).__name__}"
     wanted = Adoption(
-        ModelSettings(called), out=Path(out), label=label or type(model).__name__, data=data,
+        ModelSettings(called), out=Path(out), label=label, data=data,
         attack=replace(base.attack, **told["attack"]), judge=replace(JudgeSettings(analyses=False), **told["judge"]),
     )  # fmt: skip
-    training = model.training
+    modes = [(m, m.training) for m in model.modules()]
     try:
         return adopt_as(wanted, model, quiet=True)
     finally:
-        model.train(training)
+        for m, training in modes:
+            m.training = training
 
 
 def adopt_as(wanted: Adoption, model: nn.Module | None = None, *, quiet: bool = False) -> Path:
@@ -96,7 +99,7 @@ def adopt_as(wanted: Adoption, model: nn.Module | None = None, *, quiet: bool = 
         "model": settings.model.name, "class": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()), **_file_facts(wanted.checkpoint),
     }  # fmt: skip
-    run = _folder(out, settings, model)
+    run = _folder(out, settings, model, named=bool(wanted.label))
     run.set_data_facts(facts, places)
     run.write_json("origin.json", origin)
     run.set_status(ADOPTED, 0, 0)
@@ -120,16 +123,22 @@ def _made(wanted: Adoption, settings: TrainSettings, facts: dict) -> tuple[Train
     return settings, model
 
 
-def _folder(out: Path, settings: TrainSettings, model: nn.Module) -> RunFolder:
-    """A new folder with the model's weights, or the one that holds the same."""
+def _folder(out: Path, settings: TrainSettings, model: nn.Module, named: bool) -> RunFolder:
+    """A new folder with the model's weights, or the one that holds the same, wherever its images lie by now."""
     state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     run = RunFolder(out)
     if (out / "config.toml").exists():
         if run.status()["state"] not in (ADOPTED, "new"):
             raise FileExistsError(f"out: {out} holds a training; give another folder")
         before = run.settings()
-        if any(getattr(before, section) != getattr(settings, section) for section in SECTIONS):
+        where = {name: getattr(settings.data, name) for name in ("path", "root", "download", "workers")}
+        begun = replace(before, data=replace(before.data, **where))
+        if not named:
+            settings = replace(settings, run=replace(settings.run, label=before.run.label))
+        if any(getattr(begun, section) != getattr(settings, section) for section in SECTIONS):
             raise ValueError(f"out: {out} was begun with other settings; give another folder, or remove it")
+        if begun != before:
+            write_atomically(out / "config.toml", to_toml(settings, SECTIONS).encode())
     else:
         run = RunFolder.create(out, settings, SECTIONS)
     if not run.checkpoints.newest_first():

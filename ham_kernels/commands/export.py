@@ -48,7 +48,7 @@ def export(wanted: Export) -> Path:
     about = about_of(run, kind, state) | {"judged": sorted(judged.get("attacks", {}))}
     files = {ABOUT: dumps(about, indent=1).encode() + b"\n"}
     files |= {name: text.encode() for name, text in _texts(wanted, about, judged, run).items()}
-    weights = {k: v.contiguous() for k, v in model.state_dict().items()}
+    weights = _apart({k: v.contiguous() for k, v in model.state_dict().items()})
     if wanted.names == "field":
         weights = to_theirs(model, weights)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +73,17 @@ def _write(formats: Sequence[str], model: nn.Module, weights: dict[str, Tensor],
         _save_program(model, about, folder / PROGRAM)
     if "onnx" in formats:
         _save_onnx(model, about, folder / "model.onnx")
+
+
+def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied weights, under each of their names, as copies: safetensors takes none that share memory."""
+    seen: set[int] = set()
+    for name, value in weights.items():
+        storage = value.untyped_storage().data_ptr()
+        if storage in seen:
+            weights[name] = value.clone()
+        seen.add(storage)
+    return weights
 
 
 def _judged(run: RunFolder, kind: str, digest: str) -> dict[str, Any]:
@@ -101,9 +112,20 @@ def about_of(run: RunFolder, kind: str, state: dict[str, Any]) -> dict[str, Any]
         "method": None if run.adopted else told.method.describe(told.warm_up.name),
         "label": told.run.label,
         "origin": json.loads(origin.read_text())["class"] if origin.exists() else None,
+        "begun_with": _begun_with(run),
+        "generated": facts.get("generated") is not None,
         "weights": {"kind": kind, "epoch": state["epoch"] or None, "checkpoint_sha256": state["sha256"]},
         "versions": provenance.versions(),
     }  # fmt: skip
+
+
+def _begun_with(run: RunFolder) -> dict[str, Any] | None:
+    """First weights that were not random: which file or folder, by name, and of a run its method and epochs."""
+    path = run.path / "begun_with.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    return {"weights": Path(found["weights"]).name, "run": found.get("run"), "epochs": found.get("epochs")}
 
 
 def _first_shape(told: TrainSettings, run: RunFolder) -> tuple[int, ...]:

@@ -66,7 +66,18 @@ def _settings(about: dict[str, Any], run: RunFolder) -> list[str]:
         f"{'AdamW' if o.optimizer == 'adamw' else f'momentum {o.momentum:g}'}, weight decay {o.weight_decay:g}, "
         f"augmentation {s.data.augment}.",
         f"Attack: K = {a.steps}, step {a.step_size:g}. {s.run.precision}, seed {s.run.seed}.",
+        *_first_weights(about),
     ]
+
+
+def _first_weights(about: dict[str, Any]) -> list[str]:
+    """What it began with, where that was not random."""
+    begun = about["begun_with"]
+    if begun is None:
+        return []
+    if begun["run"] is None:
+        return [f"It began with other weights ({begun['weights']}); how they were trained is not known here."]
+    return [f"It began with the weights of another training: {begun['run']}, {begun['epochs']} epochs in all before."]
 
 
 def _generated(run: RunFolder, facts: dict[str, Any]) -> list[str]:
@@ -140,18 +151,25 @@ def _limits(judged: dict[str, Any]) -> list[str]:
     return [*found, "- Accuracy differs from class to class: look at the worst one before you rely on the average."]
 
 
+def _additional_data(about: dict[str, Any]) -> bool | str:
+    known = about["method"] is not None and about["begun_with"] is None  # of other weights it is not told
+    return True if about["generated"] else (False if known else "")
+
+
 def robustbench_entry(about: dict[str, Any], judged: dict[str, Any]) -> dict[str, Any]:
-    """The fields of RobustBench's model_info; what is not known here, or of some of the images alone, is empty."""
+    """The fields of RobustBench's model_info; what is not known here, of some of the images alone, or found by a fast
+    search, is empty."""
 
     def of(attack: str) -> str:
         found = judged.get("attacks", {}).get(attack)
-        of_all = found is not None and found["n"] >= judged["images"]
+        of_all = found is not None and found["n"] >= judged["images"] and "search" not in found["settings"]
         return f"{100 * found['accuracy']['value']:.2f}" if of_all else ""
 
     eps = about["threat_model"]["eps"]
     per_255 = round(eps * 255, 6)
     return {
-        "link": "", "name": about["label"] or about["method"] or "", "authors": "", "additional_data": False,
+        "link": "", "name": about["label"] or about["method"] or "", "authors": "",
+        "additional_data": _additional_data(about),
         "number_forward_passes": 1, "dataset": about["dataset"], "venue": "", "architecture": about["model"],
         "eps": f"{per_255:g}/255" if about["threat_model"]["norm"] == "linf" else f"{eps:g}",
         "clean_acc": of("clean"), "reported": of("autoattack"), "autoattack_acc": of("autoattack"),

@@ -41,6 +41,8 @@ def predict(wanted: Predict) -> list[dict]:
 
 def _model(wanted: Predict, device: torch.device) -> tuple[Callable[[Tensor], Tensor], dict]:
     if (wanted.source / ABOUT).is_file():
+        if wanted.weights is not None:
+            raise ValueError(f"weights: got {wanted.weights!r}, but {wanted.source} is an export, which holds one kind")
         if not (wanted.source / PROGRAM).is_file():
             raise FileNotFoundError(f"source: {wanted.source} holds no {PROGRAM}; export it with --formats pt2")
         held = {ABOUT: ""}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,11 +114,15 @@ class _Worker:
                 self._run(path, "train", "--resume", str(path), "--quiet")
             search = ["--search", self.wanted.search]
             asked = ["--masking-images", str(self.wanted.masking_images)] if self.wanted.masking else ["--no-masking"]
-            self._run(path, "evaluate", str(path), "--attacks", *self.wanted.attacks, *search, *asked, "--quiet")
+            # under torchrun each process has a GPU of its own already
+            device = ["--device", cell.settings.run.device] if launched() == 1 else []
+            how = [*search, *device, *asked, "--quiet"]
+            self._run(path, "evaluate", str(path), "--attacks", *self.wanted.attacks, *how)
         except (OSError, ValueError, RuntimeError) as error:
-            # A judgement that failed takes nothing from a training that is finished.
-            if (path / "config.toml").exists() and RunFolder(path).status()["state"] != "finished":
-                RunFolder(path).mark_failed(str(error))
+            # A judgement that failed takes nothing from a training that is finished, nor from one of another sweep.
+            run = RunFolder(path)
+            if (path / "config.toml").exists() and run.status()["state"] != "finished" and not run.busy():
+                run.mark_failed(str(error))
             return f"FAILED: {error}"
         return ""
 
@@ -132,27 +137,32 @@ class _Worker:
             time.sleep(1)
 
     def _begin(self, path: Path, settings: TrainSettings) -> None:
-        """A new run, behind the warm-up where that can be shared."""
-        if path.exists():
-            raise FileExistsError(f"out: {path} is there and holds no run; move it away")
-        if not (self.wanted.share_warmup and _starts_behind_pgd_at(settings)):
-            RunFolder.create(path, settings)
-            return
-        warm_up = self._warm_up(settings, settings.method.start_epoch - 1)
-        aside = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        RunFolder.create(aside, settings)
-        if (warm_up / "checkpoints").exists():
-            shutil.copytree(warm_up / "checkpoints", aside / "checkpoints")
-        shutil.copy(warm_up / "environment.json", aside)
-        aside.replace(path)
+        """A new run, behind the warm-up where that can be shared; none where another sweep was faster."""
+        shares = self.wanted.share_warmup and _starts_behind_pgd_at(settings)
+        warm_up = self._warm_up(settings, settings.method.start_epoch - 1) if shares else None
+        with _alone(self.folder):
+            if (path / "config.toml").exists():
+                return
+            if path.exists():
+                raise FileExistsError(f"out: {path} is there and holds no run; move it away")
+            if warm_up is None:
+                RunFolder.create(path, settings)
+                return
+            aside = path.with_name(f".{path.name}.begun")
+            shutil.rmtree(aside, ignore_errors=True)  # of a killed process
+            RunFolder.create(aside, settings)
+            if (warm_up / "checkpoints").exists():
+                shutil.copytree(warm_up / "checkpoints", aside / "checkpoints")
+            shutil.copy(warm_up / "environment.json", aside)
+            aside.replace(path)
 
     def _warm_up(self, settings: TrainSettings, epochs: int) -> Path:
         """The run that the others of this seed start from: the warm-up alone."""
         path = _warm_up_folder(self.folder, settings)
         self._wait_until_free(path)
-        if not (path / "config.toml").exists():
-            RunFolder.create(path, _warm_up_settings(settings))
+        with _alone(self.folder):
+            if not (path / "config.toml").exists():
+                RunFolder.create(path, _warm_up_settings(settings))
         if RunFolder.open(path).status()["epoch"] < epochs:
             self._run(path, "train", "--resume", str(path), "--until-epoch", str(epochs), "--quiet")
         if (done := RunFolder.open(path).status()["epoch"]) != epochs:
@@ -262,6 +272,12 @@ def _check_for_all(wanted: Sweep) -> None:
     model_of(settings, len(images.classes), images.channels)
 
 
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """Inside, no other process of this sweep, nor another sweep of the folder, begins a run or notes how one ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return RunFolder(folder).alone(".sweep.lock", patience=math.inf)
+
+
 def _outcome(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
     """How the runs of the folder ended so far, and what went wrong: {name: state}, {name: problem}."""
     path = folder / "sweep.json"
@@ -276,7 +292,7 @@ def _outcome(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
 
 def _note(folder: Path, experiment: str, name: str, problem: str) -> None:
     """One more run in sweep.json, at once: a run that failed before it had a folder is named nowhere else."""
-    with RunFolder(folder).alone(".sweep.lock") if launched() > 1 else nullcontext():
+    with _alone(folder):
         runs, problems = _outcome(folder)
         runs[name] = "failed" if problem else "finished"
         problems.pop(name, None)

@@ -145,6 +145,18 @@ TROUBLES: dict[str, Trouble] = {
         "The method's published course is longer than this training, and it names an epoch of that course.",
         "give a lower {field}",
     ),
+    "same_epoch_again": Trouble(
+        "epoch: a second pass over this loader gives the order and augmentation of the first, those of epoch {epoch}",
+        "A loader's batches depend on its seed and its epoch alone, so that a training can go on where it was; `fit` "
+        "tells it the epoch.",
+        "call loader.set_epoch(e) before each pass in a loop of your own",
+    ),
+    "starts_later": Trouble(
+        "start_epoch: is {first}; this call of fit trains one epoch, by the warm-up, and {method} begins in epoch "
+        "{first}",
+        "A loop of one `fit` per epoch reaches it; one call for a short training does not.",
+        "give a lower start_epoch where the training is short",
+    ),
     "gate_without_validation": Trouble(
         "gate: is {gate:g}, and there are no validation images to judge by; the weight average takes all updates",
         "A gated average needs the worst class of validation images after each epoch.",

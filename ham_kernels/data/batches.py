@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..common import checks
+from ..common import checks, troubles
+from .sets import check_images
 from .table import AUGMENTATIONS
 
 PAD = 4  # pixels of zeros around an image that is cropped
@@ -67,10 +68,12 @@ class EpochLoader:
         self.rank = checks.integer("rank", rank, 0, self.world - 1)
         self.epoch = 0
         self._position = 0
+        self._passes: int | None = 0  # whole ones, as long as nobody has told an epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration gives."""
+        """The epoch that the next iterations give."""
         self.epoch = checks.integer("epoch", epoch, 0)
+        self._passes = None
 
     def set_position(self, batches: int) -> None:
         """The next iteration (only that one) starts after so many global batches of its epoch, without making them."""
@@ -82,7 +85,14 @@ class EpochLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         first, self._position = self._position, 0
-        return self._batches(range(first, len(self)), self.epoch)
+        if self._passes == 1 and (self.shuffle or self.balanced):
+            troubles.warn("same_epoch_again", epoch=self.epoch)
+        return self._counted(self._batches(range(first, len(self)), self.epoch))
+
+    def _counted(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from batches
+        if self._passes is not None:
+            self._passes += 1
 
     def turns(self, turn: int, of: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Global batches turn, turn + of, ... of the epoch; the others are not made."""
@@ -171,6 +181,7 @@ class Batches(EpochLoader):
         self, x: Tensor, y: Tensor, batch_size: int, *, shuffle: bool, balanced: bool = False, augment: str = "none",
         seed: int = 0, device: torch.device | str = "cpu", rank: int = 0, world: int = 1,
     ):  # fmt: skip
+        check_images("x", x, "y", y)
         super().__init__(y, batch_size, seed, shuffle, balanced, rank, world)
         self.augment = checks.choice("augment", augment, AUGMENTATIONS)
         self.device = torch.device(device)

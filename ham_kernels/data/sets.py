@@ -115,11 +115,7 @@ class ImageSet(_Parts):
     def __post_init__(self):
         for part in self.counts:
             x, y = self.part(part)
-            if x.dtype != torch.uint8 or x.dim() != 4:
-                raise TypeError(
-                    f"x_{part}: got {x.dtype} of shape {tuple(x.shape)}; it must be uint8 (n, channels, height, width)"
-                )
-            _same_length(f"y_{part}", x, y)
+            check_images(f"x_{part}", x, f"y_{part}", y)
 
     @property
     def channels(self) -> int:
@@ -147,7 +143,7 @@ class FileSet(_Parts):
     def __post_init__(self):
         checks.integer("size", self.size, 1)
         for part in self.counts:
-            _same_length(f"y_{part}", *self.part(part))
+            check_labels(f"y_{part}", *self.part(part))
 
     @property
     def channels(self) -> int:
@@ -169,9 +165,21 @@ def stratified(y: Tensor, count: int | None, seed: int) -> Tensor:
     return by_class[even].sort().values
 
 
-def _same_length(name: str, images: Sequence, labels: Tensor) -> None:
-    if labels.dtype != torch.int64 or labels.shape != (len(images),):
+def check_images(images: str, x: Tensor, labels: str, y: Tensor) -> None:
+    """Raises: TypeError, ValueError naming `images` or `labels` where x is not uint8 (n, C, H, W), y not int64 (n,)."""
+    for name, value in ((images, x), (labels, y)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: got {type(value).__name__}; it must be a tensor")
+    if x.dtype != torch.uint8 or x.dim() != 4:
+        raise TypeError(
+            f"{images}: got {x.dtype} of shape {tuple(x.shape)}; it must be uint8 (n, channels, height, width)"
+        )
+    check_labels(labels, x, y)
+
+
+def check_labels(labels: str, x: Sequence, y: Tensor) -> None:
+    """Raises: ValueError naming `labels` where y is not int64 (n,), as many as images."""
+    if y.dtype != torch.int64 or y.shape != (len(x),):
         raise ValueError(
-            f"{name}: got {labels.dtype} of shape {tuple(labels.shape)}; it must be int64 ({len(images)},), "
-            "one label per image"
+            f"{labels}: got {y.dtype} of shape {tuple(y.shape)}; it must be int64 ({len(x)},), one label per image"
         )

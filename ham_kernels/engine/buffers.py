@@ -26,27 +26,32 @@ class LastWrite:
 
 
 class Buffers:
-    """The buffers of these modules as they are now, copied with one launch per dtype, but for those that note rows."""
+    """The buffers of a model and of `memories` as they are now, copied with one launch per dtype, but for those that
+    note rows."""
 
-    def __init__(self, *tops: nn.Module):
-        self._modules = [m for top in tops for m in top.modules()]
-        noted = {(m, name): rows for m in self._modules for name, rows in getattr(m, "rows_written", {}).items()}
+    def __init__(self, model: nn.Module, *memories: nn.Module):
+        self._memories = [m for memory in memories for m in memory.modules()]
+        modules = [*model.modules(), *self._memories]
+        noted = {(m, name): rows for m in modules for name, rows in getattr(m, "rows_written", {}).items()}
         self._noted = [(rows, rows.writes) for rows in noted.values()]
-        self._slots = [(m, name, b) for m in self._modules for name, b in m._buffers.items() if b is not None]
+        self._slots = [(m, name, b) for m in modules for name, b in m._buffers.items()]
         # a view that repeats its memory cannot be written in place, so that it cannot have moved either
-        copied = [b for m, name, b in self._slots if (m, name) not in noted]
+        copied = [b for m, name, b in self._slots if b is not None and (m, name) not in noted]
         self._here = [b for b in copied if b.numel() < 2 or 0 not in b.stride()]
         self._values = [torch.empty_like(b) for b in self._here]
         _copy(self._values, self._here)
 
     def undo(self) -> None:
-        """Puts back values, tensors that a forward has replaced, and removes buffers that are new since."""
+        """Puts back values, and tensors that a forward has replaced. A memory loses buffers that are new since.
+
+        A model keeps those: it may have noted elsewhere that it has them.
+        """
         known = {(m, name) for m, name, _ in self._slots}
-        for m in self._modules:
-            for name in [name for name, b in m._buffers.items() if b is not None and (m, name) not in known]:
+        for m in self._memories:
+            for name in [name for name in m._buffers if (m, name) not in known]:
                 del m._buffers[name]
         for m, name, b in self._slots:
-            if m._buffers[name] is not b:
+            if m._buffers.get(name, b) is not b:
                 m._buffers[name] = b
         _copy(self._here, self._values)
         for rows, writes in self._noted:

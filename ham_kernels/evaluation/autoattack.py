@@ -157,6 +157,11 @@ def _plain(model: nn.Module, precision: str) -> Logits:
 
 
 def _check_problem(x: Tensor, classes: int, pgd: PGD) -> None:
+    if x.dtype != torch.float32:
+        raise TypeError(
+            f"x: got {str(x.dtype).removeprefix('torch.')}; AutoAttack needs images and weights in float32, and "
+            'precision="bf16" where the model is to be judged in bf16'
+        )
     if x.dim() != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}; AutoAttack needs images (n, channels, height, width)")
     if classes < 2:

@@ -37,9 +37,11 @@ class FlagStore:
             self._entries = self._read()
 
     def entry(self, settings: dict) -> dict:
-        """{"settings", "seconds", "batches": [{"data": fingerprint, "correct": "101...", ...}]}, filled in place."""
-        fresh = {"settings": settings, "seconds": 0.0, "batches": []}
-        return self._entries.setdefault(_digest(settings), fresh)
+        """{"settings", "batches": [{"at": which batch, "data": fingerprint, "correct": "101...", "seconds", ...}]}.
+
+        Filled in place; batches of other images, or of another size, stay in it.
+        """
+        return self._entries.setdefault(_digest(settings), {"settings": settings, "batches": []})
 
     def save(self, *, now: bool = False) -> None:
         """Writes the file: at once, or when the last time is a few seconds ago."""
@@ -61,7 +63,14 @@ class FlagStore:
             reason = str(error) or type(error).__name__
             troubles.warn("damaged_store", category=StoreWarning, path=self.path, reason=reason)
             return {}
-        return body["attacks"] if body["identity"] == self.identity else {}
+        if body["identity"] != self.identity:
+            return {}
+        for entry in body["attacks"].values():
+            before = entry.pop("seconds", 0.0) / max(len(entry["batches"]), 1)  # of all, in stores of before
+            for at, batch in enumerate(entry["batches"]):
+                batch.setdefault("at", at)
+                batch.setdefault("seconds", before)
+        return body["attacks"]
 
 
 def fingerprint_of_model(model: nn.Module) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,44 +110,49 @@ class _Run:
         if self.ranks.several:
             entry.update(self.ranks.from_first(entry))
         try:
-            self._fill(entry, plan)
+            found = self._filled(entry["batches"], plan)
         finally:
             self.shelf.save(now=True)
-        correct = "".join(batch["correct"] for batch in entry["batches"])
-        told = [batch["answers"] for batch in entry["batches"] if "answers" in batch]  # stores of before have none
-        answers = {"answers": " ".join(told)} if len(told) == len(entry["batches"]) else {}
-        no_gradient = sum(batch.get("no_gradient", 0) for batch in entry["batches"])
+        correct = "".join(batch["correct"] for batch in found)
+        told = [batch["answers"] for batch in found if "answers" in batch]  # stores of before have none
+        answers = {"answers": " ".join(told)} if len(told) == len(found) else {}
+        no_gradient = sum(batch.get("no_gradient", 0) for batch in found)
         tell_no_gradient({plan.name: no_gradient}, len(correct))
-        lost = sum((Counter(batch.get("lost", {})) for batch in entry["batches"]), Counter())
+        lost = sum((Counter(batch.get("lost", {})) for batch in found), Counter())
+        seconds = sum(batch["seconds"] for batch in found)
         return {
-            "settings": settings, "n": len(correct), "seconds": entry["seconds"], "correct": correct,
-            **answers, "no_gradient": no_gradient, **({"lost": dict(lost)} if plan.of_autoattack else {}),
+            "settings": settings, "n": len(correct), "seconds": seconds, "correct": correct, **answers,
+            "no_gradient": no_gradient, **({"lost": dict(lost)} if plan.of_autoattack else {}),
             **as_json(intervals(np.frombuffer(correct.encode(), np.uint8) == ord("1"), self.labels, self.classes)),
         }  # fmt: skip
 
-    def _fill(self, entry: dict, plan: Plan) -> None:
-        """Flags of every batch: those of the store where they fit, and new ones."""
-        done, order, labels, images = entry["batches"], [], [], 0
+    def _filled(self, kept: list[dict], plan: Plan) -> list[dict]:
+        """Flags of every batch: those kept where they fit, and new ones, which are kept too.
+
+        Noise is by the number of a batch, so that flags are of one batch at one place.
+        """
+        known = {(batch["at"], batch["data"]): batch for batch in kept}
+        found, labels, images = [], [], 0
         with judged(self.model, self.search):
             mine = batches(self.loader, self.device, self.ranks)
-            while told := self._turn(mine, plan, done, len(order)):
-                for data, y, found, seconds in told:
-                    b = len(order)
-                    if found is not None:
-                        done[b : b + 1] = [{"data": data, **found}]
-                        entry["seconds"] = (entry["seconds"] if b else 0.0) + seconds
+            while told := self._turn(mine, plan, known, len(found)):
+                for data, y, flags, seconds in told:
+                    at = len(found)
+                    if flags is not None:
+                        known[at, data] = {"at": at, "data": data, "seconds": seconds, **flags}
+                        kept.append(known[at, data])
                         self.shelf.save()
-                    order.append(data)
+                    found.append(known[at, data])
                     labels.append(y)
                     images += len(y)
                     if self.progress is not None:
                         self.progress(plan.name, images, self.images)
-        del done[len(order) :]
-        if self.order is not None and len(order) != len(self.order):
+        if self.order is not None and len(found) != len(self.order):
             raise _changed()
-        self.order, self.labels, self.images = order, torch.cat(labels), images
+        self.order, self.labels, self.images = [batch["data"] for batch in found], torch.cat(labels), images
+        return found
 
-    def _turn(self, mine: Iterator, plan: Plan, done: list[dict], so_far: int) -> list[_Told]:
+    def _turn(self, mine: Iterator, plan: Plan, known: Mapping[tuple[int, str], dict], so_far: int) -> list[_Told]:
         """Of the next batches, one of each process, in their order; [] behind the last."""
         told = None
         with Meeting(self.ranks, self.device, what="the judgement of these batches") as meeting:
@@ -156,7 +161,7 @@ class _Run:
                 data, start, found = fingerprint_of_batch(x, y), time.perf_counter(), None
                 if self.order is not None and self.order[b : b + 1] != [data]:
                     raise _changed()
-                if b >= len(done) or done[b]["data"] != data:
+                if (b, data) not in known:
                     found = self._flags(x, y, plan, b)
                 # together they take as long as one of them
                 told = data, y.cpu(), found, (time.perf_counter() - start) / self.ranks.world

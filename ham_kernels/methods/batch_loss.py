@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakSet
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..attack.pgd import PGD, draw_seed
 from ..common import checks, troubles
 from ..distributed import Meeting, inner_model, ranks_of
-from ..engine import look_once
+from ..engine import look_once, update_mode
 from .ham import HAM
 from .mining import place_of
 from .objective import Objective
@@ -41,8 +42,8 @@ def loss(
             Accelerate's, Fabric's) then takes the mean of their gradients, which is that of the whole batch. The seed
             is that of process 0. An `Objective` has its own.
     Returns: 0-dim loss. The attack runs in eval mode and on the model inside a wrapper, the loss in the mode that the
-        model is in. Where no row is left to train on, the loss is 0 and so is every gradient. `start_epoch` has no
-        effect.
+        model is in; of one row that is left BatchNorm takes no statistics, but uses its running ones. Where no row is
+        left to train on, the loss is 0 and so is every gradient. `start_epoch` has no effect.
     Raises: TypeError, ValueError naming the argument.
     """
     inner = inner_model(model)
@@ -84,7 +85,8 @@ def loss(
             (p.sum() * 0.0 for p in model.parameters() if p.requires_grad),
             torch.zeros((), device=x.device, requires_grad=True),
         )
-    return objective.loss(model, examples)
+    with update_mode(inner, freeze_bn=True) if examples.without_statistics and inner.training else nullcontext():
+        return objective.loss(model, examples)
 
 
 def ham_loss(

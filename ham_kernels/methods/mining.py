@@ -114,6 +114,11 @@ class Examples:
         return weights
 
     @property
+    def without_statistics(self) -> bool:
+        """Whether BatchNorm has one row alone to take them of."""
+        return (self.everywhere.n_kept if self.ranks.several else self.n_forward) == 1
+
+    @property
     def n_kept(self) -> int:
         """Rows in the loss: the hard ones and those that round_to adds; all where easy rows stop or jump."""
         return self.y.shape[0]

@@ -112,8 +112,9 @@ def errors_say_where(epoch: int, done: int, batches: int) -> Iterator[None]:
 
 def rest_of_epoch(loader: Iterable, epoch: int, done: int) -> Iterator:
     """The batches of an epoch behind the first `done`."""
-    if hasattr(loader, "set_epoch"):
-        loader.set_epoch(epoch)
+    for part in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        if hasattr(part, "set_epoch"):  # DistributedSampler; a DataLoader has none of its own
+            part.set_epoch(epoch)
     if hasattr(loader, "set_position"):
         loader.set_position(done)
         return iter(loader)

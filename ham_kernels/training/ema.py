@@ -6,10 +6,12 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 
 class WeightAverage:
-    """avg += (1 - d) * (model - avg) after each update, BatchNorm statistics included.
+    """avg += (1 - d) * (model - avg) after each update, of parameters and BatchNorm's statistics; other buffers are
+    the model's.
 
     After update t (from 1) d is the smaller of `decay` and (1 + t) / (10 + t), so that the average forgets the weights
     that it started from, also in a short training. torch's AveragedModel keeps its counter on the device and reads it
@@ -21,6 +23,12 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
         self.updates: int | None = 0  # None: a state of before, whose average never had a lower decay
+        half = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} & {"bfloat16", "float16"}
+        if half:
+            raise ValueError(
+                f"ema_decay: got {decay:g}, but weights are {', '.join(half)}, too coarse for the small steps of an "
+                "average; keep them in float32 and train with precision='bf16', or give ema_decay=None"
+            )
         try:
             self.model = _copy_of(model)
             self._follow(model, 0.0)  # what would fail after an update fails now
@@ -46,12 +54,18 @@ class WeightAverage:
 
     @torch.no_grad()
     def _follow(self, model: nn.Module, share: float) -> None:
-        pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
-        floats = [(a, b) for a, b in pairs if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], share)
-        for a, b in pairs:
-            if not a.is_floating_point():  # counters
-                a.copy_(b)
+        averaged = list(zip(self.model.parameters(), model.parameters(), strict=True))
+        ours = dict(self.model.named_modules(remove_duplicate=False))
+        for place, theirs in model.named_modules():
+            for name, b in theirs._buffers.items():
+                a = ours[place]._buffers.get(name)
+                if b is None or a is None or a.shape != b.shape:  # forwards may make buffers, or make them anew
+                    ours[place]._buffers[name] = None if b is None else b.clone()
+                elif isinstance(theirs, _NormBase) and b.is_floating_point():
+                    averaged.append((a, b))
+                else:
+                    a.copy_(b)
+        torch._foreach_lerp_([a for a, _ in averaged], [b for _, b in averaged], share)
 
 
 def _copy_of(model: nn.Module) -> nn.Module:
@@ -66,7 +80,3 @@ def _copy_of(model: nn.Module) -> nn.Module:
             if b is not None and any(k == 0 for k in b.stride()):
                 m._buffers[name] = b.clone(memory_format=torch.contiguous_format)
     return copied
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    return [*model.parameters(), *model.buffers()]

@@ -19,11 +19,15 @@ def check_fit(trainer: Trainer, train_loader, epochs: int, val_loader, scheduler
     if epochs <= trainer.epoch:
         raise ValueError(f"epochs: got {epochs}, but {trainer.epoch} are done; it is the total to train up to")
     method = trainer.method
+    one_by_one = epochs == trainer.epoch + 1  # perhaps of a loop of one `fit` per epoch, which tells not where it ends
     if trainer.phases.starts_late and method.start_epoch > epochs:
-        raise ValueError(
-            f"start_epoch: is {method.start_epoch}, beyond epochs={epochs}, so {method.name} would never "
-            "start; lower it, or train by the method of the warm-up"
-        )
+        if not one_by_one:
+            raise ValueError(
+                f"start_epoch: is {method.start_epoch}, beyond epochs={epochs}, so {method.name} would never "
+                "start; lower it, or train by the method of the warm-up"
+            )
+        if trainer.position == (1, 0):
+            troubles.warn("starts_later", first=method.start_epoch, method=method.title)
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise TypeError(
             "scheduler: is a ReduceLROnPlateau, which wants a metric; step it in on_epoch_end, such as "
@@ -43,24 +47,24 @@ def check_fit(trainer: Trainer, train_loader, epochs: int, val_loader, scheduler
                 f"val_loader: is an iterator, which is spent after one of {passes} passes; give a list or a DataLoader"
             )
     for kind, last in ((trainer.phases.warm_up, min(method.start_epoch - 1, epochs)), (method, epochs)):
-        for name, first, until in kind.begins():
+        for name, first, until in kind.begins() if not (one_by_one and trainer.epoch) else ():
             if 0 < last < first:
                 troubles.warn("never_begins", field=name, first=first, method=kind.title, epochs=last, until=until)
     if method.gate and trainer.average is not None and val_loader is None:
         troubles.warn("gate_without_validation", gate=method.gate)
-    _check_average(trainer, train_loader, epochs)
+    if trainer.average is not None and not one_by_one:
+        _check_average(trainer, train_loader, epochs)
 
 
 def _check_average(trainer: Trainer, train_loader, epochs: int) -> None:
-    """Warns where the training ends before its weight average is as slow as it was asked to be.
-
-    A loop of one `fit` per epoch does not tell where it ends.
-    """
-    if trainer.average is None or not hasattr(train_loader, "__len__") or epochs == trainer.epoch + 1:
+    """Warns where the training ends before its weight average is as slow as it was asked to be."""
+    try:
+        batches = len(train_loader)
+    except TypeError:  # none, or a DataLoader's over an IterableDataset
         return
     group = trainer.method.group if trainer.method.group_updates == "one" else 1
     decay = trainer.average.decay
-    updates, span = epochs * len(train_loader) * trainer.method.replays // group, 1 / (1 - decay)
+    updates, span = epochs * batches * trainer.method.replays // group, 1 / (1 - decay)
     if updates < span:
         troubles.warn("short_for_its_average", decay=decay, span=round(span), updates=updates)
 

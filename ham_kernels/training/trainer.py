@@ -121,6 +121,7 @@ class Trainer:
         self.steps_done = 0  # names the noise of the next step
         self.history: list[EpochReport] = []
         self._running: RunningEpoch | None = None  # the epoch under way
+        self._own_epoch: int | None = None  # under way outside fit
         self._told = False  # of an attack without a gradient
 
     @property
@@ -149,8 +150,8 @@ class Trainer:
     def train_step(self, x: Tensor, y: Tensor, epoch: int) -> StepReport:
         """One update from a batch on the model's device: x (n, C, H, W) in [0, 1], y (n,) int64; epoch is 1-based.
 
-        Only `fit` watches one-step methods for overfitting, and tells a method of the end of an epoch. Of several
-        processes each gives its own rows, and all call this together.
+        With the first batch of a later epoch the one before has ended, as the method is then told. Only `fit` watches
+        one-step methods for overfitting. Of several processes each gives its own rows, and all call this together.
         """
         return self.train_group([(x, y)], epoch)[0]
 
@@ -161,7 +162,16 @@ class Trainer:
         Where a later update of a group raises, the earlier ones have been made.
         """
         checks.integer("epoch", epoch, 1)
-        return self._train(batches, epoch, self._feed.rows_of(batches))
+        rows = self._feed.rows_of(batches)
+        self._end_own_epoch(before=epoch)
+        self._own_epoch = epoch
+        return self._train(batches, epoch, rows)
+
+    def _end_own_epoch(self, before: int) -> None:
+        """Tells the method that the caller's own epoch has ended, where one earlier than `before` is under way."""
+        if self._own_epoch is not None and self._own_epoch < before:
+            self.phases.objective(self._own_epoch).end_epoch(EpochEnd(self._own_epoch, self.model, None, None))
+            self._own_epoch = None
 
     def _train(self, batches: Sequence[tuple[Tensor, Tensor]], epoch: int, rows: Sequence[float]) -> list[StepReport]:
         objective = self.phases.objective(epoch)
@@ -231,6 +241,7 @@ class Trainer:
         check_fit(self, train_loader, epochs, val_loader, scheduler, val_attacks)
         if self.position == (1, 0) and val_loader is not None and self.phases.objective(1).method.gate:
             self._averages = False  # until an epoch has opened it
+        self._end_own_epoch(before=self.epoch + 1)
         while self.epoch < epochs:
             report = self._train_epoch(train_loader, self.epoch + 1, on_batch_end)
             if val_loader is not None:
@@ -337,6 +348,7 @@ class Trainer:
             "loss_scale": self._update.state_dict(),
             **self.phases.state_dict(),
             "epoch": self.epoch,
+            "own_epoch": self._own_epoch,
             "steps_done": self.steps_done,
             "running": None if self._running is None else self._running.to_dict(),
             "history": [report.to_dict() for report in self.history],
@@ -365,7 +377,7 @@ class Trainer:
             self.average.updates = state.get("ema_updates")
         self._averages = state.get("averages", True)
         self._update.load_state_dict(state.get("loss_scale"))
-        self.epoch, self.steps_done = state["epoch"], state["steps_done"]
+        self.epoch, self.steps_done, self._own_epoch = state["epoch"], state["steps_done"], state.get("own_epoch")
         self._running, self.history = running, history
 
 

@@ -39,8 +39,7 @@ class Updater:
 
     def __call__(self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool) -> float:
         """Returns the loss. Raises: NonFiniteError; parameters and optimiser are then as before, buffers have moved."""
-        rows = examples.everywhere.n_kept if objective.ranks.several else examples.n_forward
-        freeze_bn = freeze_bn or rows == 1  # one row has no statistics of its own
+        freeze_bn = freeze_bn or examples.without_statistics
 
         def gradients(parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
             moved = Buffers(model, objective)
@@ -78,15 +77,20 @@ class Updater:
             if not math.isfinite(size) and not all(bool(g.isfinite().all()) for g in _gradients_of(model)):
                 raise troubles.error("weight_gradient_not_finite", NonFiniteError, loss=value)
         except BaseException:
-            self.optimizer.zero_grad(set_to_none=True)
+            self._drop_gradients(model)
             raise
         return value
+
+    def _drop_gradients(self, model: nn.Module) -> None:
+        """Those of weights that the optimiser does not hold too: they would add up, and one NaN would stay."""
+        self.optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
 
     def _eager(
         self, model: nn.Module, objective: Objective, examples: Examples, freeze_bn: bool
     ) -> Callable[[], list[float]]:
         with self._forward(model, self._through or model, objective, examples, freeze_bn) as (loss, of_batch):
-            self.optimizer.zero_grad(set_to_none=True)
+            self._drop_gradients(model)
             self._scaled(loss).backward()
         if not any(p.grad is not None for group in self.optimizer.param_groups for p in group["params"]):
             raise troubles.error("nothing_to_train")
@@ -136,7 +140,7 @@ class Updater:
         try:
             return graphs.kept(key, make).update(examples)
         except CaptureError as error:
-            self.optimizer.zero_grad(set_to_none=True)
+            self._drop_gradients(model)
             self._engine.give_up("cuda_graphs", str(error))
             return None
 

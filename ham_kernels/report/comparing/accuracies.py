@@ -30,7 +30,7 @@ def accuracies(group: Group, weights: str) -> dict[str, Any]:
     return out
 
 
-def relate(group: dict, base: dict, attack: str | None, pairs: dict[tuple, dict]) -> None:
+def relate(group: dict, base: dict, attack: str | None, by_image: dict[tuple, dict]) -> None:
     """What a group gains and loses against the baseline, for the same weights."""
     if group["time"]["mean"] is not None and base["time"]["mean"] and group["finished"] and base["finished"]:
         group["relative_time"] = group["time"]["mean"] / base["time"]["mean"]
@@ -41,7 +41,7 @@ def relate(group: dict, base: dict, attack: str | None, pairs: dict[tuple, dict]
         group["differences"] = [
             difference(a, b, by_seed) for a, b in zip(ours["per_class"], theirs["per_class"], strict=True)
         ]
-        if found := pairs.get((group["title"], group["weights"], attack)):
+        if found := by_image.get((group["title"], group["weights"], attack)):
             for gain, ends in zip(group["differences"], found["per_class"], strict=True):
                 gain |= dict(zip(("low", "high"), ends or (None, None), strict=True))
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..reading.evaluations import WEIGHTS
 from ..text_format import attack_title
 from .comparable import judged_unlike, threads_of, unlike
-from .over_seeds import difference, mean_interval
+from .over_seeds import difference, interval_of_difference, interval_of_ratio, mean_interval, pairs
 
 TIME, WORST, STD = -0.45, 0.032, -0.22  # share of the time, accuracy, share of the std over classes
 ROUNDING = 1e-9  # a gain of exactly 3.2 points holds
@@ -19,11 +19,11 @@ EASY_M, EASY_STAY = 3, 0.75  # of the examples that resist M = 3 steps, the shar
 
 EpochSeconds = Mapping[str, Sequence[Sequence[tuple[int, float | None, float | None]]]]  # {title: of each run: (epoch,
 # seconds by the clock, seconds of CPU)}
-Pairs = Mapping[tuple[str, str, str], Mapping[str, Any]]  # {(title, weights, attack): see `paired`}
+ByImage = Mapping[tuple[str, str, str], Mapping[str, Any]]  # {(title, weights, attack): see `paired`}
 
 
 def claims(
-    groups: Sequence[dict[str, Any]], attacks: Sequence[str], seconds: EpochSeconds, pairs: Pairs
+    groups: Sequence[dict[str, Any]], attacks: Sequence[str], seconds: EpochSeconds, by_image: ByImage
 ) -> list[dict[str, Any]]:
     """For each group that mines hard rows: {"group", "claim", "measured", "value", "seeds", "holds"}.
 
@@ -40,7 +40,7 @@ def claims(
         elif any(g["weights"] in g["one_class"] for g in (group, base)):
             found = [_entry("all", "not judged: a model answers one class for nearly all images", None, None, 0)]
         else:
-            found = [*_times(group, base, seconds), *_fairness(group, base, attacks, pairs)]
+            found = [*_times(group, base, seconds), *_fairness(group, base, attacks, by_image)]
         out += [{"group": group["title"], **entry} for entry in found]
     return out
 
@@ -106,7 +106,7 @@ def verdict(
     return (mean <= limit + ROUNDING if below else mean >= limit - ROUNDING), ""
 
 
-def _fairness(group: dict, base: dict, attacks: Sequence[str], pairs: Pairs) -> list[dict]:
+def _fairness(group: dict, base: dict, attacks: Sequence[str], by_image: ByImage) -> list[dict]:
     """Worst class and std over classes, for each kind of weights and each attack that both were judged with.
 
     A method that changes the scale of the logits can gain under one attack and lose under another.
@@ -122,15 +122,17 @@ def _fairness(group: dict, base: dict, attacks: Sequence[str], pairs: Pairs) -> 
     out = []
     for weights, attack in both:
         ours, theirs = (g["accuracy"][weights][attack] for g in (group, base))
-        seeds = min(ours["worst"]["n"], theirs["worst"]["n"])
         by_seed = same_seeds(group, base)
+        seeds = (by_seed and len(pairs(ours["worst"], theirs["worst"]))) or min(
+            ours["worst"]["n"], theirs["worst"]["n"]
+        )
         where = f"{WEIGHTS[weights]}, {attack_title(attack)}"
         if why := judged_unlike((ours, theirs)):
             names = (_worst_claim(where), _std_claim(where))
             out += [_entry(claim, f"not judged: {why}", None, None, seeds) for claim in names]
             continue
-        pair = pairs.get((group["title"], weights, attack), {})
-        found = [_worst(ours, theirs, where, seeds, by_seed, pair), _std(ours, theirs, where, seeds, by_seed, pair)]
+        told = where, seeds, by_seed, by_image.get((group["title"], weights, attack), {})
+        found = [_worst(ours, theirs, *told), _std(ours, theirs, *told)]
         out += [_with_enough_images(entry, ours) for entry in found]
     return out
 
@@ -140,51 +142,62 @@ def _with_enough_images(entry: dict, accuracy: dict) -> dict:
     counts, smallest = [n for n in accuracy["images"] if n is not None], accuracy["smallest_class"]
     classes = sum(s["n"] > 0 for s in accuracy["per_class"])
     most = min(counts) // max(classes, 1) if counts else FEWEST
-    if (most if smallest is None else smallest) >= FEWEST or entry["holds"] is None:
+    if (most if smallest is None else smallest) >= FEWEST or entry["value"] is None:
         return entry
     words = f"{smallest} images in the smallest class" if smallest is not None else f"{most} images a class"
     return entry | {"measured": f"{entry['measured']}; not judged: {words}", "holds": None}
 
 
-def _worst(ours: dict, theirs: dict, where: str, seeds: int, by_seed: bool, pair: Mapping[str, Any]) -> dict:
+def _worst(ours: dict, theirs: dict, where: str, seeds: int, by_seed: bool, images: Mapping[str, Any]) -> dict:
     claim, gain = _worst_claim(where), difference(ours["worst"], theirs["worst"], by_seed)
     if gain["mean"] is None:
         return _entry(claim, "not judged: no value", None, None, seeds)
     error = "" if gain["std"] is None else f" ± {100 * gain['std']:.1f}"
     measured = _signed(100 * gain["mean"], f"{error} points", 1)
-    if ours["average"]["mean"] is not None and theirs["average"]["mean"] is not None:
-        cost = ours["average"]["mean"] - theirs["average"]["mean"]
+    cost = difference(ours["average"], theirs["average"], by_seed)["mean"]
+    if cost is not None:
         measured += f" (average over all images {_signed(100 * cost, '', 1)})"
-    each = [a - b for a, b in _pairs(ours["worst"], theirs["worst"], by_seed)]
-    holds, words = verdict(gain["mean"], mean_interval(each) or pair.get("worst"), WORST, below=False, over=_over(each))
+    each = [a - b for a, b in pairs(ours["worst"], theirs["worst"])] if by_seed else []
+    apart = interval_of_difference(ours["worst"], theirs["worst"], paired=False)
+    interval, over = _interval(each, images.get("worst"), apart)
+    holds, words = verdict(gain["mean"], interval, WORST, below=False, over=over)
     return _entry(claim, measured + words, gain["mean"], holds, seeds)
 
 
-def _std(ours: dict, theirs: dict, where: str, seeds: int, by_seed: bool, pair: Mapping[str, Any]) -> dict:
+def _std(ours: dict, theirs: dict, where: str, seeds: int, by_seed: bool, images: Mapping[str, Any]) -> dict:
     """The std falls where accuracy does, so that its change over the average is told as well."""
-    claim = _std_claim(where)
+    claim, change = _std_claim(where), _change(ours["std"], theirs["std"], by_seed)
     if ours["std"]["mean"] is None or theirs["std"]["mean"] is None:
         return _entry(claim, "not judged: no value", None, None, seeds)
-    if theirs["std"]["mean"] == 0:
+    if change is None:
         return _entry(claim, "not judged: the baseline's std is 0", None, None, seeds)
-    change = ours["std"]["mean"] / theirs["std"]["mean"] - 1
     measured = _signed(100 * change, " %", 0)
-    if ours["nstd"]["mean"] is not None and theirs["nstd"]["mean"]:
-        relative = ours["nstd"]["mean"] / theirs["nstd"]["mean"] - 1
+    relative = _change(ours["nstd"], theirs["nstd"], by_seed)
+    if relative is not None:
         measured += f" (relative to the average {_signed(100 * relative, ' %', 0)})"
-    each = [a / b - 1 for a, b in _pairs(ours["std"], theirs["std"], by_seed) if b]
-    holds, words = verdict(change, mean_interval(each) or pair.get("std"), STD, below=True, over=_over(each))
+    each = [a / b - 1 for a, b in pairs(ours["std"], theirs["std"]) if b] if by_seed else []
+    ratio = interval_of_ratio(ours["std"], theirs["std"])
+    interval, over = _interval(each, images.get("std"), ratio and (ratio[0] - 1, ratio[1] - 1))
+    holds, words = verdict(change, interval, STD, below=True, over=over)
     return _entry(claim, measured + words, change, holds, seeds)
 
 
-def _pairs(ours: dict, theirs: dict, by_seed: bool) -> list[tuple[float, float]]:
-    pairs = zip(ours["values"], theirs["values"], strict=True) if by_seed else ()
-    return [(a, b) for a, b in pairs if a is not None and b is not None]
+def _change(ours: dict, theirs: dict, by_seed: bool) -> float | None:
+    """ours / theirs - 1 of means: over the seeds that both have, where they pair; None where there is nothing to
+    divide by."""
+    both = pairs(ours, theirs) if by_seed else []
+    means = [statistics.fmean(values) for values in zip(*both, strict=True)] or [ours["mean"], theirs["mean"]]
+    return means[0] / means[1] - 1 if means[0] is not None and means[1] else None
 
 
-def _over(each: Sequence[float]) -> str:
-    """Over what an interval is, where not over seeds."""
-    return " over images, in pairs," if len(each) < 2 else ""
+def _interval(
+    each: Sequence[float], images: Sequence[float] | None, apart: Sequence[float] | None
+) -> tuple[Sequence[float] | None, str]:
+    """The 95 % interval that judges a claim, and what it is over: seeds; where those are fewer than two, the images
+    that both were judged on; where seeds do not pair, that of the two sides."""
+    if len(each) > 1:
+        return mean_interval(each), ""
+    return (images, " over images, in pairs,") if images is not None else (apart, " of runs that do not pair,")
 
 
 def _worst_claim(where: str) -> str:

@@ -6,13 +6,13 @@ better in one of the three.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..text_format import attack_title
 from .claims import same_seeds
 from .comparable import PLACE, WORK, judged_unlike, unlike
-from .over_seeds import mean_interval
+from .over_seeds import mean_interval, pairs
 
 COSTS = ("time", "forwards")
 GAINS = ("average", "worst")
@@ -111,7 +111,7 @@ def _spreads(group: dict, attack: str, clock: str | None) -> dict[str, dict[str,
 
 def _method(group: dict, spreads: dict, base: dict | None, attack: str) -> dict[str, Any]:
     mine = spreads[group["title"]]
-    out = {"title": group["title"], "baseline": group["baseline"], "seeds": len(group["runs"])}
+    out = {"title": group["title"], "baseline": group["baseline"], "seeds": mine["average"]["n"]}
     out |= {name: _estimate(value, name in SHARES) for name, value in mine.items()}
     theirs = spreads[base["title"]] if base else None
     for cost in COSTS:
@@ -137,15 +137,10 @@ def _changes(group: dict, base: dict, attack: str) -> list[dict[str, Any]] | Non
     paired, out = same_seeds(group, base), []
     for c, told in enumerate(group["differences"]):
         spreads = [g["accuracy"][group["weights"]][attack]["per_class"][c] for g in (group, base)]
-        each = _differences(spreads, paired)
+        each = [a - b for a, b in pairs(*spreads)] if paired else []
         low, high = mean_interval(each) or ((told["low"], told["high"]) if told["n"] == 1 else (None, None))
         out.append({"mean": told["mean"], "low": low, "high": high})
     return out
-
-
-def _differences(spreads: Sequence[dict], paired: bool) -> list[float]:
-    pairs: Iterator = zip(*(s["values"] for s in spreads), strict=True) if paired else iter(())
-    return [a - b for a, b in pairs if None not in (a, b)]
 
 
 # ---------------------------------------------------------------- dominance
@@ -166,7 +161,7 @@ def _clear(a: dict, b: dict, spreads: dict, cost: str) -> bool | None:
         return None
     found = []
     for name, sign in ((cost, -1), *((gain, 1) for gain in GAINS)):
-        each = _differences([spreads[g["title"]][name] for g in (a, b)], True)
-        if ends := mean_interval([sign * value for value in each]):
+        both = pairs(*(spreads[g["title"]][name] for g in (a, b)))
+        if ends := mean_interval([sign * (ours - theirs) for ours, theirs in both]):
             found.append(ends[0] > 0)
     return any(found) if found else None

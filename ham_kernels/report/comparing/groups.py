@@ -25,7 +25,7 @@ _YOUNGER = {"data": ("balance",), "optim": ("optimizer", "adam_betas", "adam_eps
 
 @dataclass
 class Group:
-    """Runs with the same settings. `counted` are those that means are taken over: the finished ones, if any."""
+    """Runs with the same settings."""
 
     runs: list[Run]
     settings: dict[str, Any]
@@ -43,7 +43,15 @@ class Group:
 
     @property
     def counted(self) -> list[Run]:
-        return [run for run in self.runs if run.finished] or self.runs
+        """What means are taken over: the finished ones, if any, and of each draw one, that judged by most attacks.
+
+        A copy of a run, or one of the same seed, says nothing of chance.
+        """
+        found: dict[tuple, Run] = {}
+        for run in [run for run in self.runs if run.finished] or self.runs:
+            if run.draw not in found or run.verdicts > found[run.draw].verdicts:
+                found[run.draw] = run
+        return list(found.values())
 
     @property
     def method(self) -> Method | None:

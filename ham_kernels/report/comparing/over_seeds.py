@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scipy.stats import t as student_t
@@ -32,15 +32,21 @@ def spread(values: Sequence[Interval | float | None]) -> Spread:
     return out
 
 
+def pairs(ours: Spread, theirs: Spread) -> list[tuple[float, float]]:
+    """Values of the seeds that both have, for spreads over the same seeds."""
+    both = zip(ours["values"], theirs["values"], strict=True)
+    return [(a, b) for a, b in both if a is not None and b is not None]
+
+
 def difference(ours: Spread, base: Spread, paired: bool) -> Spread:
-    """ours - base. Paired (the same seeds): mean and std of the differences; else the two spreads, squares added."""
+    """ours - base. Paired (spreads over the same seeds): mean and std of the differences, of the seeds that both have;
+    else, or where they have none in common, the two spreads, squares added."""
     out: Spread = {"mean": None, "std": None, "low": None, "high": None, "n": min(ours["n"], base["n"])}
     if ours["mean"] is None or base["mean"] is None:
         return out
-    pairs = list(zip(ours["values"], base["values"], strict=True)) if paired else []
-    pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
-    if len(pairs) > 1:
-        return {k: v for k, v in spread([a - b for a, b in pairs]).items() if k != "values"}
+    each = [a - b for a, b in pairs(ours, base)] if paired else []
+    if each and max(ours["n"], base["n"]) > 1:
+        return {k: v for k, v in spread(each).items() if k != "values"}
     out["mean"] = ours["mean"] - base["mean"]
     if ours["std"] is not None and base["std"] is not None:
         out["std"] = math.hypot(ours["std"], base["std"])
@@ -66,21 +72,36 @@ def interval_of_difference(ours: Spread, theirs: Spread, paired: bool) -> tuple[
 
     A side's interval is that of its mean over seeds, with one seed over test images.
     """
-    if paired:
-        pairs = zip(ours["values"], theirs["values"], strict=True)
-        each = [a - b for a, b in pairs if None not in (a, b)]
-        if len(each) > 1:
-            return mean_interval(each)
-    sides = []
-    for side in (ours, theirs):
-        known = [value for value in side["values"] if value is not None]
-        ends = mean_interval(known) or (side["low"], side["high"])
-        sides.append(side | {"low": ends[0], "high": ends[1]})
-    found = difference(*sides, paired=False)
-    return None if found["low"] is None else (found["low"], found["high"])
+    each = [a - b for a, b in pairs(ours, theirs)] if paired else []
+    found = difference(_with_interval(ours), _with_interval(theirs), paired=False)
+    return mean_interval(each) or (None if found["low"] is None else (found["low"], found["high"]))
 
 
-def reach(value: Spread) -> tuple[float, float]:
+def interval_of_ratio(ours: Spread, theirs: Spread) -> tuple[float, float] | None:
+    """95 % interval of ours / theirs from both sides' intervals, as of the difference of logarithms; None unknown."""
+    sides = [_with_interval(side) for side in (ours, theirs)]
+    if any(side["low"] is None or side["mean"] <= 0 for side in sides):
+        return None
+    logs = [
+        side | {end: math.log(side[end]) if side[end] > 0 else -math.inf for end in ("mean", "low", "high")}
+        for side in sides
+    ]
+    found = difference(*logs, paired=False)
+    return math.exp(found["low"]), math.exp(found["high"])
+
+
+def _with_interval(side: Spread) -> Spread:
+    known = [value for value in side["values"] if value is not None]
+    low, high = mean_interval(known) or (side["low"], side["high"])
+    return side | {"low": low, "high": high}
+
+
+def half(value: Mapping[str, Any]) -> float:
+    """Half of a 95 % interval around its mean; of one that is cut at 0 or 1, or is not even, its longer side."""
+    return max(reach(value))
+
+
+def reach(value: Mapping[str, Any]) -> tuple[float, float]:
     """How far a spread reaches below and above its mean; NaN, of which nothing is drawn, where that is not known.
 
     0 on a side where it does not: an interval of before, of resampled images, may lie below its value.

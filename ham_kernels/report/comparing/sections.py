@@ -82,6 +82,10 @@ def _section(key: tuple, runs: list[Run]) -> Section:
         unfinished = [run.name for run in group.runs if not run.finished]
         if group.finished and unfinished:
             section.notes.append(f"Not in the means, since not finished: {', '.join(unfinished)}.")
+        counted = {run.name for run in group.counted}
+        again = [run.name for run in group.runs if run.finished == group.finished and run.name not in counted]
+        if again:
+            section.notes.append(f"Not in the means, since another run of the same seed is: {', '.join(again)}.")
     set_titles(section.groups)
     return section
 

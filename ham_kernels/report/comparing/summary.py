@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ..reading.evaluations import WEIGHTS
+from ..reading.evaluations import WEIGHTS, Attack
 from ..reading.runs import Run
 from ..strength import of_each_family
 from .accuracies import accuracies, relate
@@ -46,9 +46,9 @@ def _section(section: Section, required: Sequence[Requirement]) -> dict[str, Any
     groups = _groups(section)
     base = groups[0] if section.baseline else None
     judging = of_each_family(attacks_run(section.groups), attack)
-    pairs = _pairs(section, set(judging)) if base else {}
+    by_image = _by_image(section, set(judging)) if base else {}
     for group in groups[1:] if base else []:
-        relate(group, base, attack, pairs)
+        relate(group, base, attack, by_image)
     seconds = {g.title: [_seconds(run) for run in g.counted] for g in section.groups}
     return {
         "title": section.title,
@@ -63,7 +63,7 @@ def _section(section: Section, required: Sequence[Requirement]) -> dict[str, Any
         "val_attack": _val_attack(section.groups),
         "groups": groups,
         "frontier": frontier(groups, headline_attack([g for g in section.groups if not g.adopted], section.attack)),
-        "claims": claims(groups, judging, seconds, pairs),
+        "claims": claims(groups, judging, seconds, by_image),
         "audit": audit(groups, section.classes, attack, required),
     }
 
@@ -82,18 +82,23 @@ def _seconds(run: Run) -> list[tuple[int, float | None, float | None]]:
     return [*before, *((e.epoch, e.seconds, e.cpu_seconds) for e in run.epochs)]
 
 
-def _pairs(section: Section, attacks: set[str]) -> dict[tuple[str, str, str], dict]:
-    """{(title, weights, attack): `paired` with the baseline}, where both are one run."""
+def _by_image(section: Section, attacks: set[str]) -> dict[tuple[str, str, str], dict]:
+    """{(title, weights, attack): `paired` with the baseline}, where one run of each, or of one seed, has both."""
     base, out = section.baseline.counted, {}
     for group in section.groups[1:]:
-        if len(group.counted) != 1 or len(base) != 1:
+        seeds = [[run.seed for run in runs] for runs in (group.counted, base)]
+        if not (len(group.counted) == len(base) == 1 or (seeds[0] == seeds[1] and None not in seeds[0])):
             continue
-        both = group.counted[0].evaluations.keys() & base[0].evaluations.keys()
-        for weights, attack in ((w, a) for w in both for a in attacks):
-            judged = [run.evaluations[weights].attacks.get(attack) for run in (group.counted[0], base[0])]
-            if None not in judged and (found := paired(*judged)):
+        for weights, attack in ((w, a) for w in WEIGHTS for a in attacks):
+            judged = ([_judged(run, weights, attack) for run in runs] for runs in (group.counted, base))
+            both = [pair for pair in zip(*judged, strict=True) if None not in pair]
+            if len(both) == 1 and (found := paired(*both[0])):
                 out[group.title, weights, attack] = found
     return out
+
+
+def _judged(run: Run, weights: str, attack: str) -> Attack | None:
+    return run.evaluations[weights].attacks.get(attack) if weights in run.evaluations else None
 
 
 def _val_attack(groups: Sequence[Group]) -> str | None:

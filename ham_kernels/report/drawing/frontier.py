@@ -17,6 +17,7 @@ from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
 from ..comparing.frontier import GAINS, undominated
+from ..comparing.over_seeds import reach
 from ..text_format import attack_title
 from . import by_class, names
 from .figures import BASELINE, Section, Styles, style_of, unit_of_time
@@ -183,10 +184,7 @@ def _limit(axes: Axes, spots: list[Spot], gain: str) -> None:
 
 def _reach(value: dict, scale: float) -> np.ndarray:
     """(2, 1) lengths of an error bar; NaN where there is none."""
-    if None in (value["low"], value["high"]):
-        return np.full((2, 1), np.nan)
-    ends = max(0.0, value["mean"] - value["low"]), max(0.0, value["high"] - value["mean"])
-    return scale * np.array(ends)[:, None]
+    return scale * np.array(reach(value))[:, None]
 
 
 # ---------------------------------------------------------------- names beside the points

@@ -60,6 +60,18 @@ class Run:
         return self._scalar("run", "seed", int)
 
     @property
+    def draw(self) -> tuple:
+        """Differs between runs with the same settings that drew other random numbers, or are of other first weights."""
+        if self.adopted:
+            return tuple(sorted({e.checkpoint_sha256 or "" for e in self.evaluations.values()})) or (str(self.folder),)
+        return (str(self.folder),) if self.seed is None else (self.seed, self.first_weights)
+
+    @property
+    def verdicts(self) -> int:
+        """By how many attacks its weights were judged."""
+        return sum(len(e.attacks) for e in self.evaluations.values())
+
+    @property
     def label(self) -> str | None:
         return (self._scalar("run", "label", str) or "").strip() or None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..comparing.frontier import COSTS
+from ..comparing.over_seeds import half
 from ..text_format import NONE, attack_title, duration, shortened
 from .columns import SHORT
 from .table import Cell, Table
@@ -87,7 +88,7 @@ def _change(value: dict) -> Cell:
 def _with_half(value: dict, text: str) -> Cell:
     if None in (value["mean"], value["low"], value["high"]):
         return Cell(text)
-    return Cell(text, f" ± {50 * (value['high'] - value['low']):.1f}")
+    return Cell(text, f" ± {100 * half(value):.1f}")
 
 
 def _ratio(value: float | None) -> Cell:

@@ -149,7 +149,19 @@ def _caption(section: dict, groups: Sequence[dict], columns: Sequence[Column]) -
     seeds = "one seed" if counts == {1} else f"{_range(counts)} seeds, mean ± standard deviation"
     weights = {g["weights"] for g in groups if not g["adopted"]} - {None}
     of = f"; {WEIGHTS[weights.pop()]}" if len(weights) == 1 else ""
-    return f"{section['title']}; {seeds}{of}{_images(groups, columns)}{_no_gradient(groups, columns)}"
+    told = _fewer_seeds(groups, attacks) + _images(groups, columns) + _no_gradient(groups, columns)
+    return f"{section['title']}; {seeds}{of}{told}"
+
+
+def _fewer_seeds(groups: Sequence[dict], attacks: Sequence[str]) -> str:
+    """ "; of fewer seeds: HAM under AutoAttack (1 of 3)"."""
+    found = [
+        f"{g['title']} under {title_of(attack)} ({n} of {len(g['runs'])})"
+        for attack in dict.fromkeys(attacks)
+        for g in groups
+        if judged(g, attack) and 0 < (n := judged(g, attack)["average"]["n"]) < len(g["runs"])
+    ]
+    return "; of fewer seeds: " + ", ".join(found) if found else ""
 
 
 def _images(groups: Sequence[dict], columns: Sequence[Column]) -> str:
