@@ -169,9 +169,13 @@ class Trainer:
 
     def _end_own_epoch(self, before: int) -> None:
         """Tells the method that the caller's own epoch has ended, where one earlier than `before` is under way."""
-        if self._own_epoch is not None and self._own_epoch < before:
-            self.phases.objective(self._own_epoch).end_epoch(EpochEnd(self._own_epoch, self.model, None, None))
-            self._own_epoch = None
+        if (epoch := self._under_way()) is not None and epoch < before:
+            self.phases.objective(epoch).end_epoch(EpochEnd(epoch, self.model, None, None))
+
+    def _under_way(self) -> int | None:
+        """The caller's own epoch, unless the caller has told the method of its end."""
+        told = self._own_epoch is None or self.phases.objective(self._own_epoch).epoch != self._own_epoch
+        return None if told else self._own_epoch
 
     def _train(self, batches: Sequence[tuple[Tensor, Tensor]], epoch: int, rows: Sequence[float]) -> list[StepReport]:
         objective = self.phases.objective(epoch)
@@ -348,7 +352,7 @@ class Trainer:
             "loss_scale": self._update.state_dict(),
             **self.phases.state_dict(),
             "epoch": self.epoch,
-            "own_epoch": self._own_epoch,
+            "own_epoch": self._under_way(),
             "steps_done": self.steps_done,
             "running": None if self._running is None else self._running.to_dict(),
             "history": [report.to_dict() for report in self.history],
@@ -378,6 +382,8 @@ class Trainer:
         self._averages = state.get("averages", True)
         self._update.load_state_dict(state.get("loss_scale"))
         self.epoch, self.steps_done, self._own_epoch = state["epoch"], state["steps_done"], state.get("own_epoch")
+        if self._own_epoch is not None:
+            self.phases.objective(self._own_epoch).epoch = self._own_epoch
         self._running, self.history = running, history
 
 

@@ -72,7 +72,7 @@ def _caption(section: dict, methods: list[dict]) -> str:
     seeds = sorted({m["seeds"] for m in methods})
     told = "one seed" if seeds == [1] else f"{' to '.join(str(n) for n in sorted({seeds[0], seeds[-1]}))} seeds"
     over = "over test images" if seeds == [1] else "of the mean over seeds (of one seed over test images)"
-    return f"{section['title']}; {told}; ± half the 95 % interval {over}."
+    return f"{section['title']}; {told}; ± half the 95 % interval {over}; of an uneven one its longer side."
 
 
 def _share(value: dict) -> Cell:
