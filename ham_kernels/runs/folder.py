@@ -119,7 +119,7 @@ class RunFolder:
                 if time.monotonic() > end:
                     raise BlockingIOError(f"run: another process works on {self.path}")
                 time.sleep(0.1)
-            for torn in path.parent.glob(".*.partial"):  # of a killed process
+            for torn in filter(Path.is_file, path.parent.glob(".*.partial")):  # of a killed process
                 torn.unlink(missing_ok=True)
             yield
 

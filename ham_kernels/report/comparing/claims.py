@@ -123,9 +123,7 @@ def _fairness(group: dict, base: dict, attacks: Sequence[str], by_image: ByImage
     for weights, attack in both:
         ours, theirs = (g["accuracy"][weights][attack] for g in (group, base))
         by_seed = same_seeds(group, base)
-        seeds = (by_seed and len(pairs(ours["worst"], theirs["worst"]))) or min(
-            ours["worst"]["n"], theirs["worst"]["n"]
-        )
+        seeds = difference(ours["worst"], theirs["worst"], by_seed)["n"]
         where = f"{WEIGHTS[weights]}, {attack_title(attack)}"
         if why := judged_unlike((ours, theirs)):
             names = (_worst_claim(where), _std_claim(where))
