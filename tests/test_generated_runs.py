@@ -15,8 +15,9 @@ from runs_helper import TINY, assert_same_weights, finish, ham
 
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.evaluate import evaluate_run
+from ham_kernels.commands.export import about_of
 from ham_kernels.commands.flags import parse_train
-from ham_kernels.commands.model_card import model_card
+from ham_kernels.commands.model_card import model_card, robustbench_entry
 from ham_kernels.report.comparing.sections import sections
 from ham_kernels.report.reading.runs import read_run
 from ham_kernels.report.writing.page import _shared_settings
@@ -153,12 +154,9 @@ def test_a_run_goes_on_within_an_epoch(tmp_path, monkeypatch, one_thread):
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
     run = RunFolder(tmp_path / "run")
     assert run.data_facts()["generated"]["images"] == 300
-    about = {
-        "label": None, "dataset": "digits", "method": "HAM", "model": "small_cnn", "classes": ["0"], "versions": {},
-        "input": {"channels": 1, "height": 8, "width": 8}, "threat_model": {"norm": "linf", "eps": 0.2},
-        "weights": {"kind": "last", "epoch": 4, "checkpoint_sha256": "x"},
-    }  # fmt: skip
+    about = about_of(run, "last", run.load_weights("last"))
     assert "Of each training batch a share of 0.5 was drawn from 300 generated images." in model_card(about, {}, run)
+    assert robustbench_entry(about, {})["additional_data"] is True
 
 
 @pytest.mark.slow
