@@ -274,4 +274,4 @@ def test_the_runs_of_earlier_experiments_stay_on_record(tmp_path):
     (tmp_path / "sweep.json").write_text("{}")
     with pytest.raises(ValueError, match=r"out: .*sweep.json cannot be read"):
         sweep_command.sweep(flags.parse_sweep(["ham", *TINY, "--out", str(tmp_path)]))
-    assert [p.name for p in tmp_path.iterdir()] == ["sweep.json"]
+    assert {p.name for p in tmp_path.iterdir()} == {"sweep.json", ".sweep.lock"}
