@@ -55,12 +55,11 @@ class WeightAverage:
     @torch.no_grad()
     def _follow(self, model: nn.Module, share: float) -> None:
         averaged = list(zip(self.model.parameters(), model.parameters(), strict=True))
-        ours = dict(self.model.named_modules(remove_duplicate=False))
-        for place, theirs in model.named_modules():
+        for ours, theirs in zip(self.model.modules(), model.modules(), strict=True):
             for name, b in theirs._buffers.items():
-                a = ours[place]._buffers.get(name)
+                a = ours._buffers.get(name)
                 if b is None or a is None or a.shape != b.shape:  # forwards may make buffers, or make them anew
-                    ours[place]._buffers[name] = None if b is None else b.clone()
+                    ours._buffers[name] = None if b is None else b.clone()
                 elif isinstance(theirs, _NormBase) and b.is_floating_point():
                     averaged.append((a, b))
                 else:
