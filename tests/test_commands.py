@@ -185,3 +185,12 @@ def test_pause_and_go_on(run, tmp_path, one_thread):
     assert RunFolder.open(tmp_path / "run").status()["state"] == "interrupted"
     train_command.resume(tmp_path / "run", quiet=True)
     assert_same_weights(tmp_path / "run", run)
+
+
+@pytest.mark.slow
+def test_layers_that_rest_in_a_model_of_the_users_are_not_trained(tmp_path, one_thread):
+    settings = flags.parse_train([*TINY, "--model", "nets:resting_norms", "--epochs", "3"]).settings
+    trainer = train_command.train(settings, tmp_path / "run", quiet=True)
+    statistics = {k: v for k, v in trainer.model.state_dict().items() if "running" in k}
+    assert statistics
+    assert all(bool((v == ("var" in name)).all()) for name, v in statistics.items())  # as a new BatchNorm has them

@@ -66,12 +66,8 @@ def adopt(
         ModelSettings(called), out=Path(out), label=label, data=data,
         attack=replace(base.attack, **told["attack"]), judge=replace(JudgeSettings(analyses=False), **told["judge"]),
     )  # fmt: skip
-    modes = [(m, m.training) for m in model.modules()]
-    try:
+    with engine.modes_kept(model):
         return adopt_as(wanted, model, quiet=True)
-    finally:
-        for m, training in modes:
-            m.training = training
 
 
 def adopt_as(wanted: Adoption, model: nn.Module | None = None, *, quiet: bool = False) -> Path:

@@ -13,6 +13,7 @@ from torch import nn
 from .. import data, models
 from ..common import checks
 from ..distributed import ALONE, Ranks, ranks_of
+from ..engine import modes_kept
 from ..methods.class_weights import count_weights
 from ..runs.folder import RunFolder
 from ..runs.settings import TrainSettings, lr_factor
@@ -54,15 +55,11 @@ def check_before_data(settings: TrainSettings, device: torch.device) -> None:
 def check_takes(model: nn.Module, name: str, loader, classes: int) -> None:
     """Raises: ValueError where a model cannot take images like those of the loader, or knows fewer classes."""
     x, _ = next(iter(loader))
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
-            logits = model(x[:2])
+        with modes_kept(model), torch.no_grad():
+            logits = model.eval()(x[:2])
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(f"model: {name} cannot take images of shape {tuple(x.shape[1:])}: {error}") from error
-    finally:
-        model.train(training)
     if isinstance(logits, torch.Tensor) and tuple(logits.shape) != (len(x[:2]), classes):
         shape = tuple(logits.shape)
         raise ValueError(f"model: {name} gives {shape} for 2 images of {classes} classes; it must be (2, {classes})")

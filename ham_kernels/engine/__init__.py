@@ -13,7 +13,16 @@ from .engine import PLAIN, Engine, fast, plain
 from .first_look import ROWS, findings, first_look, look_once, runnable
 from .host_reads import BatchGuard, NonFiniteError, Stopwatch, largest_entries, no_gradient, start_read
 from .memory import keep_freed_memory, return_freed_memory
-from .modes import JUDGING_PRECISIONS, PRECISIONS, attack_mode, autocast, model_device, note_resting, update_mode
+from .modes import (
+    JUDGING_PRECISIONS,
+    PRECISIONS,
+    attack_mode,
+    autocast,
+    model_device,
+    modes_kept,
+    note_resting,
+    update_mode,
+)
 from .options import EngineError, EngineOptions, EngineWarning
 
 __all__ = [
@@ -41,6 +50,7 @@ __all__ = [
     "no_gradient",
     "look_once",
     "model_device",
+    "modes_kept",
     "note_resting",
     "plain",
     "return_freed_memory",

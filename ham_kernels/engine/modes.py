@@ -34,29 +34,37 @@ def _alone(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards each module is in the mode, train or eval, in which it was."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+@contextmanager
 def attack_mode(model: nn.Module, *, fast_batchnorm: bool = True) -> Iterator[None]:
     """Eval mode and no weight gradients inside; afterwards every flag is as it was, also after an error.
 
     Gradients can be had inside whatever is around: torch.no_grad, or torch.inference_mode, which Lightning puts around
     validation. Threads that want the same model wait for each other. Raises: ValueError where no gradient can pass.
     """
-    with _alone(model):
-        modes = [(m, m.training) for m in model.modules()]
+    with _alone(model), modes_kept(model):
         parameters = list(model.parameters())
         learned = [p for p in parameters if p.requires_grad]
         if any(p.is_inference() for p in learned):
             raise troubles.error("inference_weights")
         try:
             with torch.inference_mode(False), torch.enable_grad():
-                for m, _ in modes:
+                for m in model.modules():
                     m.training = False
                 for p in learned:
                     p.requires_grad_(False)
                 with fast_eval_batchnorm(model) if fast_batchnorm else nullcontext():
                     yield
         finally:
-            for m, training in modes:
-                m.training = training
             for p in learned:
                 p.requires_grad_(True)
             # behind a forward that no backward followed FSDP2 leaves gathered weights in the place of shards
@@ -79,21 +87,16 @@ def update_mode(model: nn.Module, freeze_bn: bool) -> Iterator[None]:
     A model that is in eval mode as a whole goes to train mode by its own train(). If frozen, BatchNorm uses its running
     statistics.
     """
-    with _alone(model):
-        modes = [(m, m.training) for m in model.modules()]
+    with _alone(model), modes_kept(model):
         resting = note_resting(model)
-        try:
-            if not model.training:
-                model.train()
-            for m in resting:
+        if not model.training:
+            model.train()
+        for m in resting:
+            m.training = False
+        for m in model.modules() if freeze_bn else ():
+            if isinstance(m, _NormBase):
                 m.training = False
-            for m, _ in modes if freeze_bn else ():
-                if isinstance(m, _NormBase):
-                    m.training = False
-            yield
-        finally:
-            for m, training in modes:
-                m.training = training
+        yield
 
 
 def autocast(precision: str, device: torch.device):
