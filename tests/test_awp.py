@@ -138,6 +138,12 @@ def test_without_a_gate_all_updates_enter():
     assert trainer.average.updates == 6
 
 
+def test_a_gate_that_never_opens_is_told():
+    with pytest.warns(HamWarning, match=r"gate: is 0\.3, which the worst .* not reach in 3 epochs \(at most 0\.2\)"):
+        trainer, _ = gated(0.3, [0.1, 0.2, 0.0], 3)
+    assert trainer.average.updates == 0
+
+
 def test_a_gate_needs_validation_images():
     model = small_cnn()
     trainer = ham.Trainer(model, sgd(model), ham.methods.CFA(), **ATTACK, ema_decay=0.5)

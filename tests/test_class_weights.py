@@ -217,6 +217,23 @@ def test_absent_classes_and_single_ones(rule, logits):
         assert (w >= 0).all()
 
 
+@rules
+@pytest.mark.parametrize("more", [1, 200])
+def test_classes_that_no_row_is_of_change_nothing(rule, more, logits):
+    """A head with more outputs than there are classes, or a subset that lacks some, trains as without them."""
+    z, y = logits
+    own, wide = memory_of(rule, 5), memory_of(rule, 5 + more)
+    for _ in range(2):
+        class_weights.observe(own, Look(z, y), rule, 0.9)
+        class_weights.observe(wide, Look(F.pad(z, (0, more), value=-40.0), y), rule, 0.9)
+    for memory in (own, wide):
+        class_weights.end_epoch(memory, rule, 0.9)
+    v, w = (class_weights.weights_of(memory, rule, None) for memory in (own, wide))
+    if rule in ("hedge", "exponentiated"):  # up to a factor, as rules are
+        v, w = v / v[0], w / w[0]
+    torch.testing.assert_close(w[:5], v, rtol=1e-5, atol=1e-5)
+
+
 def test_what_rows_are_by(logits):
     z, y = logits
     p = F.softmax(z, 1)

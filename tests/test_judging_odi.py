@@ -31,6 +31,19 @@ def flags(model, x, y, name, **how):
     return judge(model, [(x, y)], [name], classes=10, **{**HOW, **how})[name]["correct"]
 
 
+def test_an_answer_that_is_no_number_is_no_success(batch):
+    model, x, y = batch
+
+    class OffTheData(torch.nn.Module):
+        def forward(self, images):
+            z = model(images)
+            moved = torch.cdist(images.flatten(1), x.flatten(1)).amin(1) > 1e-3
+            return z.masked_fill(moved[:, None], torch.nan)
+
+    with pytest.raises(engine.NonFiniteError, match="NaN or infinite logits"):
+        flags(OffTheData(), x, y, "odi2")
+
+
 def by_hand(model, x, y, x_adv, toward, eps):
     """One restart on one row in plain PyTorch, as the paper's steps are written; the point where it ends."""
     for k in range(32):

@@ -49,6 +49,32 @@ def test_captured_updates_read_what_was_loaded(method, batches):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("name", [n for n in ham.methods.names() if n not in ("natural", "offsets", "atta")])
+def test_a_first_batch_that_was_undone_leaves_a_training_that_goes_on(name, batches):
+    kind = ham.methods.class_of(name)
+    switches = {} if name == "free_at" else {"trust": 0.5, "class_weights": "hedge"}
+    teacher = {"teacher": small_cnn(seed=3)} if kind.needs_teacher else {}
+    trainer = trainer_of(kind(start_epoch=1, screen_steps=1, **switches), **teacher)
+    bad = trainer.model.register_forward_hook(lambda module, args, z: z * torch.nan if module.training else z)
+    with pytest.raises(ham.NonFiniteError):
+        trainer.train_step(*batches[0], epoch=1)
+    bad.remove()
+    fresh = trainer_of(kind(start_epoch=1, screen_steps=1, **switches), **teacher)
+    for of in (trainer, fresh):
+        of.train_step(*batches[1], epoch=1)
+    for a, b in zip(trainer.model.state_dict().values(), fresh.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_frl_takes_a_step_size_by_row(batches):
+    budget = PGD(torch.full((12,), 0.1), torch.full((12,), 0.03), 3)
+    model = small_cnn()
+    by_row, plain = Objective(ham.methods.FRL(), budget), Objective(ham.methods.FRL(), PGD(0.1, 0.03, 3))
+    for step, batch in enumerate(batches):
+        a, b = (o.examples(model, *batch, seed=0, step=step).x_adv for o in (by_row, plain))
+        torch.testing.assert_close(a, b)
+
+
 def test_an_objective_is_saved_and_loaded_as_a_module(batches):
     model = small_cnn()
     one, other = (Objective(ham.methods.Fair(class_from=3), PGD(**ATTACK)) for _ in range(2))

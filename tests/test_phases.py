@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -148,3 +149,72 @@ def test_a_warm_up_is_the_method_without_mining(digits):
         ham.Trainer(model, sgd(model), ham.methods.TRADES(start_epoch=3), **budget).fit([], epochs=2)
     with pytest.raises(ValueError, match="warm_up: got 'ham'; it would mine"):
         ham.Trainer(model, sgd(model), method, **budget, warm_up="ham")
+
+
+# ---------------------------------------------------------------- what the classes have taught, from phase to phase
+HEDGE = {"class_weights": "hedge"}
+BUDGET = {"eps": 0.1, "step_size": 0.03, "steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("method", "warm_up"),
+    [
+        (ham.methods.PGDAT(early_drop=True, easy="jump", screen_steps=2, start_epoch=3, **HEDGE), "pgd_at"),
+        (ham.methods.WAT(early_drop=True, easy="jump", screen_steps=2, start_epoch=3), "wat"),
+        (ham.methods.CFA(early_drop=True, easy="jump", screen_steps=2, start_epoch=3, class_from=2, gate=0.0), "cfa"),
+    ],
+    ids=["pgd_at", "wat", "cfa"],
+)
+def test_a_method_goes_on_from_what_its_warm_up_remembers(method, warm_up, digits):
+    def made():
+        return ham.Trainer(model := small_cnn(), sgd(model), method, **BUDGET, warm_up=warm_up)
+
+    loader, trainer = batches_of((digits[0][:128], digits[1][:128]), 64), made()
+
+    def stop(report):
+        if report.epoch == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        trainer.fit(loader, 4, on_epoch_end=stop)
+    before = {k: v.clone() for k, v in trainer.phases.objective(2).memory().items()}
+    assert trainer.phases.objective(3) is not trainer.phases.objective(2)
+    resumed = made()
+    resumed.load_state_dict(copy.deepcopy(trainer.state_dict()))  # or they would share their momentum
+    for goes_on in (trainer, resumed):
+        assert not goes_on.phases.objective(3).has_memory
+        taken = goes_on.phases.begin(3).memory()
+        assert all(torch.equal(taken[k], v) for k, v in before.items())
+        goes_on.fit(loader, 4)
+    for a, b in zip(trainer.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_pgd_at_in_place_of_one_step_keeps_its_switches(digits):
+    method = ham.methods.FGSMRS(awp=0.01, eps_factor=1.25, gate=0.1, trust=0.5, loss="boosted_ce", **HEDGE)
+    trainer = ham.Trainer(model := small_cnn(), sgd(model), method, **BUDGET)
+    loader = batches_of((digits[0][:128], digits[1][:128]), 64)
+    trainer.fit(loader, 1)
+    one_step = trainer.phases.objective(2)
+    trainer.phases._checks["fgsm_rs"].overfitted_at = 1
+    now = trainer.phases.begin(2)
+    assert now.method == ham.methods.PGDAT(
+        start_epoch=1, awp=0.01, eps_factor=1.25, gate=0.1, trust=0.5, loss="boosted_ce", **HEDGE
+    )
+    assert now.pgd.eps == pytest.approx(0.125)
+    assert torch.equal(now.class_totals, one_step.class_totals)
+    trainer.train_step(*loader[0], epoch=2)
+    resumed = ham.Trainer(model := small_cnn(), sgd(model), method, **BUDGET)
+    resumed.load_state_dict(trainer.state_dict())
+    assert torch.equal(resumed.phases.objective(2).class_sums, now.class_sums)
+
+
+def test_a_state_of_another_class_rule_is_refused(digits):
+    def made(rule):
+        method = ham.methods.PGDAT(start_epoch=1, class_weights=rule)
+        return ham.Trainer(model := small_cnn(), sgd(model), method, **BUDGET)
+
+    trainer = made("hard_share")
+    trainer.train_step(digits[0][:32], digits[1][:32], epoch=1)
+    with pytest.raises(ValueError, match="state: its class_weights are 'hard_share', pgd_at has 'chi2'"):
+        made("chi2").load_state_dict(trainer.state_dict())

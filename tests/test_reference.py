@@ -77,13 +77,13 @@ def test_statistics_over_batches_by_hand():
     assert statistics.rows.tolist() == [2.0, 0.5, 0.0]
     assert statistics.hard.tolist() == [0.5, 0.0, 0.0]
     margin = (0.5 * (-0.25 + 0.5) - 0.3, 0.5 * -0.7)
-    of_all = sum(margin) / 2.5
-    assert statistics.mean("margin").tolist() == pytest.approx([margin[0] / 2, -0.7, of_all], abs=1e-6)
+    assert statistics.seen() == [0, 1]
+    assert statistics.mean("margin").tolist() == pytest.approx([margin[0] / 2, -0.7], abs=1e-6)
     ce = -0.5 * math.log(0.5 * 0.2) - math.log(0.6)
     assert statistics.mean("ce")[:2].tolist() == pytest.approx([ce / 2, -math.log(0.8)], abs=1e-6)
     predicted = statistics.mean("predicted")
     assert predicted[0].tolist() == pytest.approx([(0.35 + 0.6) / 2, (0.475 + 0.1) / 2, (0.175 + 0.3) / 2], abs=1e-6)
-    assert predicted[2].tolist() == pytest.approx([1.0 / 2.5, 0.975 / 2.5, 0.525 / 2.5], abs=1e-6)
+    assert len(predicted) == 2
 
 
 def test_hard_share_by_hand():

@@ -162,6 +162,12 @@ TROUBLES: dict[str, Trouble] = {
         "A gated average needs the worst class of validation images after each epoch.",
         "give val_loader, or gate=0",
     ),
+    "gate_never_opened": Trouble(
+        "gate: is {gate:g}, which the worst class of the validation images did not reach in {epochs} epochs (at most "
+        "{best:g}); the weight average is the last weights",
+        "With many classes, each has few validation images, and the worst of them is often at 0.",
+        "lower the gate (0: off), or set more validation images aside",
+    ),
     "short_for_its_average": Trouble(
         "ema_decay: {decay:g} averages over about {span} updates, and the whole training has {updates}",
         "An average with this decay would hardly leave the random start. Its decay grows with the updates t, as "

@@ -72,19 +72,23 @@ def survivors(
         begun = random_start(x, pgd.eps, norm=pgd.norm, seed=seed, step=step)[rows]
         walk = _Walk(model, x[rows], y[rows], begun, toward, pgd, search or engine.plain(precision))
         blind = blind if restart else walk.blind
-        right, now = _verdict(model, walk.points, y[rows], precision)
+        right, now = _verdict(model, walk.points, y[rows], precision, guard)
         if search is not None and (again := (right & ~walk.resisted).nonzero()[:, 0]).numel():
             # the form searched on took them for lost, and so they were not attacked to the end
             at = rows[again]
             walk = _Walk(model, x[at], y[at], begun[again], toward[again], pgd, engine.plain(precision))
-            right[again], now[again] = _verdict(model, walk.points, y[at], precision)
+            right[again], now[again] = _verdict(model, walk.points, y[at], precision, guard)
         correct[rows], answer[rows] = right, now
+    guard.read()
     return Judged(correct, answer, classes, blind)
 
 
-def _verdict(model: nn.Module, x_adv: Tensor, y: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+def _verdict(
+    model: nn.Module, x_adv: Tensor, y: Tensor, precision: str, guard: engine.BatchGuard
+) -> tuple[Tensor, Tensor]:
     """Flags and answers of the plain model."""
     z = logits_at(model, x_adv, precision)
+    guard.logits(z)
     right = correct_rows(z, y)
     return right, answers(z, y, right)
 

@@ -30,6 +30,7 @@ class ABSLD(RSLAD):
     name = "absld"
     title = "ABSLD"
     treats_classes = True
+    remembers_first = True
 
     rate: Annotated[float, Ge(0), Words("rate {}")] = 0.1
     """By how much the temperature of the hardest class, or of the easiest, moves in an epoch."""

@@ -9,6 +9,7 @@ about 1 / (1 + beta) of that of TRADES itself, so that the same learning rate mo
 Differences from the authors' code: r_c is of the attack's last look in eval mode (theirs: the update's logits; on AT
 their attack runs in train mode, and moves BatchNorm); the average is taken per update (theirs: per epoch); lam_eps is
 the paper's, 0.3 on TRADES and 0.5 on AT (theirs: 0.5 for both). Where eps_c is above eps, judge at eps all the same.
+Steps stay as they are told; with step_sizes they are in units of the class's own eps.
 With screening, rows that stop or jump suit it: a smaller eps lets hard classes leave sooner, and drop takes their
 weight.
 """

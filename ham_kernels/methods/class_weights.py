@@ -1,8 +1,9 @@
 """Weights by class from numbers that the attack has anyway: six rules, all on the statistics of one look a batch.
 
 Each rule sums numbers of the rows by class, and divides by how many rows a class had, so that classes need not be of
-one size. Sums and counts fade by `class_memory` from batch to batch; of "hedge" they are those of an epoch, and its
-totals over epochs fade. All stays on the device, in fp64: a rule may live on small differences of large means.
+one size; a class without rows has no say in the weights of the others. Sums and counts fade by `class_memory` from
+batch to batch; of "hedge" they are those of an epoch, and its totals over epochs fade. All stays on the device, in
+fp64: a rule may live on small differences of large means.
 """
 
 from __future__ import annotations
@@ -141,45 +142,58 @@ def hard_share_weights(sums: Tensor, counts: Tensor, strength: float) -> Tensor:
     return torch.where(share > 0, (sums[:, 0] + share) / (counts + 1), 1.0) ** strength
 
 
-def kl_ball_weights(margins: Tensor, radius: float) -> Tensor:
+def kl_ball_weights(margins: Tensor, radius: float, seen: Tensor | None = None) -> Tensor:
     """C * p for the p with KL(uniform || p) <= radius that makes sum_c p_c * margin_c largest (FAAL, arXiv 2402.17729).
 
-    Its closed form: p_c = mu * u_c / (nu - a_c); nu, above the largest a, is the root of
+    Over the C classes that are `seen` (all unless told); the others have 1. Its closed form:
+    p_c = mu * u_c / (nu - a_c); nu, above the largest a, is the root of
     sum u log(nu - a) + log sum u / (nu - a) = radius, which falls as nu grows. Neither shift nor scale of the margins
     matters. The root lies between two of 64 points of a logarithmic grid, six times over: 36 bits.
     """
-    a = margins.double()
-    width = a.max() - a.min()
-    below = (a.max() - a) / torch.where(width > 0, width, 1.0)  # nu - a_c = d + below_c
+    a, seen = margins.double(), torch.ones_like(margins, dtype=torch.bool) if seen is None else seen
+    highest, n = a.masked_fill(~seen, -torch.inf).max(), seen.sum()
+    width = (highest - a.masked_fill(~seen, torch.inf).min()).clamp_min(0)
+    below = (highest - a) / torch.where(width > 0, width, 1.0)  # nu - a_c = d + below_c
+    below = below.masked_fill(~seen, torch.inf)
     low, high = a.new_full((), -250.0), a.new_full((), 25.0)  # of log d; filled there, since a copy would wait
     grid = torch.linspace(0, 1, 64, dtype=a.dtype, device=a.device)
     for _ in range(6):
         logs = low + (high - low) * grid
         d = logs.exp()[:, None] + below
-        spent = d.log().mean(1) + d.reciprocal().mean(1).log()
+        spent = d.log().masked_fill(~seen, 0).sum(1) / n + (d.reciprocal().sum(1) / n).log()
         step = (high - low) / 63
         low = low + step * ((spent > radius).sum() - 1).clamp(0, 62)
         high = low + step
     p = 1 / (low.exp() + below)
-    return torch.where(width > 0, p / p.mean(), 1.0).float()
+    return torch.where((width > 0) & seen, p / (p.sum() / n), 1.0).float()
 
 
-def chi2_weights(losses: Tensor, radius: float) -> Tensor:
-    """1 + sqrt(2 radius) * (L_c - mean) / std, at least 0: the worst case within a chi-squared ball (CODAT's set)."""
-    std = losses.std(correction=0)
-    return (1 + math.sqrt(2 * radius) * (losses - losses.mean()) / torch.where(std > 0, std, 1.0)).clamp_min(0)
+def chi2_weights(losses: Tensor, radius: float, seen: Tensor | None = None) -> Tensor:
+    """1 + sqrt(2 radius) * (L_c - mean) / std, at least 0: the worst case within a chi-squared ball (CODAT's set).
+
+    Mean and std are of the classes `seen` (all unless told).
+    """
+    of = torch.ones_like(losses) if seen is None else seen.to(losses.dtype)
+    n = of.sum().clamp_min(1)
+    gap = losses - (losses * of).sum() / n
+    std = ((gap**2 * of).sum() / n).sqrt()
+    return (1 + math.sqrt(2 * radius) * gap / torch.where(std > 0, std, 1.0)).clamp_min(0)
 
 
-def dafa_weights(probabilities: Tensor, strength: float) -> Tensor:
+def dafa_weights(probabilities: Tensor, strength: float, seen: Tensor | None = None) -> Tensor:
     """W_i = 1 + strength * (sum of S_ij S_jj over classes j that are safer than i, less S_ji S_ii over the others).
 
-    S (C, C): row i holds the mean probabilities of class i's rows (DAFA, arXiv 2401.12532).
+    S (C, C): row i holds the mean probabilities of class i's rows (DAFA, arXiv 2401.12532). A class that is not `seen`
+    has no such row: it neither gives nor takes, and its W is 1.
     """
     right = probabilities.diagonal()
     safer = right[None, :] > right[:, None]
     gains = probabilities * right[None, :]
     losses = (probabilities * right[None, :]).T  # S_ji S_ii
-    change = torch.where(safer, gains, -losses).fill_diagonal_(0).sum(1)
+    change = torch.where(safer, gains, -losses).fill_diagonal_(0)
+    if seen is not None:
+        change = change.masked_fill(~(seen[:, None] & seen), 0)
+    change = change.sum(1)
     return (1 + strength * change).clamp_min(LEAST)
 
 
@@ -197,12 +211,12 @@ RULES: dict[str, Rule] = {
     "kl_ball": Rule(
         0.1,
         lambda z, y: probability_margin(z, y)[:, None],
-        lambda sums, counts, r: kl_ball_weights(mean_by_class(sums, counts)[:, 0], r),
+        lambda sums, counts, r: kl_ball_weights(mean_by_class(sums, counts)[:, 0], r, counts > 0),
     ),
     "chi2": Rule(
         0.1,
         lambda z, y: cross_entropy(z, y)[:, None],
-        lambda sums, counts, r: chi2_weights(mean_by_class(sums, counts)[:, 0], r),
+        lambda sums, counts, r: chi2_weights(mean_by_class(sums, counts)[:, 0], r, counts > 0),
     ),
     "exponentiated": Rule(
         1.0,
@@ -215,6 +229,6 @@ RULES: dict[str, Rule] = {
     "dafa": Rule(
         1.0,
         lambda z, y: F.softmax(z, 1),
-        lambda sums, counts, s: dafa_weights(mean_by_class(sums, counts), s),
+        lambda sums, counts, s: dafa_weights(mean_by_class(sums, counts), s, counts > 0),
     ),
 }

@@ -5,7 +5,8 @@ W_i = 1 + strength * (sum of S_ij S_jj over classes j safer than i, less S_ji S_
 eps, step size and cross entropy of a row are multiplied by W_y, its divergence is not. Cost: as TRADES, 2K + 7.
 
 This is the paper's formula; the authors' code had another until September 2024. Differences from it: S comes from what
-the attack saw in eval mode before its last step (theirs: the update's logits), and W is at least 0.05.
+the attack saw in eval mode before its last step (theirs: the update's logits), and W is at least 0.05. A class that the
+model knows and no row was of takes no part.
 """
 
 from __future__ import annotations
@@ -84,4 +85,5 @@ class DAFA(TRADES):
 
         super().end_epoch(end, memory)
         if end.epoch == self.class_from - 1:
-            memory.dafa_weights.copy_(dafa_weights(mean_by_class(memory.dafa_sums, memory.dafa_counts), self.strength))
+            s, seen = mean_by_class(memory.dafa_sums, memory.dafa_counts), memory.dafa_counts > 0
+            memory.dafa_weights.copy_(dafa_weights(s, self.strength, seen))

@@ -7,8 +7,9 @@ weights have a closed form here; the authors solve a problem of cvxpy for every 
 Meant for the last epochs of a training: start_epoch with any warm-up, or from the first.
 
 Differences from the authors' code: margins are those that the attack saw in eval mode before its last step, and cost
-nothing; a class's margin is its mean, not its sum, so that the batch's composition has no say; and a class that is
-absent has the mean of all, where theirs outranks every class that is right on average. Any unfairness, however small,
+nothing; a class's margin is its mean, not its sum, so that the batch's composition has no say; and p is a
+distribution over the classes that have been seen, where theirs ranks an absent one above every class that is right on
+average. Any unfairness, however small,
 uses the whole ball: with class_memory above 0 it is not that of one batch.
 """
 

@@ -5,7 +5,7 @@ the multipliers l0_c += rate (R_c - mean R - slack) and l1_c += 2 rate (B_c - me
 scaled to a sum of at most `most`, weigh classes in
 loss = v0_y CE(f(x), y) + beta v1_y KL(p(x) || p(x')), v_c = 1 + C l_c - sum l. With `remargin` another,
 l2_c += eps_rate (B_c - mean B - slack), sets eps_c = exp(2 l2_c) eps, from 0.98 to largest_eps times eps; steps are as
-long as those of the largest. Cost: as TRADES, 2K + 7.
+long as those of the largest (with step_sizes, in units of the class's own eps). Cost: as TRADES, 2K + 7.
 
 Meant for a robust model: `--from RUN --epochs 40` with a small learning rate; theirs is 0.001. Both errors are of
 the training rows, as the attack saw them in eval mode, at clean images and before its last step: that is free, needs no
@@ -72,7 +72,7 @@ class FRL(TRADES):
         if not self.remargin or not memory.has_memory:
             return pgd
         factors = (2 * memory.frl_multipliers[2]).exp()
-        longest = (factors.max() * pgd.step_size).repeat(len(y))
+        longest = (factors.max() * pgd.step_size).expand(len(y))
         return replace(pgd, eps=for_rows(factors, y) * pgd.eps, step_size=longest)
 
     def observe(self, examples, memory):

@@ -60,3 +60,9 @@ def warm_up_of(method: Method, name: str) -> Method:
         why = "for clean images give natural_epochs" if name == "natural" else why
         raise ValueError(f"warm_up: got {name!r}; {why}")
     return dataclasses.replace(warm, start_epoch=1)
+
+
+def in_place_of(method: Method) -> Method:
+    """PGD-AT with the switches of a method of one step, for where that has overfitted."""
+    alike = {f.name: getattr(method, f.name) for f in dataclasses.fields(Method)}
+    return dataclasses.replace(class_of("pgd_at")(), **{**alike, "start_epoch": 1})

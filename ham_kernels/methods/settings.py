@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -361,5 +361,9 @@ class Method:
         """Whether the updates of the next epoch enter the weight average. Here: what `gate` says."""
         if not self.gate or not end.val:
             return True
-        strongest = min(end.val.values(), key=lambda accuracy: accuracy.accuracy)
-        return strongest.worst_class >= self.gate
+        return strongest(end.val).worst_class >= self.gate
+
+
+def strongest(val: Mapping[str, Any]) -> Any:
+    """What an epoch's validation says under the attack that left least."""
+    return min(val.values(), key=lambda accuracy: accuracy.accuracy)

@@ -9,6 +9,7 @@ import torch
 
 from ..common import troubles
 from ..evaluation.named_attacks import plans
+from ..methods.settings import strongest
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -54,6 +55,15 @@ def check_fit(trainer: Trainer, train_loader, epochs: int, val_loader, scheduler
         troubles.warn("gate_without_validation", gate=method.gate)
     if trainer.average is not None and not one_by_one:
         _check_average(trainer, train_loader, epochs)
+
+
+def check_gate(trainer: Trainer) -> None:
+    """Behind an epoch: warns where no update has entered the weight average, since the gate has never opened."""
+    gate = trainer.method.gate
+    judged = [report.val for report in trainer.history if report.val and report.epoch >= trainer.method.start_epoch]
+    if gate and trainer.average is not None and trainer.average.updates == 0 and len(judged) > 1:
+        best = max(strongest(val).worst_class for val in judged)
+        troubles.warn("gate_never_opened", gate=gate, epochs=len(judged), best=best)
 
 
 def _check_average(trainer: Trainer, train_loader, epochs: int) -> None:

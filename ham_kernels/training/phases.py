@@ -11,7 +11,7 @@ from ..common import checks, troubles
 from ..distributed import ALONE, Ranks
 from ..methods.mining import WHOLE, Place
 from ..methods.objective import Objective
-from ..methods.registry import class_of, warm_up_of
+from ..methods.registry import class_of, in_place_of, warm_up_of
 from ..methods.settings import Method
 from .overfitting import OverfittingCheck, OverfittingWarning, Reading
 
@@ -23,7 +23,8 @@ class Phases:
         method: from its start_epoch on.
         pgd: the attack that the training was told.
         warm_up: the method before start_epoch, by name; the name of `method` is that without mining. One-step methods
-            are watched for catastrophic overfitting. Where it is found, PGD-AT takes over from them.
+            are watched for catastrophic overfitting. Where it is found, PGD-AT takes over from them, with the switches
+            that they have.
         natural_epochs: so many epochs of the warm-up, the first, train on clean images.
         seed: of the training.
         loss_weights, ranks: of all of them; see Objective.
@@ -43,12 +44,13 @@ class Phases:
         warm = warm_up_of(method, warm_up)
         self._warm_up = self.method if warm == method else objective(warm)
         self._natural = objective(class_of("natural")())
-        self._pgd_at = self._warm_up if warm.name == "pgd_at" else objective(class_of("pgd_at")())
-        self._checks = {
-            o.method.name: OverfittingCheck(o.pgd, pgd, seed, ranks)
-            for o in (self._warm_up, self.method)
-            if o.method.one_step
-        }
+        watched = {o.method.name: o for o in (self._warm_up, self.method) if o.method.one_step}
+        self._checks = {name: OverfittingCheck(o.pgd, pgd, seed, ranks) for name, o in watched.items()}
+        self._instead = {name: objective(in_place_of(o.method)) for name, o in watched.items()}
+        # whose memory an objective goes on from: it is of the same classes
+        self._before = {o: watched[name] for name, o in self._instead.items()}
+        if self._warm_up is not self.method and type(warm) is type(method):
+            self._before[self.method] = self._warm_up
 
     @property
     def starts_late(self) -> bool:
@@ -62,7 +64,15 @@ class Phases:
         else:
             planned = self._natural if epoch <= self.natural_epochs else self._warm_up
         check = self._checks.get(planned.method.name)
-        return planned if check is None or check.overfitted_at is None else self._pgd_at
+        return planned if check is None or check.overfitted_at is None else self._instead[planned.method.name]
+
+    def begin(self, epoch: int) -> Objective:
+        """`objective`, which goes on from what the one in its place before remembers, where it remembers the same."""
+        now = self.objective(epoch)
+        before = self._before.get(now)
+        if before is not None and before.has_memory and not now.has_memory:
+            now.load_memory(before.memory(), next(before.buffers()).device)
+        return now
 
     @property
     def warm_up(self) -> Method:
@@ -88,16 +98,14 @@ class Phases:
     @property
     def _parts(self) -> dict[str, Objective]:
         """Those with a memory of their own: the warm-up may be of the method's name, and is still another part."""
-        return (
-            {"method": self.method}
-            if self._warm_up is self.method
-            else {"warm_up": self._warm_up, "method": self.method}
-        )
+        warm_up = {} if self._warm_up is self.method else {"warm_up": self._warm_up}
+        return {**warm_up, "method": self.method, **{f"after {name}": o for name, o in self._instead.items()}}
 
     def state_dict(self) -> dict[str, Any]:
         """What the methods remember, and the watch."""
         return {
             "memory": {part: o.memory() for part, o in self._parts.items()},
+            "class_weights": {part: o.method.class_weights for part, o in self._parts.items()},
             "overfitting": {name: check.state_dict() for name, check in self._checks.items()},
         }
 
@@ -106,8 +114,13 @@ class Phases:
         memory, watched = state.get("memory", {}), state.get("overfitting") or {}
         if "best" in watched:  # of the time when one method alone could be watched
             watched = dict.fromkeys(self._checks, watched)
+        rules = state.get("class_weights", {})  # which of them, the names in a memory do not tell
         for part, o in self._parts.items():
             o.check_state(memory.get(part, {}))
+            if memory.get(part) and rules.get(part, o.method.class_weights) != o.method.class_weights:
+                raise ValueError(
+                    f"state: its class_weights are {rules[part]!r}, {o.method.name} has {o.method.class_weights!r}"
+                )
         for name in self._checks.keys() & watched.keys():
             self._checks[name].check_state(watched[name])
         return {"memory": memory, "overfitting": watched}

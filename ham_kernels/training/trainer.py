@@ -24,7 +24,7 @@ from ..methods.objective import EpochEnd
 from ..methods.settings import Method
 from .batches import Feed, errors_say_where
 from .ema import WeightAverage
-from .fit_checks import check_fit, check_optimizer
+from .fit_checks import check_fit, check_gate, check_optimizer
 from .phases import Phases
 from .reports import EpochReport, RunningEpoch, StepReport
 from .update import Updater
@@ -178,7 +178,7 @@ class Trainer:
         return None if told else self._own_epoch
 
     def _train(self, batches: Sequence[tuple[Tensor, Tensor]], epoch: int, rows: Sequence[float]) -> list[StepReport]:
-        objective = self.phases.objective(epoch)
+        objective = self.phases.begin(epoch)
         method, objective.epoch = objective.method, epoch
         stopwatch = Stopwatch(batches[0][0].device)
         x, y = batches[0] if len(batches) == 1 else (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -258,6 +258,7 @@ class Trainer:
             if on_epoch_end is not None:
                 with self._told_that_it_leaves() if self.epoch < epochs else nullcontext():
                     on_epoch_end(report)
+        check_gate(self)
         return self.history
 
     @property

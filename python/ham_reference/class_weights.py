@@ -59,11 +59,13 @@ class ClassStatistics:
             self.totals[c] = self.memory * self.totals[c] + share
         self.epoch = [[] for _ in range(self.classes)]
 
+    def seen(self):
+        """The classes that rows were of."""
+        return [c for c in range(self.classes) if self.rows[c] > 0]
+
     def mean(self, name):
-        """Mean of each class; the mean of all rows for a class without any."""
-        sums = getattr(self, name)
-        of_all = sums.sum(0) / self.rows.sum()
-        return torch.stack([sums[c] / self.rows[c] if self.rows[c] > 0 else of_all for c in range(self.classes)])
+        """Mean of each class that rows were of."""
+        return torch.stack([getattr(self, name)[c] / self.rows[c] for c in self.seen()])
 
 
 def weights(statistics, rule, strength=None):
@@ -71,15 +73,20 @@ def weights(statistics, rule, strength=None):
     strength = STRENGTH[rule] if strength is None else strength
     if rule == "hard_share":
         return hard_share(statistics.hard, statistics.rows, strength)
-    if rule == "kl_ball":
-        return kl_ball(statistics.mean("margin"), strength)
-    if rule == "chi2":
-        return chi2(statistics.mean("ce"), strength)
-    if rule == "exponentiated":
-        return exponentiated(statistics.mean("ce"), strength)
     if rule == "hedge":
         return hedge(statistics.totals, strength)
-    return dafa(statistics.mean("predicted"), strength)
+    seen = statistics.seen()
+    if rule == "kl_ball":
+        of_seen = kl_ball(statistics.mean("margin"), strength)
+    elif rule == "chi2":
+        of_seen = chi2(statistics.mean("ce"), strength)
+    elif rule == "exponentiated":
+        of_seen = exponentiated(statistics.mean("ce"), strength)
+    else:
+        of_seen = dafa(statistics.mean("predicted")[:, seen], strength)
+    v = torch.ones(statistics.classes, dtype=torch.float64)
+    v[seen] = of_seen
+    return v
 
 
 def hard_share(hard, rows, strength):

@@ -42,10 +42,9 @@ class DAFA(TRADES):
 
     def end_epoch(self):
         super().end_epoch()
-        everything = [p for of_class in self.predictions for p in of_class]
-        if not everything:
+        seen = [c for c, of in enumerate(self.predictions) if of]
+        if not seen:
             return
-        of_all = torch.stack(everything).mean(0)
-        s = torch.stack([torch.stack(of).mean(0) if of else of_all for of in self.predictions])
-        self.w = class_weights.dafa(s, self.strength)
+        s = torch.stack([torch.stack(self.predictions[c]).mean(0)[seen] for c in seen])
+        self.w[seen] = class_weights.dafa(s, self.strength)
         self.predictions = [[] for _ in range(self.classes)]
