@@ -27,9 +27,10 @@ def main() -> None:
 
     ranks = ham.distributed.start()
     images = ham.data.load("digits").subset(told.images, 100)
-    loaders = ham.data.loaders(images, 64, augment="none", rank=ranks.rank, world=ranks.world)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # start() has made the process's own GPU the current one
+    loaders = ham.data.loaders(images, 64, augment="none", device=device, rank=ranks.rank, world=ranks.world)
     torch.manual_seed(0)
-    model = ham.models.create("small_cnn", 10, channels=1)
+    model = ham.models.create("small_cnn", 10, channels=1).to(device)
     wrapped = nn.parallel.DistributedDataParallel(model) if ranks.several else model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     noise = torch.Generator().manual_seed(0)

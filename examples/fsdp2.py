@@ -28,11 +28,12 @@ def main() -> None:
 
     ranks = ham.distributed.start()
     images = ham.data.load("digits").subset(told.images, 100)
-    loaders = ham.data.loaders(images, 64, augment="none", rank=ranks.rank, world=ranks.world)
+    alone = "cuda" if torch.cuda.is_available() else "cpu"
+    device = alone if not ranks.several or torch.distributed.get_backend() == "nccl" else "cpu"
+    loaders = ham.data.loaders(images, 64, augment="none", device=device, rank=ranks.rank, world=ranks.world)
     torch.manual_seed(0)
-    model = ham.models.create("small_cnn", 10, channels=1)
+    model = ham.models.create("small_cnn", 10, channels=1).to(device)
     if ranks.several:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         fully_shard(model, mesh=init_device_mesh(device, (ranks.world,)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     method = ham.methods.TRADES(beta=6.0, early_drop=True, easy="stop")

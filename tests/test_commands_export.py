@@ -215,6 +215,7 @@ def test_what_is_wrong_is_told(run, exported, tmp_path, capsys):
         (("export", str(run), "--names", "field", "--formats", "state_dict", "--out", str(tmp_path / "x")), "SmallCNN"),
         (("predict", str(tmp_path), "a.png"), "is neither a run nor an export"),
         (("predict", str(run), "nowhere.png"), "files: nowhere.png is not a file"),
+        (("predict", str(run)), "files: got none"),
         (("predict", str(run), __file__), "is not a readable image"),
         (("predict", str(run), "a.png", "--top", "0"), "top: got 0"),
         (("predict", str(exported), "a.png", "--weights", "last"), "weights: got 'last', but"),

@@ -175,3 +175,10 @@ def test_imagenette32_is_cached(tmp_path, decoded):
     assert len(decoded) == 14
     assert_equal(first, again)
     assert first.name == "Imagenette 32x32"
+
+
+def test_a_long_name_of_wide_characters_is_cut_by_its_bytes(tmp_path, decoded):
+    folder = write_folder(tmp_path / ("\u732b" * 62), SPLIT)
+    for _ in range(2):
+        data.class_folders(folder, root=tmp_path / "root")
+    assert len(decoded) == len(SPLIT)

@@ -255,3 +255,16 @@ def test_long_decoding_says_where_it_is(tmp_path, monkeypatch, capsys):
         assert ("decoding pictures: 3 images" in capsys.readouterr().err) is told
     monkeypatch.setattr(sys, "stderr", None)
     assert list(folders._told([1], tmp_path)) == [1]
+
+
+def test_transparency_in_grey_of_16_bits(tmp_path):
+    file = tmp_path / "grey.png"
+    Image.fromarray(np.array([[700, 0x8000]], np.uint16)).save(file, transparency=700)
+    assert np.asarray(open_image(file))[0].tolist() == [[255] * 3, [128] * 3]  # on white, as viewers show it
+
+
+def test_idx_files_behind_a_link(tmp_path):
+    pictures.write_fashion_mnist(tmp_path)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/raw").symlink_to(tmp_path / "FashionMNIST/raw")
+    assert load(tmp_path / "set").counts == {"train": 6, "test": 3}

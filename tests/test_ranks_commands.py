@@ -14,7 +14,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from rank_helpers import on_ranks
+from torch import distributed as dist
 
 from ham_kernels import report
 from ham_kernels.commands import evaluate as evaluate_command
@@ -22,6 +24,7 @@ from ham_kernels.commands import sweep as sweep_command
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.flags import parse_evaluate, parse_sweep, parse_train
 from ham_kernels.common.files import load
+from ham_kernels.distributed import ranks
 
 pytestmark = pytest.mark.slow
 
@@ -217,3 +220,27 @@ def cannot_be(rank: int, run: str) -> None:
 def test_what_cannot_be_is_said_by_each(tmp_path):
     on_ranks(2, cannot_be, tmp_path, str(tmp_path / "no"))
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "backend"),
+    [(["a", "b"], "nccl"), (["a", "a"], "gloo"), (["a", ""], "gloo"), (["", ""], "gloo")],
+    ids=["own", "shared", "one without", "none"],
+)
+def test_all_processes_choose_one_backend(gpus, backend):
+    store = dist.HashStore()
+    for rank, gpu in enumerate(gpus):
+        store.set(f"ham_gpu_{rank}", gpu)
+    assert [ranks._agreed_backend(store, rank, 2, gpu) for rank, gpu in enumerate(gpus)] == [backend] * 2
+
+
+@pytest.mark.parametrize(
+    ("seen", "local", "here", "own"),
+    [(2, 1, 2, 1), (8, 3, 4, 3), (1, 1, 2, 0), (1, 0, 1, 0), (2, 3, 4, None), (0, 0, 2, None)],
+)
+def test_the_gpu_of_a_process(seen, local, here, own, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    assert ranks._gpu_of_this_process() == own

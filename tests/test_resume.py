@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -18,6 +19,7 @@ from runs_helper import TINY, assert_same_weights, finish, ham, wait_for
 from ham_kernels import models
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.flags import parse_train
+from ham_kernels.commands.signals import StopRequest
 from ham_kernels.common import files
 from ham_kernels.runs import checkpoints
 from ham_kernels.runs.folder import RunFolder
@@ -405,3 +407,15 @@ def test_the_images_may_move(tmp_path, one_thread):
     config = tmp_path / "run/config.toml"
     config.write_text(config.read_text().replace(str(before), str(after)))
     assert train_command.resume(tmp_path / "run", quiet=True).epoch == 4
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            stop.check()
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from pictures import write_folder, write_tar
 
+from ham_kernels import data
 from ham_kernels.commands import run_images
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.evaluate import evaluate_run
@@ -291,3 +292,109 @@ def test_final_weights_do_not_hang_on_the_early_check(tmp_path, monkeypatch):
     monkeypatch.setattr(train_command, "check_before_data", lambda *_: torch.rand(3))
     b = train_command.train(settings, "b", quiet=True).model.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---------------------------------------------------------------- flags that say what is trained
+@pytest.mark.parametrize(
+    "flags", ["--batch-size 512 --train-images 9", "--batch-size=512 --lr 0.3", "--screen-steps 2 --label a_b"]
+)
+def test_flags_with_underscores_are_the_same(flags, tmp_path):
+    photos(tmp_path / "set")
+    hyphens = ["--path", str(tmp_path / "set"), *flags.split()]
+    underscores = [w.replace("-", "_").replace("__", "--", 1) if w.startswith("--") else w for w in hyphens]
+    assert underscores != hyphens
+    assert told(*underscores) == told(*hyphens)
+
+
+def test_a_data_set_beside_the_path_of_a_file(tmp_path):
+    (tmp_path / "c.toml").write_text("[data]\ndataset = 'cifar10'\npath = 'mine'\n")
+    config = ("--config", str(tmp_path / "c.toml"))
+    with pytest.raises(ValueError, match=r"dataset: got 'digits', but .*c.toml has the path mine; give --path too"):
+        told(*config, "--dataset", "digits")
+    assert told(*config, "--dataset", "digits", "--path", "None").data.path is None
+    assert told(*config, "--dataset", "digits", "--path", "other").data.path == "other"
+    assert told(*config, "--dataset", "cifar10").data.path == "mine"
+
+
+def test_a_validation_part_of_its_own_can_be_left_out(tmp_path):
+    write_folder(tmp_path, [f"{part}/{c}/{i}.png" for part in ("train", "val", "test") for c in "ab" for i in range(3)])
+    with_it, without = (
+        run_images.images_of(told("--path", str(tmp_path), "--val-images", n, "--size", "6")) for n in ("4", "0")
+    )
+    assert with_it.counts == {"train": 6, "val": 6, "test": 6}
+    assert without.counts == {"train": 6, "test": 6}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), "eps 0.2, step 0.05, K 10, linf"),
+        (("--method", "fair", "--fast"), "eps 0.25 (1.25 of 0.2), steps of 2 1 0.5 eps, K 3, linf"),
+        (("--method", "pgd_at", "--eps-factor", "2"), "eps 0.4 (2 of 0.2), step 0.1, K 10, linf"),
+        (("--method", "n_fgsm"), "eps 0.2, one step, linf"),
+    ],
+)
+def test_the_attack_at_the_start_is_the_one_trained_with(flags, words):
+    assert train_command.attack_in_words(told("--dataset", "digits", *flags)) == words
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--steps", "7", "--step-sizes", "2", "1"), "steps: has no effect with --step-sizes"),
+        (("--normalize",), "normalize: digits has no mean and std of its own"),
+        (("--milestones", "2", "--lr-decay", "-1"), "lr_decay: got -1"),
+        (("--milestones", "2", "--lr-decay", "nan"), "lr_decay: got nan"),
+        (("--milestones", "0", "--lr-decay", "0.1"), "milestones: got 0"),
+    ],
+)
+def test_flags_without_effect_or_sense_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        told("--dataset", "digits", "--method", "pgd_at", *flags).check()
+
+
+def test_decays_count_for_their_own_schedule_alone():
+    told("--schedule", "cosine", "--milestones", "1", "2", "--lr-decay", "0.1").check()
+
+
+def test_a_table_of_other_channels_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures.write_fashion_mnist(tmp_path)
+    with pytest.raises(ValueError, match="normalize: cifar10's mean and std are of 3 channels, and the images have 1"):
+        trained("FashionMNIST/raw", "--dataset", "cifar10", "--val-images", "1")
+
+
+@pytest.mark.slow
+def test_damaged_notes_are_named_and_what_can_be_done_without_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "set")
+    run = trained("set")
+    for name in ("status.json", "environment.json"):
+        (run.path / name).write_text('{"state": ')
+    with pytest.warns(HamWarning, match=r"run: run/status.json is damaged .*; the run goes on without it"):
+        train_command.resume("run", quiet=True)
+    assert run.status()["state"] == "finished"
+    (run.path / "data.json").write_text('{"classes"')
+    with pytest.raises(ValueError, match=r"run: run/data.json is damaged"):
+        train_command.resume("run", quiet=True)
+
+
+@pytest.mark.slow
+def test_other_counts_name_the_settings_that_make_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "set")
+    run = trained("set")
+    config = run.path / "config.toml"
+    config.write_text(config.read_text().replace("val_images = 4", "val_images = 6"))
+    with pytest.raises(
+        ValueError, match=r"counts was .* as config.toml's train_images, test_images and val_images say"
+    ):
+        train_command.resume("run", quiet=True)
+
+
+def test_small_files_that_would_be_enlarged_are_told(tmp_path):
+    photos(tmp_path / "set", size=16)
+    (tmp_path / "set/a/odd.png").write_bytes(pictures.png(1, (16, 17)))
+    with pytest.warns(HamWarning, match=r"of about 16 pixels, .* they are enlarged to 224 x 224; give --size 16"):
+        images = data.class_folders(tmp_path / "set", cache=False)
+    assert images.size == 224

@@ -15,7 +15,7 @@ from torch import nn
 from .. import data, evaluation
 from ..common import provenance
 from ..common.files import write_atomically
-from ..distributed import PATIENT, Ranks, start
+from ..distributed import PATIENT, Ranks
 from ..evaluation.gradient_masking import COST as MASKING_COST
 from ..evaluation.gradient_masking import IMAGES as MASKING_IMAGES
 from ..evaluation.named_attacks import plans, searcher
@@ -24,7 +24,7 @@ from ..runs.judge_settings import EvaluateSettings
 from ..runs.settings import TrainSettings, check_step
 from . import run_images
 from .evaluation_text import under_budget, verdict
-from .from_settings import device_of, load_model, trained_model
+from .from_settings import device_of, join, load_model, trained_model
 from .noted_images import NotedLoader, drop_altered, has_examples, write_examples
 from .progress import JudgeProgress, say
 
@@ -47,7 +47,7 @@ def evaluate_run(
     """
     settings = settings or EvaluateSettings()
     settings.check()
-    ranks = start(timeout=PATIENT)  # the checks for masking and the analyses are the work of one
+    ranks = join(settings.device, PATIENT)  # the checks for masking and the analyses are the work of one
     run = RunFolder.open(path, writes=ranks.rank == 0)
     if run.writes:
         run.check_writable("run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ..models.named import is_architecture, of_timm
-from ..models.weights import Brought, brought, lay, read_weights
+from ..models.weights import Brought, brought, head_of, lay, read_weights
 from ..report.comparing.forwards import passes, total_forwards
 from ..report.reading.runs import read_run
 from ..runs.folder import RunFolder
@@ -35,14 +36,31 @@ def with_their_normalisation(settings: TrainSettings) -> TrainSettings:
     return replace(settings, model=replace(m, mean=found.mean, std=found.std))
 
 
-def begin_with(settings: TrainSettings, model: nn.Module) -> str:
+def begin_with(settings: TrainSettings, model: nn.Module, classes: Sequence[str]) -> str:
     """Lays the weights that the settings name into a model; returns what there is to say of it.
 
+    classes: names, as the model is to know them. Where a run knew others, also as many, the head stays as it is.
     Raises: FileNotFoundError, ValueError, ImportError naming `weights`.
     """
     name = settings.run.weights
+    head = {k: v.clone() for k, v in model.state_dict().items() if k in head_of(model)}
     new = lay(model, _found(settings).state, source=f"weights: {name}", new_head=True)
+    if not new and _others(name, classes):
+        if not head:
+            raise ValueError(f"weights: {name} knows other classes, and no linear layer ends the model, to be new")
+        model.load_state_dict(head, strict=False)
+        new = list(head)
+    if new and settings.method.tunes_only:
+        raise ValueError(
+            f"weights: {name} knows other classes, so that {', '.join(new)} would be random, and "
+            f"{settings.method.title} trains nothing else; train by another method first"
+        )
     return f"begins with the weights of {name}" + (f"; new, for other classes: {', '.join(new)}" if new else "")
+
+
+def _others(name: str, classes: Sequence[str]) -> bool:
+    """Whether these are the weights of a run that knows other classes than these, or in another order."""
+    return name != IMAGENET and Path(name).is_dir() and RunFolder.open(name).data_facts()["classes"] != list(classes)
 
 
 def cost_of(name: str) -> dict[str, Any]:

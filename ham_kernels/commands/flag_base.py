@@ -42,8 +42,14 @@ def base_of(argv: list[str], stretch: float | None = None) -> TrainSettings:
     if config is not None:
         from_toml(config, TrainSettings(), of_flag)  # judges keys and types before anything is made of them
     path = seen(argv, "--path") or get(told, "data", "path")
-    dataset = seen(argv, "--dataset") or get(told, "data", "dataset")
-    if path and not dataset:
+    named_set, set_of_file = seen(argv, "--dataset"), get(told, "data", "dataset")
+    if named_set not in (None, set_of_file) and seen(argv, "--path") is None and get(told, "data", "path"):
+        raise ValueError(
+            f"dataset: got {named_set!r}, but {config} has the path {path}; give --path too (--path None for the data "
+            "set's own images)"
+        )
+    dataset = named_set or set_of_file
+    if path not in (None, "", "None") and not dataset:
         numbers = {key: _number(argv, told, key) for key in ("size", "train_images", "batch_size")}
         base = for_folder(str(path), **numbers)
     else:
@@ -59,6 +65,8 @@ def base_of(argv: list[str], stretch: float | None = None) -> TrainSettings:
     if named is not None:
         method = with_name(base.method, named, base.optim.epochs)
         base = without_idle_teacher(replace(base, method=replace(method, **switches)))
+    if seen(argv, "--teacher") is not None:  # another than that of the file, or other weights
+        base = replace(base, run=replace(base.run, teacher_digest=None))
     optimizer, was = seen(argv, "--optimizer"), base.optim
     others_lr = get(told, "optim", "lr") is not None and optimizer not in (None, was.optimizer)
     if others_lr and seen(argv, "--lr") is None:
@@ -133,6 +141,12 @@ def number(word: str) -> float:
         return float(above) / float(below) if slash else float(above)
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"got {word!r}; it must be a number, or a fraction such as 8/255") from error
+
+
+def hyphened(argv: list[str]) -> list[str]:
+    """--train_images as --train-images: flags may be written both ways."""
+    return [f"{flag.replace('_', '-')}{is_}{value}" if flag.startswith("--") else word
+            for word in argv for flag, is_, value in (word.partition("="),)]  # fmt: skip
 
 
 def seen(argv: list[str], flag: str) -> str | None:

@@ -12,15 +12,18 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from ..runs.judge_settings import EvaluateSettings, JudgeSettings
 from ..runs.settings import ImageSettings, ModelSettings
 from .experiments import STRONG
-from .flag_base import base_of, number, seen, stretch_of, without
+from .flag_base import base_of, hyphened, number, seen, stretch_of, without
 from .options import Adoption, Evaluate, Export, Predict, Report, Resume, Sweep, Train
 
 T = TypeVar("T")
 
 
 def parse_train(argv: list[str]) -> Train | Resume:
+    argv = hyphened(argv)
     if seen(argv, "--resume") is not None:
         return _cli(Resume, argv, "ham train")
+    if seen(argv, "--steps") is not None and seen(argv, "--step-sizes") is not None:  # step_size judges all the same
+        raise ValueError("steps: has no effect with --step-sizes, which are as many as they are; give one of them")
     wanted = _train(argv)
     stretch = stretch_of(argv, wanted.settings)
     return wanted if stretch is None else _train(argv, stretch)
@@ -35,6 +38,7 @@ def _train(argv: list[str], stretch: float | None = None) -> Train:
 
 def parse_evaluate(argv: list[str]) -> Evaluate | Adoption:
     """A run to judge, or with --model a model that was trained elsewhere, under its data set's budget unless told."""
+    argv = hyphened(argv)
     if not any(word == "--model" or word.startswith("--model=") for word in argv):
         wanted = _cli(Evaluate, argv, "ham evaluate", Evaluate(tyro.MISSING, settings=EvaluateSettings(masking=True)))
         return replace(wanted, settings=replace(wanted.settings, masking=_switched(argv, "masking")))
@@ -50,7 +54,7 @@ def parse_evaluate(argv: list[str]) -> Evaluate | Adoption:
 
 def _switched(argv: list[str], name: str) -> bool | None:
     """Which of --NAME and --no-NAME came last; None where neither did."""
-    said = [word for word in (w.replace("_", "-") for w in argv) if word in (f"--{name}", f"--no-{name}")]
+    said = [word for word in argv if word in (f"--{name}", f"--no-{name}")]
     return said[-1] == f"--{name}" if said else None
 
 
@@ -67,6 +71,7 @@ def parse_predict(argv: list[str]) -> Predict:
 
 
 def parse_sweep(argv: list[str]) -> Sweep:
+    argv = hyphened(argv)
     own = {"--seed": "give --seeds", "--method": "the experiment sets it", "--label": "the experiment sets it"}
     _refuse(argv, own, "a sweep")
     wanted = _cli(Sweep, argv, "ham sweep", Sweep(tyro.MISSING, settings=base_of(argv)))

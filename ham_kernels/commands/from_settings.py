@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from .. import data, models
 from ..common import checks
-from ..distributed import ALONE, Ranks, ranks_of
+from ..distributed import ALONE, TIMEOUT, Ranks, ranks_of, start
 from ..engine import modes_kept
 from ..methods.class_weights import count_weights
 from ..runs.folder import RunFolder
@@ -38,6 +39,11 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+def join(device: str, timeout: timedelta = TIMEOUT) -> Ranks:
+    """The processes of torchrun, as `distributed.start` joins them; on the CPU by gloo, whatever GPUs there are."""
+    return start("gloo" if device == "cpu" else None, timeout)
+
+
 def check_before_data(settings: TrainSettings, device: torch.device) -> None:
     """What can be refused before a data set is read or fetched: the model's name, and settings that exclude each other.
 
@@ -52,17 +58,19 @@ def check_before_data(settings: TrainSettings, device: torch.device) -> None:
         trainer_of(settings, nn.Linear(1, 1), device, teacher=nn.Identity() if settings.run.teacher else None)
 
 
-def check_takes(model: nn.Module, name: str, loader, classes: int) -> None:
-    """Raises: ValueError where a model cannot take images like those of the loader, or knows fewer classes."""
+def check_takes(model: nn.Module, name: str, loader, classes: int, argument: str = "model") -> None:
+    """Raises: ValueError where a model cannot take images like those of the loader, or knows other classes."""
     x, _ = next(iter(loader))
     try:
         with modes_kept(model), torch.no_grad():
             logits = model.eval()(x[:2])
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"model: {name} cannot take images of shape {tuple(x.shape[1:])}: {error}") from error
+        raise ValueError(f"{argument}: {name} cannot take images of shape {tuple(x.shape[1:])}: {error}") from error
     if isinstance(logits, torch.Tensor) and tuple(logits.shape) != (len(x[:2]), classes):
         shape = tuple(logits.shape)
-        raise ValueError(f"model: {name} gives {shape} for 2 images of {classes} classes; it must be (2, {classes})")
+        raise ValueError(
+            f"{argument}: {name} gives {shape} for 2 images of {classes} classes; it must be (2, {classes})"
+        )
 
 
 def model_of(settings: TrainSettings, classes: int, channels: int) -> nn.Module:
@@ -78,7 +86,12 @@ def model_of(settings: TrainSettings, classes: int, channels: int) -> nn.Module:
         return models.create(m.name, classes, channels=channels, mean=mean, std=std)
     except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
         if str(error).startswith(("mean: ", "std: ")):
-            raise
+            if facts is None:
+                raise
+            raise ValueError(
+                f"normalize: {settings.data.dataset}'s mean and std are of {len(mean)} channels, and the images have "
+                f"{channels}; give --no-normalize, or --mean and --std"
+            ) from error
         raise type(error)(f"model: {str(error).removeprefix('name: ')}") from error  # the flag is --model
 
 

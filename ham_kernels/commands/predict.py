@@ -22,6 +22,8 @@ def predict(wanted: Predict) -> list[dict]:
 
     Raises: FileNotFoundError, ValueError naming the argument or the file.
     """
+    if not wanted.files:
+        raise ValueError("files: got none; give at least one image")
     device = device_of(wanted.device)
     model, about = _model(wanted, device)
     found = []

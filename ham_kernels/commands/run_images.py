@@ -29,6 +29,7 @@ def images_of(settings: TrainSettings) -> data.ImageSet | data.FileSet:
         raise ValueError(f"path: {d.path} has one class, {images.classes[0]!r}; a classifier needs two or more")
     if images.y_val is not None:  # a part of its own
         images = images.subset(d.train_images, d.test_images)
+        images = images if d.val_images else images.without_val()
     else:
         train = None if d.train_images is None else d.train_images + d.val_images
         images = images.subset(train, d.test_images)

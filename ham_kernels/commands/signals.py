@@ -25,7 +25,7 @@ class Stopped(Exception):
 class StopRequest:
     """Within `with`, SIGINT, SIGTERM and SIGHUP set a flag that `check` turns into Stopped. A second acts at once.
 
-    The first says so on standard error, with what is waited for.
+    The first says so on standard error, with what is waited for. Under nohup SIGHUP stays ignored.
     """
 
     def __init__(self, after: str = "this batch"):
@@ -35,6 +35,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            before = signal.getsignal(number)
+            if before is None or (number == signal.SIGHUP and before == signal.SIG_IGN):  # as nohup has it
+                continue
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # not the main thread: signals are somebody else's

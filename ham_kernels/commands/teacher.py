@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,11 +41,12 @@ def place_of(settings: TrainSettings, run: RunFolder | None = None) -> dict[str,
 
 
 def teacher_of(
-    settings: TrainSettings, places: dict[str, dict[str, str]], classes: int, channels: int, device: torch.device
-) -> nn.Module | None:
+    settings: TrainSettings, places: dict[str, dict[str, str]], classes: Sequence[str], channels: int,
+    device: torch.device,
+) -> nn.Module | None:  # fmt: skip
     """The teacher in eval mode. Of a run it is that run's model; a checkpoint's weights are of the student's model.
 
-    places: of `place_of`. torch's random generators stay where they are.
+    places: of `place_of`. classes: names, which a run must know alike. torch's random generators stay where they are.
     Raises: as `with_its_digest`, and where its weights are others than the settings tell.
     """
     if settings.run.teacher is None:
@@ -55,16 +57,21 @@ def teacher_of(
     if Path(name).is_dir():
         run = RunFolder.open(name)
         facts = run.data_facts()
-        if (len(facts["classes"]), facts["channels"]) != (classes, channels):
+        if (len(facts["classes"]), facts["channels"]) != (len(classes), channels):
             raise ValueError(
                 f"teacher: {name} knows {len(facts['classes'])} classes of images with {facts['channels']} channels; "
-                f"the training has {classes} and {channels}"
+                f"the training has {len(classes)} and {channels}"
+            )
+        if apart := [pair for pair in zip(facts["classes"], classes, strict=True) if len(set(pair)) == 2]:
+            raise ValueError(
+                f"teacher: {name} knows class {apart[0][0]!r} where these images have {apart[0][1]!r}; its classes "
+                "must be theirs, by the same names"
             )
         return trained_model(run.settings(), facts, found.state, device)
     if found.mean is not None and is_architecture(settings.model.name):
         settings = replace(settings, model=replace(settings.model, mean=found.mean, std=found.std))
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
-        model = model_of(settings, classes, channels)
+        model = model_of(settings, len(classes), channels)
     lay(model, found.state, source=f"teacher: {name}")
     return model.to(device).eval()
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from ..common import checks, troubles
+from ..common import checks, field_types, troubles
 from ..common.one_class import answers_one_class
 from ..data.batches import mixed_seed
 from ..data.table import generated_rows
-from ..distributed import RankError, Ranks, start
+from ..distributed import RankError, Ranks
 from ..runs.checkpoints import random_states, seed_python_and_numpy, set_random_states
 from ..runs.folder import RunFolder
 from ..runs.resume_rules import check_unchanged, noted
@@ -25,7 +25,16 @@ from ..training.reports import EpochReport, StepReport
 from ..training.trainer import Trainer
 from . import run_images
 from .first_weights import begin_with, cost_of, with_their_normalisation
-from .from_settings import check_before_data, check_takes, device_of, loaders_of, model_of, scheduler_of, trainer_of
+from .from_settings import (
+    check_before_data,
+    check_takes,
+    device_of,
+    join,
+    loaders_of,
+    model_of,
+    scheduler_of,
+    trainer_of,
+)
 from .logs import Logs, behind
 from .progress import TrainProgress, duration, say
 from .signals import Stopped, StopRequest
@@ -50,7 +59,7 @@ def prepared(settings: TrainSettings, out: str | Path | None = None) -> _Job:
         raise TypeError(f"settings: got {settings!r}; it must be TrainSettings, such as ham_kernels.preset('digits')")
     settings.check()
     settings = with_its_digest(with_their_normalisation(settings))
-    ranks = start()
+    ranks = join(settings.run.device)
     with ranks.first_alone("the look at the run's folder"):
         if ranks.rank == 0:
             RunFolder("runs" if out is None else out).check_writable()
@@ -71,7 +80,7 @@ def resume(
     """
     if until_epoch is not None:
         checks.integer("until_epoch", until_epoch, 1)
-    ranks = start()
+    ranks = join(RunFolder.open(out, writes=False).settings().run.device)
     run = RunFolder.open(out, writes=ranks.rank == 0)
     if run.writes:
         run.check_writable("run")
@@ -109,17 +118,20 @@ class _Job:
         seed_python_and_numpy(settings.run.seed)
         model = model_of(settings, len(images.classes), images.channels)
         fresh = run is None or not run.checkpoints.newest_first()
-        self.begun = begin_with(settings, model) if settings.run.weights is not None and fresh else None
+        self.begun = begin_with(settings, model, images.classes) if settings.run.weights and fresh else None
         counts = list(images.class_counts["train"].values())
         self.places |= place_of(settings, run)
-        teacher = teacher_of(settings, self.places, len(images.classes), images.channels, device)
+        teacher = teacher_of(settings, self.places, images.classes, images.channels, device)
         self.trainer = trainer_of(settings, model, device, counts, teacher)
         self.scheduler = scheduler_of(settings, self.trainer)
         self.loaders = loaders_of(settings, images, device, ranks)
         batches, size = len(self.loaders.train), settings.data.batch_size
         if settings.data.path is not None and batches < 10:
             troubles.warn("few_batches", batches=batches, size=size, images=images.counts["train"])
-        check_takes(self.trainer.model, settings.model.name, self.loaders.test, len(images.classes))
+        takes = {"model": (self.trainer.model, settings.model.name), "teacher": (teacher, settings.run.teacher)}
+        for argument, (net, called) in takes.items():
+            if net is not None:
+                check_takes(net, called, self.loaders.test, len(images.classes), argument)
         self.stop = StopRequest()
         self.best: dict[str, float] = {}
 
@@ -306,10 +318,21 @@ class _Job:
             rows = generated_rows(s.data.batch_size, s.data.generated_share)
             say(f"{rows} of {s.data.batch_size} rows of a batch are of {made['images']} images of {s.data.generated}")
         say(
-            f"eps {s.attack.eps:g}, step {s.attack.step_size:g}, K {s.attack.steps}, {s.attack.norm}; {s.optim.epochs} "
-            f"epochs of {len(self.loaders.train)} batches on {trainer.device}, {s.run.precision}, seed {s.run.seed}"
+            f"{attack_in_words(s)}; images of {'x'.join(map(str, self.facts['shape']))}; {s.optim.epochs} epochs of "
+            f"{len(self.loaders.train)} batches on {trainer.device}, {s.run.precision}, seed {s.run.seed}"
         )
         if world > 1:
             say(f"{world} processes, each {-(-s.data.batch_size // world)} rows of a batch of {s.data.batch_size}")
         if self.begun is not None:
             say(self.begun)
+
+
+def attack_in_words(settings: TrainSettings) -> str:
+    """The attack that the method trains with: "eps 0.2, step 0.05, K 10, linf"."""
+    attack, method = settings.attack, settings.method
+    wider = f" ({method.eps_factor:g} of {attack.eps:g})" if method.eps_factor != 1 else ""
+    step, k = f"step {method.eps_factor * attack.step_size:g}", method.attack_steps(attack.steps)
+    if method.schedule:
+        step = f"steps of {field_types.shown(method.schedule)} eps"
+    steps = "one step" if method.one_step else f"{step}, K {k}"
+    return f"eps {method.eps_factor * attack.eps:g}{wider}, {steps}, {attack.norm}"

@@ -175,6 +175,13 @@ TROUBLES: dict[str, Trouble] = {
         "train longer, or take a lower decay",
     ),
     # ------------------------------------------------------------ data
+    "small_files": Trouble(
+        "path: the images of {path} are of about {pixels} pixels, but not all of one size, or some are larger than 64; "
+        "they are enlarged to {size} x {size}",
+        "Images of one size of at most 64 pixels are kept in memory as they are; others are read file by file, and "
+        "cropped to the size of large images.",
+        "give --size {pixels}, or mend the odd ones",
+    ),
     "files_left_out": Trouble(
         "path: {path} has files that are left out: {kinds}",
         "Only files that end as images do are read, and no hidden ones.",
@@ -238,6 +245,12 @@ TROUBLES: dict[str, Trouble] = {
         "`ham train --resume` writes the log anew from the newest checkpoint",
     ),
     # ------------------------------------------------------------ machines
+    "damaged_note": Trouble(
+        "{error}; the run goes on without it",
+        "A disk or a copy has cut the file. It holds when and where the run was worked on, or how far it was, and no "
+        "part of the training.",
+        "copy it again from where the run was made, if its times matter",
+    ),
     "damaged_best": Trouble(
         "weights: {error}",
         "The file of the best weights is truncated or was altered (a full disk, a copy that was cut).",

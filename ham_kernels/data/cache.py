@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,7 +33,7 @@ def cached(folder: Path | None, source: Path, size: int | None, state: list, bui
     if folder is None:
         return build()
     where = _digest([VERSION, str(source.resolve()), size])
-    file = folder / f"{source.name[:60]}-{where[:12]}-{_digest(state)[:20]}.pt"
+    file = folder / f"{_short(source.name)}-{where[:12]}-{_digest(state)[:20]}.pt"
     images = _read(file) if file.exists() else None
     if images is None:
         images = build()
@@ -54,7 +55,7 @@ def cached_file(folder: Path, source: Path, suffix: str, state: list, size: int,
     others wait for it. Raises: OSError.
     """
     where = _digest([VERSION, str(source.resolve()), suffix])
-    file = folder / f"{source.name[:60]}-{where[:12]}-{_digest(state)[:20]}{suffix}"
+    file = folder / f"{_short(source.name)}-{where[:12]}-{_digest(state)[:20]}{suffix}"
     if _is_whole(file, size):
         return file
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,3 +99,8 @@ def _write(file: Path, images: ImageSet) -> None:
         files.save(file, {**told, "empty": list(images.empty), **tensors})
     except (OSError, RuntimeError) as error:  # a full or read-only disk; the images are there all the same
         troubles.warn("cache_not_written", file=file, error=error)
+
+
+def _short(name: str) -> str:
+    """Its first 60 bytes: file systems count those of a name."""
+    return os.fsencode(name)[:60].decode("utf-8", "ignore")

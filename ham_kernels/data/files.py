@@ -170,7 +170,7 @@ def open_image(file, data: bytes | None = None):
         with contextlib.suppress(ArithmeticError, LookupError, SyntaxError, TypeError, struct.error):  # damaged EXIF
             ImageOps.exif_transpose(image, in_place=True)
         if sixteen:  # PIL's conversion would clip at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = _of_eight_bits(image)
         elif image.mode in ("I", "F"):
             raise ValueError("32-bit grey values have no fixed white; convert it to 8 or 16 bits")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:  # seen on white, as viewers show it
@@ -180,6 +180,17 @@ def open_image(file, data: bytes | None = None):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "of no format that Pillow reads" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"path: {shown(str(file))} is not a readable image ({reason})") from error
+
+
+def _of_eight_bits(image):
+    """Grey values of 16 bits, one of which may stand for what is transparent."""
+    from PIL import Image
+
+    values, through = np.asarray(image), image.info.get("transparency")
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    if isinstance(through, int):
+        grey = Image.merge("LA", [grey, Image.fromarray(np.where(values == through, 0, 255).astype(np.uint8))])
+    return grey
 
 
 def decode(file, data: bytes | None = None, size: int | None = None) -> Tensor:

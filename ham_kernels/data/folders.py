@@ -15,6 +15,7 @@ from ..common import checks, troubles
 from . import idx, layout, listing
 from .cache import cached
 from .files import decode
+from .glance import glance
 from .listing import IMAGE_SUFFIXES, Listing
 from .sets import FileSet, ImageSet, pick, stratified
 from .table import CROP_SIZE, IN_MEMORY
@@ -96,6 +97,8 @@ def _read(path: Path, folder: Path | None, size: int | None) -> ImageSet | FileS
             images = cached(folder, path, size, found.images, lambda: _from_folder(path, found.names, arranged, size))
     if images is None:
         classes, parts = arranged
+        if size is None and (seen := glance(path)) is not None and seen.pixels <= IN_MEMORY:
+            troubles.warn("small_files", path=path, pixels=seen.pixels, size=CROP_SIZE)
         files = [str(path / name) for name in found.names]
         images = FileSet(path.name, classes, **_fields("files", files, parts), size=size or CROP_SIZE)
     images.left_out, images.empty = dict(+found.left_out), tuple(found.empty)  # not the cache's: other files may be new

@@ -28,7 +28,7 @@ def files_in(path: Path) -> dict[tuple[str, str], Path]:
     Raises: ValueError where there are several sets of them.
     """
     found: dict[tuple[str, str], Path] = {}
-    for folder, _, names in sorted(os.walk(path)):
+    for folder, _, names in sorted(os.walk(path, followlinks=True)):
         for name in sorted(names):  # a packed one follows the unpacked one
             told = _NAME.fullmatch(name)
             if told is None:

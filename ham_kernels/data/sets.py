@@ -71,6 +71,10 @@ class _Parts:
         val = self._rows("train", held, into="val")
         return replace(self, **val, **self._rows("train", stays.nonzero()[:, 0]))
 
+    def without_val(self):
+        """Without the validation part."""
+        return replace(self, **{f"{self._kind}_val": None, "y_val": None})
+
     def _rows(self, part: str, rows: Tensor, into: str | None = None) -> dict:
         images, labels = self.part(part)
         into = into or part

@@ -5,9 +5,22 @@ and ALONE is one process, which sends nothing.
 """
 
 from .batchnorm import synced_batchnorm
-from .ranks import ALONE, PATIENT, Meeting, RankError, Ranks, forwards_meet, inner_model, ranks_of, start, stop, wrapped
+from .ranks import (
+    ALONE,
+    PATIENT,
+    TIMEOUT,
+    Meeting,
+    RankError,
+    Ranks,
+    forwards_meet,
+    inner_model,
+    ranks_of,
+    start,
+    stop,
+    wrapped,
+)
 
 __all__ = [
-    "ALONE", "PATIENT", "Meeting", "RankError", "Ranks", "forwards_meet", "inner_model", "ranks_of", "start", "stop",
-    "synced_batchnorm", "wrapped",
+    "ALONE", "PATIENT", "TIMEOUT", "Meeting", "RankError", "Ranks", "forwards_meet", "inner_model", "ranks_of", "start",
+    "stop", "synced_batchnorm", "wrapped",
 ]  # fmt: skip

@@ -156,18 +156,37 @@ def _joined() -> bool:
 def start(backend: str | None = None, timeout: timedelta = TIMEOUT) -> Ranks:
     """Joins the processes that torchrun has started, by the variables that it sets; nothing in a single one.
 
-    backend: "nccl" or "gloo"; None: NCCL where each process has a GPU, which is then its current one, else gloo.
+    backend: "nccl" or "gloo"; None: NCCL where each process has a GPU of its own, also where its launcher shows it no
+        other, else gloo. With NCCL it is the current one.
     timeout: how long processes wait for each other.
     Returns: the processes. A second call, or one behind init_process_group, returns those that are there.
     """
     if launched() > 1 and not _joined():
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        on_gpus = torch.cuda.is_available() and local < torch.cuda.device_count()
-        backend = backend or ("nccl" if on_gpus else "gloo")
-        if backend == "nccl":
-            torch.cuda.set_device(local)
-        dist.init_process_group(backend, timeout=timeout)
+        gpu = _gpu_of_this_process()
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+        backend = backend or _agreed_backend(store, rank, world, "" if gpu is None else _name_of(gpu))
+        if backend == "nccl" and gpu is not None:  # else NCCL says what is missing
+            torch.cuda.set_device(gpu)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return ranks_of()
+
+
+def _gpu_of_this_process() -> int | None:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local, here = (int(os.environ.get(name, usual)) for name, usual in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    return local if gpus >= max(here, local + 1) else 0 if gpus == 1 else None
+
+
+def _name_of(gpu: int) -> str:
+    """That no other GPU has, on whatever machine."""
+    return str(torch.cuda.get_device_properties(gpu).uuid)
+
+
+def _agreed_backend(store: dist.Store, rank: int, world: int, gpu: str) -> str:
+    """NCCL where the GPUs of all processes are there, and no two the same: on all processes alike."""
+    store.set(f"ham_gpu_{rank}", gpu)
+    gpus = [store.get(f"ham_gpu_{r}").decode() for r in range(world)]
+    return "nccl" if all(gpus) and len(set(gpus)) == world else "gloo"
 
 
 def stop() -> None:

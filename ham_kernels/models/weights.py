@@ -69,7 +69,7 @@ def lay(model: nn.Module, state: State, *, source: str, new_head: bool = False) 
         differences = _differences(model, missing, unexpected)
         raise ValueError(f"{source}: its weights are not those of this model: {differences}")
     other = [k for k, v in state.items() if v.shape != wanted[k].shape]
-    if new_head and other and set(other) <= set(_head(model)):
+    if new_head and other and set(other) <= set(head_of(model)):
         state = {k: v for k, v in state.items() if k not in other}
     elif other:
         k = other[0]
@@ -177,7 +177,8 @@ def _without_prefix(state: State) -> list[State]:
     return out
 
 
-def _head(model: nn.Module) -> list[str]:
+def head_of(model: nn.Module) -> list[str]:
+    """Names of the weights of the last linear layer, where there is one."""
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     return [f"{linear[-1]}.weight", f"{linear[-1]}.bias"] if linear else []
 

@@ -159,9 +159,12 @@ class RunFolder:
         wrong = [k for k in facts if k in before and facts[k] != before[k]]
         if wrong:
             argument = "data" if where is None else f"path: {where}"
+            also = (
+                " (so many as config.toml's train_images, test_images and val_images say)" if "counts" in wrong else ""
+            )
             raise ValueError(
                 f"{argument}: {self.path} was trained on other images: {wrong[0]} was {before.get(wrong[0])}, "
-                f"now it is {facts[wrong[0]]}"
+                f"now it is {facts[wrong[0]]}{also}"
             )
 
     def data_facts(self) -> dict[str, Any]:
@@ -170,7 +173,7 @@ class RunFolder:
         path = self.path / "data.json"
         if not self.has_begun():
             raise FileNotFoundError(f"run: {self.path} has not begun to train (it has no data.json)")
-        return json.loads(path.read_text())
+        return read_json(path)
 
     def source(self) -> str:
         """The path or the name of its data set, as the run was told it first."""
@@ -185,7 +188,7 @@ class RunFolder:
         from ..common import provenance
 
         path = self.path / "environment.json"
-        before = json.loads(path.read_text()) if path.exists() else {}
+        before = _told_of(path, {})
         sessions = [{"machine": before.get("machine"), **session} for session in before.get("sessions", [])]
         machine = provenance.machine()
         where = {"from_epoch": from_epoch, "from_batch": from_batch, "machine": machine}
@@ -201,7 +204,7 @@ class RunFolder:
     def end_session(self) -> None:
         if not self.writes:
             return
-        facts = json.loads((self.path / "environment.json").read_text())
+        facts = read_json(self.path / "environment.json")
         facts["sessions"][-1]["ended"] = _now()
         self.write_json("environment.json", facts)
 
@@ -217,8 +220,7 @@ class RunFolder:
         self.set_status("failed", status["epoch"], status.get("epochs", 0), message)
 
     def status(self) -> dict[str, Any]:
-        path = self.path / "status.json"
-        return json.loads(path.read_text()) if path.exists() else {"state": "new", "epoch": 0}
+        return _told_of(self.path / "status.json", {"state": "new", "epoch": 0})
 
     def write_metrics(self, history: list[Any], settings: TrainSettings) -> None:
         """The whole of metrics.jsonl anew: after a resume it holds no line of epochs that were thrown away."""
@@ -307,6 +309,25 @@ def metrics_of(report: Any, settings: TrainSettings) -> dict[str, Any]:
         "lr": settings.optim.lr * lr_factor(settings.optim, report.epoch),
         **val,
     }
+
+
+def read_json(path: Path) -> Any:
+    """Raises: ValueError naming a file that is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"run: {path} is damaged ({error})") from error
+
+
+def _told_of(path: Path, without: dict[str, Any]) -> dict[str, Any]:
+    """What a file tells that a run can do without; `without` where there is none or, after a warning, a damaged one."""
+    if not path.exists():
+        return without
+    try:
+        return read_json(path)
+    except ValueError as error:
+        troubles.warn("damaged_note", error=error)
+        return without
 
 
 def dumps(value: Any, indent: int | None = None) -> str:

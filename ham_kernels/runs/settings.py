@@ -63,7 +63,8 @@ class DataSettings(ImageSettings):
     train_images: Annotated[int | None, Ge(1), Words("{} training images")] = None
     """Use only so many training images, class shares kept."""
     val_images: Annotated[int, Ge(0)] = 160
-    """Training images set aside to choose the best checkpoint; 0 for none. The test set never chooses."""
+    """Training images set aside to choose the best checkpoint; 0 for none. The test set never chooses. A val/ part of
+    the folder's own takes their place, whole."""
     batch_size: Annotated[int, Ge(1), Words("batch={}")] = 128
     augment: Annotated[Literal["none", "crop", "crop+flip"], Words("augment={}")] = "none"
     balance: Annotated[
@@ -162,9 +163,9 @@ class OptimSettings:
     """Largest norm of the gradients of all weights together; larger ones are scaled down to it. 0: off."""
     schedule: Annotated[Literal["step", "cosine", "one_cycle"], Words("{} schedule")] = "step"
     """Of the learning rate, epoch by epoch."""
-    milestones: Annotated[tuple[int, ...], Words(scales=True)] = (60, 90, 110)
+    milestones: Annotated[tuple[int, ...], Ge(1), Words(scales=True)] = (60, 90, 110)
     """First epochs (1-based) with a lower rate (schedule step)."""
-    lr_decay: Annotated[tuple[float, ...], Words(scales=True)] = (0.1, 0.1, 0.5)
+    lr_decay: Annotated[tuple[float, ...], Ge(0), Words(scales=True)] = (0.1, 0.1, 0.5)
     """Factor at each milestone."""
 
     def check(self) -> None:
@@ -249,8 +250,11 @@ class TrainSettings:
         method.attack_steps(self.attack.steps)
         self.data.check()
         self.model.check()
+        known = SETS.get(self.data.dataset)
+        if self.model.normalize and self.model.mean is None and known is not None and known.mean is None:
+            raise ValueError(f"normalize: {self.data.dataset} has no mean and std of its own; give --mean and --std")
         self.optim.check()
-        if len(optim.milestones) != len(optim.lr_decay):
+        if optim.schedule == "step" and len(optim.milestones) != len(optim.lr_decay):
             raise ValueError(
                 f"lr_decay: got {len(optim.lr_decay)} factors for {len(optim.milestones)} milestones; give one each"
             )
