@@ -7,8 +7,9 @@
 
 Each stage leaves DIR/stages/NAME.json, and is skipped where that is there. One that ends badly is noted and tried again
 with --retry or --stage only; one that the slot is too short for is left for the next call, as is the rest of one that
-could not end. DIR/summary.md has one table of goal, measured, held or not. Needs no network with --data. Exit status: 0
-when all stages are done, 1 where one failed, 3 where some are left for the next call, 2 for bad arguments.
+could not end. DIR/summary.md has one table of goal, measured, held or not. Needs no network with --data; what is not
+installed, torchattacks and pyautoattack among it, then comes in a folder of `pip install --target`, by PYTHONPATH. Exit
+status: 0 when all stages are done, 1 where one failed, 3 where some are left for the next call, 2 for bad arguments.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
+from importlib import metadata
 
 import pytest
 
@@ -18,6 +19,16 @@ from hypothesis import HealthCheck, settings
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:  # before anything imports Triton, whose own functions are decorated at import
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _interprets() -> bool:
+    """Triton's interpreter of before 3.7 fails where numpy 2.4 or later is."""
+    if importlib.util.find_spec("triton") is None:
+        return True  # its tests know
+    versions = (metadata.version(name).split(".")[:2] for name in ("triton", "numpy"))
+    triton, numpy = (tuple(map(int, version)) for version in versions)
+    return triton >= (3, 7) or numpy < (2, 4)
+
 
 settings.register_profile(
     "ham",
@@ -78,11 +89,17 @@ def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):
         _long_files_first(items)
     skip = pytest.mark.skip(reason="needs a CUDA device")
+    blind = pytest.mark.skip(
+        reason='needs a CUDA device, or pip install "numpy<2.4" for the interpreter of this Triton'
+    )
+    interprets = HAS_GPU or _interprets()
     for item in items:
         if HAS_GPU and "device" in item.fixturenames and _is_fixture(item):
             item.add_marker(pytest.mark.gpu)
         elif not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(skip)
+        elif not interprets and "device" in item.fixturenames and _is_fixture(item):
+            item.add_marker(blind)
 
 
 def _is_fixture(item) -> bool:

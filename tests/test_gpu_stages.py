@@ -329,3 +329,17 @@ def test_the_page_is_made_of_a_kept_summary(tmp_path, monkeypatch):
     page = (tmp_path / "page.md").read_text()
     assert "Made by `the command`" in page
     assert "![figure](../gpu/figure.png)" in page
+
+
+def test_what_is_not_installed_is_named_before_anything_is_imported(tmp_path, monkeypatch):
+    assert gpu_stages.not_installed() == []
+    root = tmp_path / "checkout"
+    root.mkdir()
+    (root / "pyproject.toml").write_text(
+        '[project]\ndependencies = ["torch>=2", "no-such-thing>=1", "nor.this", "old; python_version < \'3\'"]\n'
+        'optional-dependencies = {torchattacks = ["nowhere"], autoattack = ["numpy"]}\n'
+    )
+    monkeypatch.setattr(gpu_stages, "ROOT", root)
+    assert gpu_stages.not_installed(["torchattacks", "autoattack"]) == ["nowhere"]
+    with pytest.raises(Failed, match=r"not installed: no-such-thing, nor.this; .* PYTHONPATH=DIR here"):
+        gpu_stages.environment(Options(tmp_path), shell_for(tmp_path))

@@ -5,15 +5,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from gpu import pytest_runs as gpu_pytest
 from gpu.process import Failed, Shell
@@ -102,7 +109,21 @@ def build(o: Options, shell: Shell) -> dict:
     raise Failed(f"no extension: {problem()}; {shell.last_line()}")
 
 
+def not_installed(extras: Sequence[str] = ()) -> list[str]:
+    """What pyproject.toml asks for and is not here, of the package itself or of these extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [r for extra in extras for r in project["optional-dependencies"][extra]] or project["dependencies"]
+    names = [re.split(r"[^\w.-]", r)[0] for r in wanted if "python_version" not in r]
+    return [name for name in names if not any(True for _ in metadata.Distribution.discover(name=name))]
+
+
 def environment(o: Options, shell: Shell) -> dict:
+    if missing := not_installed():
+        raise Failed(
+            f"not installed: {', '.join(missing)}; without a network, bring them: `pip install --target DIR ...` where "
+            "there is one, and PYTHONPATH=DIR here"
+        )
+    idle = not_installed(["torchattacks", "autoattack"])
     status, text = shell.output([sys.executable, "-c", FACTS])
     if status:
         raise Failed(f"the package cannot be imported: {shell.last_line()}")
@@ -115,7 +136,8 @@ def environment(o: Options, shell: Shell) -> dict:
     held = loaded and doctor["ok"] if facts["gpu"] else None
     backends = {op: row["cuda"]["backend"] for op, row in doctor["backends"].items()}
     return {
-        "line": f"{facts['machine']['gpu']}; torch {facts['versions']['torch']}; extension: {reason}",
+        "line": f"{facts['machine']['gpu']}; torch {facts['versions']['torch']}; extension: {reason}"
+        + (f"; not installed, so that nothing is measured by them: {', '.join(idle)}" if idle else ""),
         "facts": facts, "gpus": doctor["gpus"], "driver": doctor["versions"]["driver"], "backends": backends,
         "goals": [goal("doctor: the CUDA extension is loaded", held, reason)],
     }  # fmt: skip
