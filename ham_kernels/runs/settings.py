@@ -250,9 +250,6 @@ class TrainSettings:
         method.attack_steps(self.attack.steps)
         self.data.check()
         self.model.check()
-        known = SETS.get(self.data.dataset)
-        if self.model.normalize and self.model.mean is None and known is not None and known.mean is None:
-            raise ValueError(f"normalize: {self.data.dataset} has no mean and std of its own; give --mean and --std")
         self.optim.check()
         if optim.schedule == "step" and len(optim.milestones) != len(optim.lr_decay):
             raise ValueError(
