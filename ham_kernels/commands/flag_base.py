@@ -145,8 +145,12 @@ def number(word: str) -> float:
 
 def hyphened(argv: list[str]) -> list[str]:
     """--train_images as --train-images: flags may be written both ways."""
-    return [f"{flag.replace('_', '-')}{is_}{value}" if flag.startswith("--") else word
-            for word in argv for flag, is_, value in (word.partition("="),)]  # fmt: skip
+
+    def of(word: str) -> str:
+        flag, is_, value = word.partition("=")
+        return flag.replace("_", "-") + is_ + value if flag.startswith("--") else word
+
+    return [of(word) for word in argv]
 
 
 def seen(argv: list[str], flag: str) -> str | None:

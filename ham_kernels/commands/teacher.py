@@ -62,11 +62,12 @@ def teacher_of(
                 f"teacher: {name} knows {len(facts['classes'])} classes of images with {facts['channels']} channels; "
                 f"the training has {len(classes)} and {channels}"
             )
-        if apart := [pair for pair in zip(facts["classes"], classes, strict=True) if len(set(pair)) == 2]:
-            raise ValueError(
-                f"teacher: {name} knows class {apart[0][0]!r} where these images have {apart[0][1]!r}; its classes "
-                "must be theirs, by the same names"
-            )
+        for theirs, ours in zip(facts["classes"], classes, strict=True):
+            if theirs != ours:
+                raise ValueError(
+                    f"teacher: {name} knows class {theirs!r} where these images have {ours!r}; its classes must be "
+                    "theirs, by the same names"
+                )
         return trained_model(run.settings(), facts, found.state, device)
     if found.mean is not None and is_architecture(settings.model.name):
         settings = replace(settings, model=replace(settings.model, mean=found.mean, std=found.std))

@@ -65,4 +65,4 @@ def warm_up_of(method: Method, name: str) -> Method:
 def in_place_of(method: Method) -> Method:
     """PGD-AT with the switches of a method of one step, for where that has overfitted."""
     alike = {f.name: getattr(method, f.name) for f in dataclasses.fields(Method)}
-    return dataclasses.replace(class_of("pgd_at")(), **{**alike, "start_epoch": 1})
+    return dataclasses.replace(class_of("pgd_at")(), **(alike | {"start_epoch": 1}))
