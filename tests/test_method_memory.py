@@ -9,6 +9,7 @@ import pytest
 import torch
 from graph_helpers import Recorder, give_graphs
 from nets import sgd, small_cnn
+from torch import nn
 
 import ham_kernels as ham
 from ham_kernels.attack.pgd import PGD
@@ -64,6 +65,31 @@ def test_a_first_batch_that_was_undone_leaves_a_training_that_goes_on(name, batc
         of.train_step(*batches[1], epoch=1)
     for a, b in zip(trainer.model.state_dict().values(), fresh.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+class Wider(nn.Module):
+    """A model whose head has more outputs, which are never predicted."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return nn.functional.pad(self.model(x), (0, 30), value=-1e3)
+
+
+# of the others FAIR-TAT draws targets from all outputs, and the sum of WAT's weights is of how many there are
+@pytest.mark.parametrize("name", ["cfa", "cfol", "dafa", "faal", "fair", "frl", "fsr", "absld", "fair_ard"])
+def test_outputs_that_no_image_is_of_change_nothing(name, batches):
+    kind, weights = ham.methods.class_of(name), []
+    for wrap in (lambda model: model, Wider):
+        teacher = {"teacher": wrap(small_cnn(seed=3))} if kind.needs_teacher else {}
+        torch.manual_seed(0)
+        model = small_cnn()
+        trainer = ham.Trainer(wrap(model), sgd(model), kind(start_epoch=1, class_from=2), **ATTACK, **teacher)
+        trainer.fit(batches, 4, batches, val_attacks=("clean",))
+        weights.append(nn.utils.parameters_to_vector(model.parameters()).detach())
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-5)
 
 
 def test_frl_takes_a_step_size_by_row(batches):

@@ -76,12 +76,11 @@ class ABSLD(RSLAD):
     def end_epoch(self, end, memory):
         import torch
 
-        from .class_weights import mean_by_class
+        from .class_weights import above_mean, mean_by_class
 
         super().end_epoch(end, memory)
         if end.epoch + 1 >= self.class_from:
-            found = mean_by_class(memory.absld_losses.T, memory.absld_counts).T
-            gap = found - found.mean(1, keepdim=True)
+            gap = above_mean(mean_by_class(memory.absld_losses.T, memory.absld_counts).T, memory.absld_counts)
             largest = gap.abs().amax(1, keepdim=True)
             moved = memory.absld_temperatures - self.rate * gap / torch.where(largest > 0, largest, 1.0)
             memory.absld_temperatures.copy_(moved.clamp(LEAST, MOST))

@@ -1,7 +1,8 @@
 """CFOL (Pethick, Chrysos and Cevher, TMLR 2023): classes weighed as by an adversary who learns which one is weakest.
 
 The adversary plays Exp3: p = gamma / C + (1 - gamma) softmax(s), and s_c grows by eta times the error of class c. Rows
-weigh C p_y, between gamma and C - gamma (C - 1); they are not scaled. Cost: as PGD-AT, 2K + 3.
+weigh C p_y, C the classes that rows are of, between gamma and C - gamma (C - 1); they are not scaled. Cost: as PGD-AT,
+2K + 3.
 
 The authors draw an image's class by p; or, as here, draw images as they come and weigh them, which moves the same
 expectation, with the variance of weights in place of that of a draw. The drawing form is left out: a loader makes its
@@ -46,6 +47,7 @@ class CFOL(Method):
             "cfol_wrong": torch.zeros(classes, 1),  # of the epoch under way
             "cfol_counts": torch.zeros(classes),
             "cfol_scores": torch.zeros(classes),  # s
+            "cfol_weights": torch.ones(classes),  # C p
         }
         return super().remembers(classes) | own
 
@@ -59,18 +61,18 @@ class CFOL(Method):
         memory.cfol_counts += counts
 
     def weights(self, examples, memory):
-        import torch
-
-        scores = memory.cfol_scores
-        of_classes = self.gamma + (1 - self.gamma) * len(scores) * torch.softmax(scores, 0)
-        return self.weights_with(of_classes, examples, memory)
+        return self.weights_with(memory.cfol_weights, examples, memory)
 
     def end_epoch(self, end, memory):
-        from .class_weights import mean_by_class
+        import torch
+
+        from .class_weights import above_mean, mean_by_class
 
         super().end_epoch(end, memory)
         if end.epoch + 1 >= self.class_from:
-            memory.cfol_scores += self.eta * mean_by_class(memory.cfol_wrong, memory.cfol_counts)[:, 0]
-            memory.cfol_scores -= memory.cfol_scores.mean()  # p is the same, and s stays small
+            errors, seen = mean_by_class(memory.cfol_wrong, memory.cfol_counts)[:, 0], memory.cfol_counts > 0
+            memory.cfol_scores += self.eta * above_mean(errors, memory.cfol_counts)  # p is the same, and s stays small
+            p = torch.softmax(memory.cfol_scores.masked_fill(~seen, -torch.inf), 0)
+            memory.cfol_weights.copy_(torch.where(seen, self.gamma + (1 - self.gamma) * seen.sum() * p, 1.0))
         memory.cfol_wrong.zero_()
         memory.cfol_counts.zero_()

@@ -110,6 +110,13 @@ def mean_by_class(sums: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts[:, None] > 0, sums / counts[:, None], everywhere)
 
 
+def above_mean(of_class: Tensor, counts: Tensor) -> Tensor:
+    """(..., C): less the mean over the classes that rows are of; of the others 0."""
+    seen = counts > 0
+    mean = of_class.masked_fill(~seen, 0).sum(-1, keepdim=True) / seen.sum().clamp_min(1)
+    return (of_class - mean).masked_fill(~seen, 0)
+
+
 def is_hard(z: Tensor, y: Tensor) -> Tensor:
     """(n,) bool: not (z_y > the largest other); a tie and a NaN are hard."""
     return torch.ops.ham_kernels.margin_stats(z, y, None, None, probs=False)[1]
@@ -173,10 +180,9 @@ def chi2_weights(losses: Tensor, radius: float, seen: Tensor | None = None) -> T
 
     Mean and std are of the classes `seen` (all unless told).
     """
-    of = torch.ones_like(losses) if seen is None else seen.to(losses.dtype)
-    n = of.sum().clamp_min(1)
-    gap = losses - (losses * of).sum() / n
-    std = ((gap**2 * of).sum() / n).sqrt()
+    seen = torch.ones_like(losses) if seen is None else seen
+    gap = above_mean(losses, seen)
+    std = ((gap**2).sum() / seen.sum().clamp_min(1)).sqrt()
     return (1 + math.sqrt(2 * radius) * gap / torch.where(std > 0, std, 1.0)).clamp_min(0)
 
 

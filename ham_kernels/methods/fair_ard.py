@@ -2,8 +2,9 @@
 
 On ARD: loss = v_y T^2 KL(t_T || p_T(x')), t and p softened by the temperature T, the attack on the label; on RSLAD, its
 attack and its two divergences, weighed. kappa_c is the mean number of the attack's K points at which rows of class c
-were right in the last epoch; v_c = kappa_c^-power, scaled to a mean of 1, then clipped to 5/6 ... 5/2. In the first
-epoch all weigh 1. Cost: 2K + 3 on ARD, 2K + 6 on RSLAD, and one forward of the teacher; kappa is free.
+were right in the last epoch; v_c = kappa_c^-power, scaled to a mean of 1 over the classes that rows are of, then
+clipped to 5/6 ... 5/2. In the first epoch all weigh 1. Cost: 2K + 3 on ARD, 2K + 6 on RSLAD, and one forward of the
+teacher; kappa is free.
 
 Differences from the authors' code: the attack runs in eval mode (theirs in train mode, and moves BatchNorm);
 divergences are sums over classes (theirs: a C-th of them); kappa_c is divided by the rows of the class (theirs: by
@@ -92,12 +93,13 @@ class FairARD(RSLAD):
         return weighted_mean(self.temperature**2 * losses.float(), examples.weights)
 
     def end_epoch(self, end, memory):
-        from .class_weights import mean_by_class
+        from .class_weights import above_mean, mean_by_class
 
         super().end_epoch(end, memory)
         if end.epoch + 1 >= self.class_from:
             kappa = mean_by_class(memory.ard_right, memory.ard_counts)[:, 0]
             v = (kappa + 1e-5).double() ** -self.power
-            memory.ard_weights.copy_((v / v.mean()).clamp(LEAST, MOST))
+            mean = v - above_mean(v, memory.ard_counts)  # of a class without rows its own
+            memory.ard_weights.copy_((v / mean).clamp(LEAST, MOST))
         memory.ard_right.zero_()
         memory.ard_counts.zero_()

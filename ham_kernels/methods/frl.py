@@ -3,9 +3,10 @@
 Of class c, R_c is the error on clean images and B_c the boundary error, clean less robust accuracy. After each epoch
 the multipliers l0_c += rate (R_c - mean R - slack) and l1_c += 2 rate (B_c - mean B - slack), each cut off at 0 and
 scaled to a sum of at most `most`, weigh classes in
-loss = v0_y CE(f(x), y) + beta v1_y KL(p(x) || p(x')), v_c = 1 + C l_c - sum l. With `remargin` another,
-l2_c += eps_rate (B_c - mean B - slack), sets eps_c = exp(2 l2_c) eps, from 0.98 to largest_eps times eps; steps are as
-long as those of the largest (with step_sizes, in units of the class's own eps). Cost: as TRADES, 2K + 7.
+loss = v0_y CE(f(x), y) + beta v1_y KL(p(x) || p(x')), v_c = 1 + C l_c - sum l, over the C classes that rows are of.
+With `remargin` another, l2_c += eps_rate (B_c - mean B - slack), sets eps_c = exp(2 l2_c) eps, from 0.98 to largest_eps
+times eps; steps are as long as those of the largest (with step_sizes, in units of the class's own eps). Cost: as
+TRADES, 2K + 7.
 
 Meant for a robust model: `--from RUN --epochs 40` with a small learning rate; theirs is 0.001. Both errors are of
 the training rows, as the attack saw them in eval mode, at clean images and before its last step: that is free, needs no
@@ -63,6 +64,7 @@ class FRL(TRADES):
             "frl_sums": torch.zeros(classes, 2),  # wrong at clean images, wrong at the attack's last look; this epoch
             "frl_counts": torch.zeros(classes),
             "frl_multipliers": torch.zeros(3, classes),  # l0, l1, l2
+            "frl_weights": torch.ones(2, classes),  # v0, v1
         }
         return super().remembers(classes) | own
 
@@ -92,25 +94,25 @@ class FRL(TRADES):
         from .losses import weighted_mean
 
         ce, kl = self.terms(model, examples)
-        multipliers = memory.frl_multipliers[:2]
-        v = 1 + multipliers.shape[1] * multipliers - multipliers.sum(1, keepdim=True)
-        losses = for_rows(v[0], examples.y) * ce + self.beta * for_rows(v[1], examples.y) * kl
+        v0, v1 = (for_rows(v, examples.y) for v in memory.frl_weights)
+        losses = v0 * ce + self.beta * v1 * kl
         return weighted_mean(losses, examples.weights)
 
     def end_epoch(self, end, memory):
         import torch
 
-        from .class_weights import mean_by_class
+        from .class_weights import above_mean, mean_by_class
 
         super().end_epoch(end, memory)
         if end.epoch + 1 >= self.class_from:
             clean, robust = mean_by_class(memory.frl_sums, memory.frl_counts).unbind(1)
             boundary = robust - clean
             rates = ((clean, self.rate), (boundary, 2 * self.rate), (boundary, self.eps_rate))
-            excess = torch.stack([rate * (error - error.mean() - self.slack) for error, rate in rates])
-            multipliers = memory.frl_multipliers.add_(excess)
+            excess = [rate * (above_mean(error, memory.frl_counts) - self.slack) for error, rate in rates]
+            multipliers = memory.frl_multipliers.add_(torch.stack(excess))
             weighing = multipliers[:2].clamp_min_(0)
             weighing.mul_((self.most / weighing.sum(1, keepdim=True).clamp_min(1e-30)).clamp_max(1))
+            memory.frl_weights.copy_(1 + (memory.frl_counts > 0).sum() * weighing - weighing.sum(1, keepdim=True))
             multipliers[2].clamp_(math.log(LEAST_EPS) / 2, math.log(self.largest_eps) / 2)
         memory.frl_sums.zero_()
         memory.frl_counts.zero_()

@@ -12,7 +12,10 @@ from .base import PGDAT
 
 @dataclass
 class CFOL(PGDAT):
-    """Rows weigh C p_y, p = gamma / C + (1 - gamma) softmax(s), s the sum of eta times the errors of past epochs."""
+    """Rows weigh C p_y, p = gamma / C + (1 - gamma) softmax(s), s the sum of eta times the errors of past epochs.
+
+    C counts the classes that the epoch has rows of.
+    """
 
     gamma: float = 0.5
     eta: float = 0.2
@@ -22,6 +25,7 @@ class CFOL(PGDAT):
     def __post_init__(self):
         super().__post_init__()
         self.scores = [0.0] * self.classes
+        self.weights = [1.0] * self.classes
         self.wrong = [[] for _ in range(self.classes)]  # of this epoch's rows
 
     def observe(self, attacked, y, epoch):
@@ -30,16 +34,16 @@ class CFOL(PGDAT):
             self.wrong[label].append(hard)
 
     def row_weights(self, attacked, y, epoch):
-        e = [math.exp(s) for s in self.scores]
-        p = [self.gamma / self.classes + (1 - self.gamma) * value / sum(e) for value in e]
-        return super().row_weights(attacked, y, epoch) * self.classes * torch.tensor(p, device=y.device)[y]
+        return super().row_weights(attacked, y, epoch) * torch.tensor(self.weights, device=y.device)[y]
 
     def end_epoch(self):
         super().end_epoch()
-        rows = [hard for of_class in self.wrong for hard in of_class]
-        for c, of_class in enumerate(self.wrong):
-            some = of_class or rows
-            self.scores[c] += self.eta * sum(some) / len(some)
-        mean = sum(self.scores) / self.classes  # of no consequence
-        self.scores = [s - mean for s in self.scores]
+        errors = {c: sum(some) / len(some) for c, some in enumerate(self.wrong) if some}
+        mean = sum(errors.values()) / len(errors)  # of no consequence
+        for c, error in errors.items():
+            self.scores[c] += self.eta * (error - mean)
+        e = {c: math.exp(self.scores[c]) for c in errors}
+        self.weights = [1.0] * self.classes
+        for c in errors:
+            self.weights[c] = self.gamma + (1 - self.gamma) * len(errors) * e[c] / sum(e.values())
         self.wrong = [[] for _ in range(self.classes)]

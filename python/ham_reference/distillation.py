@@ -75,11 +75,9 @@ class FairARD(RSLAD):
 
     def end_epoch(self):
         super().end_epoch()
-        rows = [right for of_class in self.right for right in of_class]
-        kappa = [sum(some) / len(some) for some in ((of_class or rows) for of_class in self.right)]
-        v = [(value + 1e-5) ** -self.power for value in kappa]
-        mean = sum(v) / len(v)
-        self.v = [min(max(value / mean, 5 / 6), 5 / 2) for value in v]
+        v = {c: (sum(some) / len(some) + 1e-5) ** -self.power for c, some in enumerate(self.right) if some}
+        mean = sum(v.values()) / len(v)
+        self.v = [min(max(v.get(c, mean) / mean, 5 / 6), 5 / 2) for c in range(self.classes)]
         self.right = [[] for _ in range(self.classes)]
 
 
@@ -124,12 +122,11 @@ class ABSLD(RSLAD):
         super().end_epoch()
         self.note()
         for k in range(2):
-            rows = [value for of_class in self.losses[k] for value in of_class]
-            found = [sum(some) / len(some) for some in ((of_class or rows) for of_class in self.losses[k])]
-            mean = sum(found) / len(found)
-            largest = max(abs(value - mean) for value in found) or 1.0
+            found = {c: sum(some) / len(some) for c, some in enumerate(self.losses[k]) if some}
+            mean = sum(found.values()) / len(found)
+            largest = max(abs(value - mean) for value in found.values()) or 1.0
             self.temperatures[k] = [
-                min(max(t - self.rate * (value - mean) / largest, 0.5), 5.0)
-                for t, value in zip(self.temperatures[k], found, strict=True)
+                min(max(t - self.rate * (found.get(c, mean) - mean) / largest, 0.5), 5.0)
+                for c, t in enumerate(self.temperatures[k])
             ]
             self.losses[k] = [[] for _ in range(self.classes)]

@@ -15,7 +15,8 @@ from .trades import TRADES
 class FRL(TRADES):
     """v0_y CE + beta v1_y KL, v_c = 1 + C l_c - sum l, and eps_c = exp(2 l2_c) eps.
 
-    Errors are of the training rows by eval-mode predictions; the authors attack held-out images.
+    C counts the classes that the epoch has rows of. Errors are of the training rows by eval-mode predictions; the
+    authors attack held-out images.
     """
 
     beta: float = 1.5
@@ -32,6 +33,7 @@ class FRL(TRADES):
         super().__post_init__()
         self.multipliers = [[0.0] * self.classes for _ in range(3)]
         self.wrong = [[] for _ in range(self.classes)]  # (clean, attacked) of this epoch's rows
+        self.weights = [[1.0] * self.classes for _ in range(2)]
 
     def budget(self, y, epoch):
         if not self.remargin:
@@ -47,22 +49,16 @@ class FRL(TRADES):
 
     def each(self, model, x, x_adv, y, w, epoch):
         ce, kl = self.terms(model, x, x_adv, y)
-        v0, v1 = (torch.tensor(self.class_factors(m), device=y.device)[y] for m in self.multipliers[:2])
+        v0, v1 = (torch.tensor(v, device=y.device)[y] for v in self.weights)
         return w * (v0 * ce + self.beta * v1 * kl)
-
-    def class_factors(self, multipliers):
-        """C times the published weights 1/C + l_c - sum l / C."""
-        return [1 + self.classes * value - sum(multipliers) for value in multipliers]
 
     def end_epoch(self):
         super().end_epoch()
-        rows = [wrong for of_class in self.wrong for wrong in of_class]
-        errors = []  # clean and robust error of each class; of all rows for a class without any
-        for of_class in self.wrong:
-            some = of_class or rows
-            errors.append([sum(wrong[k] for wrong in some) / len(some) for k in range(2)])
-        clean = [of_clean for of_clean, _ in errors]
-        boundary = [of_robust - of_clean for of_clean, of_robust in errors]
+        clean, boundary = {}, {}  # errors of each class that has rows
+        for c, of_class in enumerate(self.wrong):
+            if of_class:
+                clean[c] = sum(of_clean for of_clean, _ in of_class) / len(of_class)
+                boundary[c] = sum(of_robust for _, of_robust in of_class) / len(of_class) - clean[c]
         self.raise_multipliers(0, clean, self.rate)
         self.raise_multipliers(1, boundary, 2 * self.rate)
         self.raise_multipliers(2, boundary, self.eps_rate)
@@ -71,11 +67,13 @@ class FRL(TRADES):
             total = sum(positive)
             scale = self.most / total if total > self.most else 1.0
             self.multipliers[k] = [scale * value for value in positive]
+            # C times the published 1/C + l_c - sum l / C
+            self.weights[k] = [1 + len(clean) * value - sum(self.multipliers[k]) for value in self.multipliers[k]]
         low, high = math.log(0.98) / 2, math.log(self.largest_eps) / 2
         self.multipliers[2] = [min(max(value, low), high) for value in self.multipliers[2]]
         self.wrong = [[] for _ in range(self.classes)]
 
     def raise_multipliers(self, k, errors, rate):
-        mean = sum(errors) / len(errors)
-        for c, error in enumerate(errors):
-            self.multipliers[k][c] += rate * (error - mean - self.slack)
+        mean = sum(errors.values()) / len(errors)
+        for c in range(self.classes):
+            self.multipliers[k][c] += rate * (errors.get(c, mean) - mean - self.slack)
