@@ -342,6 +342,11 @@ def test_the_attack_at_the_start_is_the_one_trained_with(flags, words):
     ("flags", "message"),
     [
         (("--steps", "7", "--step-sizes", "2", "1"), "steps: has no effect with --step-sizes"),
+        (("--easy", "jump"), "easy: has no effect without --early-drop"),
+        (("--no-reweight", "--lam=2"), "lam: has no effect without --reweight"),
+        (("--class_from", "3"), "class_from: has no effect in PGD-AT"),
+        (("--method", "fair_ard", "--clean-share", "0.1"), "clean_share: has no effect in Fair-ARD"),
+        (("--schedule", "cosine", "--milestones", "3"), "milestones: has no effect with --schedule cosine"),
         (("--milestones", "2", "--lr-decay", "-1"), "lr_decay: got -1"),
         (("--milestones", "2", "--lr-decay", "nan"), "lr_decay: got nan"),
         (("--milestones", "0", "--lr-decay", "0.1"), "milestones: got 0"),
@@ -353,7 +358,16 @@ def test_flags_without_effect_or_sense_are_refused(flags, message):
 
 
 def test_decays_count_for_their_own_schedule_alone():
-    told("--schedule", "cosine", "--milestones", "1", "2", "--lr-decay", "0.1").check()
+    settings = told("--schedule", "cosine")
+    replace(settings, optim=replace(settings.optim, milestones=(1, 2), lr_decay=(0.1,))).check()
+
+
+def test_no_epoch_is_best_without_validation_images(tmp_path):
+    with pytest.raises(ValueError, match="best_by: got 'worst_class' without validation images"):
+        train_command.train(
+            told("--dataset", "digits", "--val-images", "0", "--best-by", "worst_class"), tmp_path / "run"
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_table_of_other_channels_is_named(tmp_path, monkeypatch):

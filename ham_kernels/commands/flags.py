@@ -9,8 +9,9 @@ from typing import TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from ..common import field_types
 from ..runs.judge_settings import EvaluateSettings, JudgeSettings
-from ..runs.settings import ImageSettings, ModelSettings
+from ..runs.settings import ImageSettings, ModelSettings, TrainSettings
 from .experiments import STRONG
 from .flag_base import base_of, hyphened, number, seen, stretch_of, without
 from .options import Adoption, Evaluate, Export, Predict, Report, Resume, Sweep, Train
@@ -25,8 +26,26 @@ def parse_train(argv: list[str]) -> Train | Resume:
     if seen(argv, "--steps") is not None and seen(argv, "--step-sizes") is not None:  # step_size judges all the same
         raise ValueError("steps: has no effect with --step-sizes, which are as many as they are; give one of them")
     wanted = _train(argv)
+    _refuse_idle(argv, wanted.settings)
     stretch = stretch_of(argv, wanted.settings)
     return wanted if stretch is None else _train(argv, stretch)
+
+
+def _refuse_idle(argv: list[str], settings: TrainSettings) -> None:
+    """Raises: ValueError naming a flag that has no effect, such as --easy jump without --early-drop."""
+    method, optim = settings.method, settings.optim
+    needs = {name: of.needs for name, of in field_types.words(type(method)).items()}
+    why = {n: f"without {_flag(needs[n])}" if needs.get(n) else f"in {method.describe()}" for n in method.idle()}
+    if optim.schedule != "step":
+        why |= dict.fromkeys(("milestones", "lr_decay"), f"with --schedule {optim.schedule}")
+    told = {word.partition("=")[0].replace("--no-", "--") for word in argv}
+    for name in sorted(why):
+        if _flag(name) in told:
+            raise ValueError(f"{name}: has no effect {why[name]}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _train(argv: list[str], stretch: float | None = None) -> Train:

@@ -20,7 +20,7 @@ from ..distributed import RankError, Ranks
 from ..runs.checkpoints import random_states, seed_python_and_numpy, set_random_states
 from ..runs.folder import RunFolder
 from ..runs.resume_rules import check_unchanged, noted
-from ..runs.settings import TrainSettings
+from ..runs.settings import RunSettings, TrainSettings
 from ..training.reports import EpochReport, StepReport
 from ..training.trainer import Trainer
 from . import run_images
@@ -125,6 +125,8 @@ class _Job:
         self.trainer = trainer_of(settings, model, device, counts, teacher)
         self.scheduler = scheduler_of(settings, self.trainer)
         self.loaders = loaders_of(settings, images, device, ranks)
+        if fresh and self.loaders.val is None and settings.run.best_by != RunSettings.best_by:
+            raise ValueError(f"best_by: got {settings.run.best_by!r} without validation images (val_images)")
         batches, size = len(self.loaders.train), settings.data.batch_size
         if settings.data.path is not None and batches < 10:
             troubles.warn("few_batches", batches=batches, size=size, images=images.counts["train"])
