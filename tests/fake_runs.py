@@ -114,7 +114,12 @@ def with_flags(attack: dict, flags: list[str], images: str = "the same") -> None
     known, correct = [share for share in shares if share is not None], "".join(flags)
     attack |= {"correct": correct, "labels": labels, "images_sha256": images, "n": len(correct)}
     attack |= {"accuracy": interval(correct.count("1") / len(correct)), "per_class": list(map(interval, shares))}
-    attack |= {"worst_class": interval(min(known)), "std": interval(statistics.pstdev(known))}
+    mean, std = statistics.fmean(known), statistics.pstdev(known)
+    attack |= {
+        "worst_class": interval(min(known)),
+        "std": interval(std),
+        "nstd": interval(std / mean if mean else None),
+    }
 
 
 def interval(value: float | None, half: float = 0.04) -> dict:

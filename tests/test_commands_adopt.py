@@ -80,7 +80,7 @@ def test_a_report_compares_it_with_runs(run, checkpoint, tmp_path):
     assert [g["time"]["mean"] is None for g in section["groups"]] == [False, True, True]
     clean = [g["accuracy"]["last"]["clean"]["average"]["mean"] for g in section["groups"]]
     assert clean[0] == clean[1] == clean[2]
-    assert section["notes"] == []
+    assert [note.split(" has ")[0] for note in section["notes"]] == ["The smallest class judged"]  # of 60 images
     assert [entry["missing"] for entry in data["runs"]] == [[], [], []]
     table = (tmp_path / "report/table.md").read_text().splitlines()
     row = next(line for line in table if line.startswith("| TRADES |"))

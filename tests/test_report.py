@@ -11,6 +11,7 @@ import pytest
 from fake_runs import fake_run
 
 from ham_kernels import report
+from ham_kernels.report.comparing.claims import verdict
 from ham_kernels.report.comparing.over_seeds import interval_of_ratio, mean_interval, spread
 from ham_kernels.report.reading.evaluations import Interval
 
@@ -109,6 +110,8 @@ def test_intervals_are_students(n, t):
     assert (high - low) / 2 == pytest.approx(t * statistics.stdev(values) / math.sqrt(n), rel=2e-3)
     assert (low + high) / 2 == pytest.approx((n - 1) / 2)
     assert mean_interval([1.0]) is None
+    assert mean_interval([1.0, 1.0]) is None
+    assert mean_interval([1.0, 1.0], exact=True) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(("worst", "holds"), [([0.30, 0.31, 0.32], True), ([0.2, 0.201, 0.202], False),
@@ -230,8 +233,13 @@ def test_one_seed_shows_the_bootstrap_interval(tmp_path):
     assert "one seed: an indication only" in page
 
 
-def test_a_claim_met_exactly_holds(tmp_path):
+def test_a_claim_met_exactly_holds():
     assert 0.142 - 0.11 < 0.032  # rounding
+    assert verdict(0.142 - 0.11, None, 0.032, below=False) == (True, "")
+    assert verdict(0.55 - 1, None, -0.45, below=True) == (True, "")
+
+
+def test_accuracies_that_are_alike_in_all_seeds_decide_nothing_and_times_do(tmp_path):
     runs = []
     for seed in (0, 1):
         base, ours = {"pgd20": [0.6, 0.11]}, {"pgd20": [0.6, 0.142]}
@@ -239,7 +247,8 @@ def test_a_claim_met_exactly_holds(tmp_path):
         runs.append(fake_run(tmp_path / f"h{seed}", "ham", seed, accuracy=ours, seconds=[0.55] * 4))
     report.build(runs, tmp_path / "out")
     (section,) = json.loads((tmp_path / "out" / "data.json").read_text())["sections"]
-    assert [c["holds"] for c in section["claims"]] == [True, True, True, False]
+    assert [c["holds"] for c in section["claims"]] == [True, True, None, None]
+    assert section["claims"][2]["measured"].endswith("; undecided: all seeds alike, which says nothing of others")
 
 
 def test_claims_are_held_against_every_attack_that_both_were_judged_with(tmp_path):

@@ -199,9 +199,17 @@ def test_every_class_stands_with_its_images_and_exact_interval(tmp_path):
     assert "90.0" in page
 
 
-def test_a_report_goes_neither_into_a_run_nor_below_a_file(tmp_path):
+def test_a_report_goes_neither_into_a_run_nor_below_a_file_nor_over_other_kinds(tmp_path):
     run = one(tmp_path)
     (tmp_path / "file").write_text("")
-    for out, words in ((run / "evaluation", "is a part of a run folder"), (tmp_path / "file" / "x", "is a file")):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "figures").write_text("")
+    (tmp_path / "b" / "table.md").mkdir(parents=True)
+    for out, words in (
+        (run / "evaluation", "is a part of a run folder"),
+        (tmp_path / "file" / "x", "is a file"),
+        (tmp_path / "a", "figures is in the way"),
+        (tmp_path / "b", "table.md is in the way"),
+    ):
         with pytest.raises(ValueError, match=f"out: .*{words}"):
             report.build([run], out)

@@ -12,7 +12,8 @@ from fake_runs import fake_run, write_json
 
 from ham_kernels import report
 from ham_kernels.methods.registry import class_of
-from ham_kernels.report.drawing import figure_list, figures, frontier
+from ham_kernels.report.comparing.frontier import as_compared
+from ham_kernels.report.drawing import by_class, figure_list, figures, frontier
 from ham_kernels.report.writing.frontier_tables import class_table, frontier_table
 
 PLAIN = dict.fromkeys([f"method.{name}" for name in ("reweight", "early_drop", "rows", "freeze_bn", "bn_rows", "lam")])
@@ -108,18 +109,19 @@ def test_only_what_nothing_dominates_is_told_to_dominate(tmp_path, monkeypatch):
 
 def test_intervals_are_of_the_mean_over_seeds(tmp_path, monkeypatch):
     runs = [run(tmp_path, "p", "pgd_at", [0.6, worst], 100.0, seed) for seed, worst in enumerate((0.3, 0.34))]
-    runs += [run(tmp_path, "t", "trades", [0.6, worst], 100.0, seed) for seed, worst in enumerate((0.4, 0.44))]
+    runs += [run(tmp_path, "t", "trades", [0.6, worst], 100.0, seed) for seed, worst in enumerate((0.4, 0.442))]
     section, _ = section_of(runs, tmp_path / "out", monkeypatch)
     base, ours = section["frontier"]["methods"]
     half = T2 * 0.02  # std of 0.3 and 0.34 over sqrt 2
     assert (base["worst"]["mean"], base["worst"]["high"]) == pytest.approx((0.32, 0.32 + half), rel=1e-3)
     assert base["worst"]["low"] == pytest.approx(max(0, 0.32 - half), abs=1e-4)
     assert base["time"]["low"] == base["time"]["high"] == 100.0
-    same, other = ours["changes"]  # seed by seed: 0.1 in both
-    assert (same["mean"], same["low"], same["high"]) == pytest.approx((0, 0, 0))
-    assert (other["mean"], other["low"], other["high"]) == pytest.approx((0.1, 0.1, 0.1))
-    assert [one["clear"] for one in base["dominated_by"]["time"]] == [True]  # 0.1 in each seed is no chance
-    assert text_of(class_table(section))["TRADES"]["1"] == "+10.0 ± 0.0"
+    same, other = ours["changes"]  # seed by seed: 0.1 and 0.102
+    assert same == {"mean": 0, "low": None, "high": None}  # alike in all seeds
+    half = T2 * 0.001
+    assert (other["mean"], other["low"], other["high"]) == pytest.approx((0.101, 0.101 - half, 0.101 + half), rel=1e-3)
+    assert [one["clear"] for one in base["dominated_by"]["time"]] == [True]
+    assert text_of(class_table(section))["TRADES"] | {"Method": ""} == {"Method": "", "0": "0.0", "1": "+10.1 ± 1.3"}
 
 
 def test_a_difference_that_seeds_do_not_agree_on_is_within_chance(tmp_path, monkeypatch):
@@ -247,7 +249,7 @@ def test_many_classes_are_in_the_figure_alone(tmp_path, monkeypatch):
     runs = [run(tmp_path, m, m, [0.5] * 21, 100.0) for m in ("pgd_at", "trades")]
     section, styles = section_of(runs, tmp_path / "out", monkeypatch)
     assert class_table(section).rows == []
-    assert frontier.class_changes(section, styles) is not None
+    assert by_class.class_differences(as_compared(section), styles) is not None
 
 
 @pytest.mark.parametrize("draw", [frontier.against_time, frontier.against_forwards])
@@ -306,8 +308,44 @@ def test_a_model_without_robustness_does_not_pale_the_other_changes(tmp_path, mo
     runs = [run(tmp_path, "p", "pgd_at", base, 100.0), run(tmp_path, "n", "natural", [0.0] * 3, 10.0)]
     runs += [run(tmp_path, f"t{i}", "trades", near, 100.0, settings={"method.beta": float(i)}) for i in range(1, 7)]
     section, styles = section_of(runs, tmp_path / "out", monkeypatch)
-    image = frontier.class_changes(section, styles).axes[0].images[0]
+    image = by_class.class_differences(as_compared(section), styles).axes[0].images[0]
     assert image.get_clim() == pytest.approx((-4 * 4.0, 4 * 4.0))  # four times the usual change, 4 points
+
+
+def test_a_frontier_under_an_attack_of_its_own_says_so_everywhere(tmp_path, monkeypatch):
+    """A model trained elsewhere, which stands on no frontier, was not judged by AutoAttack."""
+    judged = {"pgd20": [0.6, 0.4], "autoattack": [0.5, 0.3]}
+    runs = [run(tmp_path, m, m, None, 100.0, accuracy=judged) for m in ("pgd_at", "trades")]
+    theirs = fake_run(tmp_path / "theirs", "ham", accuracy={"pgd20": [0.7, 0.5]}, state="adopted")
+    section, styles = section_of([*runs, theirs], tmp_path / "out", monkeypatch)
+    assert (section["attack"], section["frontier"]["attack"]) == ("pgd20", "autoattack")
+    assert section["frontier"]["attack_why"] == "the strongest attack that all these runs share"
+    compared = as_compared(section)
+    assert [g["title"] for g in compared["groups"]] == ["PGD-AT", "TRADES"]
+    for figure in (frontier.against_time(compared, styles), by_class.class_differences(compared, styles)):
+        assert "AutoAttack" in figure.axes[0].get_ylabel()
+    page = (tmp_path / "out" / "frontier.html").read_text()
+    assert "By AutoAttack, the strongest attack that all these runs share." in page
+    assert "Points that each class gains over PGD-AT under AutoAttack" in page
+    assert "PGD-20" not in page.split("<h3>Checks for gradient masking")[0].split("<h2>")[1]
+
+
+def test_a_baseline_that_is_not_compared_has_no_changes_of_classes(tmp_path, monkeypatch):
+    runs = [run(tmp_path, m, m, [0.6, 0.4], 100.0) for m in ("trades", "mart")]
+    runs.append(fake_run(tmp_path / "p", "pgd_at", accuracy={"autoattack": [0.5, 0.3]}, state="running"))
+    section, styles = section_of(runs, tmp_path / "out", monkeypatch)
+    compared = as_compared(section)
+    assert (section["baseline"], compared["baseline"]) == ("PGD-AT", None)
+    assert by_class.class_differences(compared, styles) is None
+    assert "gain" not in (tmp_path / "out" / "frontier.html").read_text().split("<h2>")[1]
+
+
+def test_without_a_baseline_the_first_method_is_named(tmp_path):
+    runs = [run(tmp_path, m, m, [0.6, 0.4], 100.0) for m in ("trades", "mart", "wat")]
+    fake_runs.change_evaluation(runs[2], lambda raw: raw["attacks"]["autoattack"].update(n=40))
+    report.build(runs, tmp_path / "out", attack="autoattack", pdf=False)
+    (section,) = json.loads((tmp_path / "out" / "data.json").read_text())["sections"]
+    assert section["frontier"]["left_out"] == {"WAT": "judged on 40 images against 200 of TRADES"}
 
 
 def test_the_captions_attack_is_the_strongest(field, tmp_path, monkeypatch):

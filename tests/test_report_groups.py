@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from fake_runs import fake_run, interval, write_json
+from fake_runs import change_evaluation, fake_run, interval, write_json
 
 from ham_kernels import report
 from ham_kernels.report.comparing.sections import sections
@@ -80,6 +80,52 @@ def test_settings_without_effect_do_not_divide(tmp_path):
     assert titles(tmp_path / "b", ("ham", unweighted), ("ham", {**unweighted, "method.lam": 2.0})) == [
         "HAM, no reweighting"
     ]
+
+
+SAME = [  # ways to ask for the same
+    ({"engine.compile": "on"}, {"engine.compile": "require"}),
+    ({"run.precision": "bf16"}, {"run.precision": "require-bf16"}),
+    ({"run.device": "cpu"}, {"run.device": "auto"}),  # on a machine without a GPU
+    ({"run.device": "cuda"}, {"run.device": "cuda:0"}),
+    ({"data.workers": 0}, {"data.workers": 8}),
+    ({"data.test_images": 100}, {}),
+    ({"optim.schedule": "cosine"}, {"optim.schedule": "cosine", "optim.milestones": [3], "optim.lr_decay": [0.5]}),
+    ({"optim.optimizer": "adamw"}, {"optim.optimizer": "adamw", "optim.momentum": 0.5}),
+    ({"optim.adam_eps": 1e-6}, {}),
+    ({"method.start_epoch": 1}, {"method.start_epoch": 1, "warm_up.name": "n_fgsm"}),
+    ({"model.mean": [0.5], "model.std": [0.2]}, {"model.mean": [0.5], "model.std": [0.2], "model.normalize": True}),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME)
+def test_the_same_in_other_words_is_one_method(one, other, tmp_path):
+    runs = [fake_run(tmp_path / str(seed), "ham", seed, settings=told) for seed, told in enumerate((one, other))]
+    (section,) = grouped(runs)
+    assert [len(group.runs) for group in section.groups] == [2]
+
+
+def test_an_idle_setting_is_in_no_title(tmp_path):
+    cosine = {"optim.schedule": "cosine", "optim.milestones": [2], "optim.lr_decay": [0.5]}
+    found = titles(tmp_path, ("pgd_at", {}), ("pgd_at", cosine), ("pgd_at", {"optim.optimizer": "adamw"}))
+    assert found == ["PGD-AT", "PGD-AT, cosine schedule", "PGD-AT, AdamW"]
+
+
+def test_models_trained_elsewhere_are_seeds_of_one_only_where_a_person_calls_them_so(tmp_path):
+    def adopted(name, label, **origin):
+        folder = fake_run(
+            tmp_path / name, state="adopted", accuracy={"pgd20": [0.5, 0.4]}, settings={"run.label": label}
+        )
+        write_json(folder / "origin.json", {"class": "Net", "parameters": 9} | origin)
+        return folder
+
+    runs = [adopted("a", "best", named=False), adopted("b", "best", named=False)]  # best.pt of two trainings
+    runs += [adopted("c", "ours", named=True), adopted("d", "ours"), adopted("e", "ours", parameters=99)]
+    for i, folder in enumerate(runs):
+        change_evaluation(folder, lambda raw, i=i: raw.update(checkpoint_sha256=f"{i}"))
+    (section,) = grouped(runs)
+    assert [(g.title, len(g.counted)) for g in section.groups] == [
+        ("best (a)", 1), ("best (b)", 1), ("ours", 2), ("ours (2)", 1),
+    ]  # fmt: skip
 
 
 def test_settings_younger_than_a_run_do_not_divide(tmp_path):

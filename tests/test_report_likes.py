@@ -234,9 +234,10 @@ def test_images_are_counted_in_the_smallest_class(tmp_path):
 
 def test_class_counts_of_the_run_tell_the_smallest_class(tmp_path):
     runs = pair(tmp_path)
-    for run in runs:
-        write_json(run / "data.json", {"sha256": "a", "class_counts": {"test": {"0": 190, "1": 10, "2": 0}}})
+    for run in runs:  # as `run_images.facts_of` writes them
+        write_json(run / "data.json", {"sha256": "a", "class_counts": {"train": [300, 30, 5], "test": [190, 10, 0]}})
     _, (section,), _ = built(runs, tmp_path / "out")
+    assert any("The smallest class judged has 10 images" in note for note in section["notes"])
     assert {g["accuracy"]["ema"]["pgd20"]["smallest_class"] for g in section["groups"]} == {10}
 
 

@@ -342,19 +342,29 @@ def test_the_attack_at_the_start_is_the_one_trained_with(flags, words):
     ("flags", "message"),
     [
         (("--steps", "7", "--step-sizes", "2", "1"), "steps: has no effect with --step-sizes"),
-        (("--easy", "jump"), "easy: has no effect without --early-drop"),
-        (("--no-reweight", "--lam=2"), "lam: has no effect without --reweight"),
-        (("--class_from", "3"), "class_from: has no effect in PGD-AT"),
-        (("--method", "fair_ard", "--clean-share", "0.1"), "clean_share: has no effect in Fair-ARD"),
-        (("--schedule", "cosine", "--milestones", "3"), "milestones: has no effect with --schedule cosine"),
         (("--milestones", "2", "--lr-decay", "-1"), "lr_decay: got -1"),
         (("--milestones", "2", "--lr-decay", "nan"), "lr_decay: got nan"),
         (("--milestones", "0", "--lr-decay", "0.1"), "milestones: got 0"),
     ],
 )
-def test_flags_without_effect_or_sense_are_refused(flags, message):
+def test_flags_without_sense_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         told("--dataset", "digits", "--method", "pgd_at", *flags).check()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--easy", "jump"), "--easy: has no effect without --early-drop"),
+        (("--no-reweight", "--lam=2"), "--lam: has no effect without --reweight"),
+        (("--class_from", "3"), "--class-from: has no effect in PGD-AT"),
+        (("--method", "fair_ard", "--clean-share", "0.1"), "--clean-share: has no effect in Fair-ARD"),
+        (("--schedule", "cosine", "--milestones", "3"), "--milestones: has no effect with --schedule cosine"),
+    ],
+)
+def test_flags_without_effect_are_told(flags, message):
+    with pytest.warns(HamWarning, match=message):
+        told("--dataset", "digits", "--method", "pgd_at", *flags)
 
 
 def test_decays_count_for_their_own_schedule_alone():

@@ -42,12 +42,14 @@ def methods_of(folders: Sequence[str]) -> list[dict]:
     One that was trained on another machine than its report's PGD-AT is compared by the forwards of its training.
     Raises: ValueError where a seed of what two of them have differs: they were not trained or judged alike.
     """
-    found: dict[str, dict] = {}
+    found: dict[str, dict] = {}  # each with PGD-AT of its own report in "base"
     accuracies: dict[tuple[str, int], tuple[float, float]] = {}
     for folder in folders:
         (section,) = measured.read(f"{folder}/data.json")["sections"]
-        for m in section["frontier"]["methods"]:
-            found.setdefault(m["title"], m)
+        methods = section["frontier"]["methods"]
+        base = next(m for m in methods if m["baseline"])
+        for m in methods:
+            found.setdefault(m["title"], m | {"base": base})
         for run, accuracy in _by_seed(section):
             first = accuracies.setdefault(run, accuracy)
             if any(abs(a - b) > much for a, b, much in zip(first, accuracy, APART, strict=True)):
@@ -106,7 +108,7 @@ def _of_setting(folders: Sequence[str]) -> list[str]:
         + " (where one was trained on another processor than its PGD-AT, in forwards)" * elsewhere
         + f", average and worst class at once; {measured.machines_of(*data)}."
     )
-    promises = [_promise(images, m, methods["PGD-AT"]) for m in methods.values() if PROMISED.fullmatch(m["title"])]
+    promises = [_promise(images, m) for m in methods.values() if PROMISED.fullmatch(m["title"])]
     return [said, markdown(rows), "\n".join(promises)]
 
 
@@ -115,10 +117,12 @@ def _name(m: dict) -> str:
 
 
 def share(value: dict) -> str:
-    return f"{100 * value['mean']:.1f} ± {100 * half(value):.1f}"
+    known = None not in (value["low"], value["high"])
+    return f"{100 * value['mean']:.1f}" + (f" ± {100 * half(value):.1f}" if known else "")
 
 
-def _promise(images: str, m: dict, base: dict) -> str:
+def _promise(images: str, m: dict) -> str:
+    base = m["base"]
     average, worst = (100 * (m[k]["mean"] - base[k]["mean"]) for k in ("average", "worst"))
     std = 100 * (m["std"]["mean"] / base["std"]["mean"] - 1)
     found = PROMISED.fullmatch(m["title"])

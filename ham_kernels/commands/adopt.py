@@ -92,7 +92,7 @@ def adopt_as(wanted: Adoption, model: nn.Module | None = None, *, quiet: bool = 
     model = model.to(device).eval()
     check_takes(model, settings.model.name, loaders_of(settings, images, device).test, len(images.classes))
     origin = {
-        "model": settings.model.name, "class": type(model).__name__,
+        "named": bool(wanted.label), "model": settings.model.name, "class": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()), **_file_facts(wanted.checkpoint),
     }  # fmt: skip
     run = _folder(out, settings, model, named=bool(wanted.label))

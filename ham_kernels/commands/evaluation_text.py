@@ -94,7 +94,7 @@ def _parts(result: dict[str, Any]) -> list[str]:
 
 
 def _classes(result: dict[str, Any]) -> list[str]:
-    names, classes = list(result["attacks"]), result["classes"]
+    names, classes = list(result["attacks"]), [" ".join(name.split()) for name in result["classes"]]
     width = max(12, *(len(c) + 2 for c in classes))
     lines = [" " * width + "".join(f"{attack_title(n):>14}" for n in names)]
     for i, c in enumerate(classes):

@@ -9,7 +9,7 @@ from typing import TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from ..common import field_types
+from ..common import field_types, troubles
 from ..runs.judge_settings import EvaluateSettings, JudgeSettings
 from ..runs.settings import ImageSettings, ModelSettings, TrainSettings
 from .experiments import STRONG
@@ -26,13 +26,13 @@ def parse_train(argv: list[str]) -> Train | Resume:
     if seen(argv, "--steps") is not None and seen(argv, "--step-sizes") is not None:  # step_size judges all the same
         raise ValueError("steps: has no effect with --step-sizes, which are as many as they are; give one of them")
     wanted = _train(argv)
-    _refuse_idle(argv, wanted.settings)
+    _tell_idle(argv, wanted.settings)
     stretch = stretch_of(argv, wanted.settings)
     return wanted if stretch is None else _train(argv, stretch)
 
 
-def _refuse_idle(argv: list[str], settings: TrainSettings) -> None:
-    """Raises: ValueError naming a flag that has no effect, such as --easy jump without --early-drop."""
+def _tell_idle(argv: list[str], settings: TrainSettings) -> None:
+    """Warns of flags that have no effect, such as --easy jump without --early-drop; methods may share a script's."""
     method, optim = settings.method, settings.optim
     needs = {name: of.needs for name, of in field_types.words(type(method)).items()}
     why = {n: f"without {_flag(needs[n])}" if needs.get(n) else f"in {method.describe()}" for n in method.idle()}
@@ -41,7 +41,7 @@ def _refuse_idle(argv: list[str], settings: TrainSettings) -> None:
     told = {word.partition("=")[0].replace("--no-", "--") for word in argv}
     for name in sorted(why):
         if _flag(name) in told:
-            raise ValueError(f"{name}: has no effect {why[name]}")
+            troubles.warn("flag_without_effect", flag=_flag(name), why=why[name])
 
 
 def _flag(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..report.text_format import attack_title
+from ..report.text_format import attack_title, markdown
 from ..runs.folder import RunFolder
 from .evaluation_text import interval, one_answer, percent
 
@@ -28,7 +28,7 @@ def model_card(about: dict[str, Any], judged: dict[str, Any], run: RunFolder) ->
         "",
         "## Data",
         "",
-        f"{about['dataset']}, images: {counts}. Classes: {', '.join(map(str, about['classes']))}.",
+        f"{about['dataset']}, images: {counts}. Classes: {', '.join(map(markdown, about['classes']))}.",
         *_generated(run, facts),
         "",
         "## Threat model",
@@ -94,7 +94,7 @@ def _epoch(about: dict[str, Any]) -> str:
 
 def _worth(about: dict[str, Any], judged: dict[str, Any]) -> list[str]:
     """All attacks, then each class under them, with exact 95 % intervals over images."""
-    attacks, classes = judged["attacks"], about["classes"]
+    attacks, classes = judged["attacks"], [markdown(name) for name in about["classes"]]
     lines = [
         f"On {judged['part']} images, in %; 95 % intervals (Clopper-Pearson) over images.",
         "",

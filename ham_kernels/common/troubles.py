@@ -207,6 +207,11 @@ TROUBLES: dict[str, Trouble] = {
         "The training part was cut to few images, or all images of a class were set aside to validate.",
         "the model cannot learn them; take more training images (train_images) or fewer to validate (val_images)",
     ),
+    "flag_without_effect": Trouble(
+        "{flag}: has no effect {why}",
+        "Another flag, or the method, leaves it without a use: what it asks for is not done.",
+        "leave it out, or give what it needs",
+    ),
     "few_batches": Trouble(
         "batch_size: an epoch has fewer than 10 batches ({batches}: {images} images, {size} a batch)",
         "Epochs and learning rates of the presets are meant for hundreds of updates an epoch.",

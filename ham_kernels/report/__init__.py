@@ -20,6 +20,7 @@ from .reading.runs import MARKS, Run, read_run
 
 TITLE = "Fair adversarial training: comparison of runs"
 AUDIT = "Audit of robust classifiers"
+_ALWAYS = ("index.html", "table.md", "table.tex", "classes.csv", "data.json")
 
 __all__ = ["Run", "build", "read_run", "read_runs"]
 
@@ -96,6 +97,9 @@ def _check_out(out: Path) -> None:
         raise ValueError(f"out: {out} is a file; it must be a folder" if above == out else f"out: {above} is a file")
     if any((out / mark).exists() for mark in MARKS):
         raise ValueError(f"out: {out} is a run folder, whose data.json a report would replace; try {out / 'report'}")
+    for name, kind in (("figures", Path.is_dir), *((name, Path.is_file) for name in _ALWAYS)):
+        if (out / name).exists() and not kind(out / name):
+            raise ValueError(f"out: {out / name} is in the way of the report's own; give another folder")
     if out.name in ("evaluation", "checkpoints") and (out.resolve().parent / "config.toml").exists():
         raise ValueError(f"out: {out} is a part of a run folder; give another")
 

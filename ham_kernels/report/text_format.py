@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import takewhile
@@ -11,6 +12,7 @@ from .strength import base_attack
 
 NONE = "–"
 BEFORE = 4  # letters shown before two names differ
+MANY_CLASSES = 20  # above: not all are shown beside each other
 
 
 def attack_title(name: str | None) -> str:
@@ -59,6 +61,18 @@ def mean_std(spread: dict[str, Any], scale: float = 100.0, digits: int = 1) -> t
     return f"{scale * spread['mean']:.{digits}f}", error
 
 
+def signed(value: float, digits: int) -> str:
+    """ "+3.2", "−0.4"; what rounds to nothing is "0.0"."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "−") if float(text) else text[1:]
+
+
+def markdown(text: str) -> str:
+    """Text of users as one line of Markdown, in a table too."""
+    text = " ".join(text.split()).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([|*_`\[\]])", r"\\\1", text)
+
+
 def duration(seconds: float | None) -> str:
     """ "13.6 s", "12 min 18 s", "3 h 12 min"."""
     if seconds is None:
@@ -80,4 +94,5 @@ def mean_std_time(spread: dict[str, Any]) -> tuple[str, str]:
     if spread["std"] is None:
         return duration(spread["mean"]), ""
     unit, size = ("s", 1) if spread["mean"] < 3600 else ("min", 60)
-    return duration(spread["mean"]), f" ± {spread['std'] / size:.{1 if spread['mean'] < 60 else 0}f} {unit}"
+    digits = 1 if spread["mean"] < 60 or spread["std"] < size else 0
+    return duration(spread["mean"]), f" ± {spread['std'] / size:.{digits}f} {unit}"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..reading.evaluations import Attack
 from ..reading.flags import class_images
 from .claims import same_seeds
+from .comparable import PLACE, unlike
 from .groups import Group
 from .images import smallest_class
-from .over_seeds import difference, spread
+from .over_seeds import Spread, difference, spread
 
 
 def accuracies(group: Group, weights: str) -> dict[str, Any]:
@@ -19,31 +20,42 @@ def accuracies(group: Group, weights: str) -> dict[str, Any]:
     names = dict.fromkeys(name for e in found if e for name in e.attacks)
     out = {name: _accuracy([e and e.attacks.get(name) for e in found]) for name in names}
     for name, accuracy in out.items():
-        judged = [
+        by_run = [
             (run, e, e.attacks[name]) for run, e in zip(group.counted, found, strict=True) if e and name in e.attacks
         ]
         told = {"part": lambda e: e.part, "step size": lambda e: e.step_size, "precision": lambda e: e.precision}
-        accuracy["how"] = {what: _known(map(of, (e for _, e, _ in judged))) for what, of in told.items()}
-        smallest = [smallest_class(*one) for one in judged]
+        accuracy["how"] = {what: _known(map(of, (e for _, e, _ in by_run))) for what, of in told.items()}
+        smallest = [smallest_class(*one) for one in by_run]
         accuracy["smallest_class"] = None if None in smallest else min(smallest)
-        accuracy["no_gradient"] = {run.name: a.no_gradient for run, _, a in judged if a.no_gradient}
+        accuracy["no_gradient"] = {run.name: a.no_gradient for run, _, a in by_run if a.no_gradient}
     return out
 
 
-def relate(group: dict, base: dict, attack: str | None, by_image: dict[tuple, dict]) -> None:
-    """What a group gains and loses against the baseline, for the same weights."""
-    if group["time"]["mean"] is not None and base["time"]["mean"] and group["finished"] and base["finished"]:
+def judged(group: Mapping[str, Any], attack: str | None) -> dict[str, Any]:
+    """A group's accuracies under an attack, for the weights shown; empty where it was not judged by it."""
+    return group["accuracy"].get(group["weights"], {}).get(attack, {})
+
+
+def relate(group: dict, base: dict, attack: str | None, by_image: Mapping[tuple, dict]) -> None:
+    """What a group costs, gains and loses against the baseline; times only where they are of the same machine."""
+    apart = unlike((group["training"], base["training"]), PLACE)
+    known = group["time"]["mean"] is not None and base["time"]["mean"] and group["finished"] and base["finished"]
+    if known and not apart:
         group["relative_time"] = group["time"]["mean"] / base["time"]["mean"]
-    ours = group["accuracy"].get(group["weights"], {}).get(attack)
-    theirs = base["accuracy"].get(group["weights"], {}).get(attack)
-    if ours and theirs:
-        by_seed = same_seeds(group, base)
-        group["differences"] = [
-            difference(a, b, by_seed) for a, b in zip(ours["per_class"], theirs["per_class"], strict=True)
-        ]
-        if found := by_image.get((group["title"], group["weights"], attack)):
-            for gain, ends in zip(group["differences"], found["per_class"], strict=True):
-                gain |= dict(zip(("low", "high"), ends or (None, None), strict=True))
+    group["differences"] = differences(group, base, attack, by_image)
+
+
+def differences(group: dict, base: dict, attack: str | None, by_image: Mapping[tuple, dict]) -> list[Spread] | None:
+    """Of each class, for the same weights; None where one of the two was not judged so."""
+    ours, theirs = judged(group, attack), base["accuracy"].get(group["weights"], {}).get(attack)
+    if not ours or not theirs:
+        return None
+    by_seed = same_seeds(group, base)
+    found = [difference(a, b, by_seed) for a, b in zip(ours["per_class"], theirs["per_class"], strict=True)]
+    if paired := by_image.get((group["title"], group["weights"], attack)):
+        for gain, ends in zip(found, paired["per_class"], strict=True):
+            gain |= dict(zip(("low", "high"), ends or (None, None), strict=True))
+    return found
 
 
 def _known(values: Iterable[Any]) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..strength import CLEAN
 from ..text_format import attack_title
-from .over_seeds import Spread, mean_interval
+from .accuracies import judged
+from .over_seeds import Spread, own_interval
 from .requirements import MEASURES, RATIOS, Requirement
 
 
@@ -38,14 +39,14 @@ def _number_of(name: str, classes: Sequence[str]) -> int | None:
 
 def _held(group: dict, classes: Sequence[str], attack: str | None, asked: Requirement) -> dict[str, Any]:
     out = {"group": group["title"], "requirement": asked.text, "value": None, "low": None, "high": None}
-    accuracy = group["accuracy"].get(group["weights"], {}).get(attack)
-    if accuracy is None:
+    accuracy = judged(group, attack)
+    if not accuracy:
         words = f"not judged by {attack_title(attack)}" if attack else "not judged by any attack"
         return out | {"measured": words, "passes": False}
     if not group["finished"]:
         return out | {"measured": "not judged: training is not finished", "passes": False}
-    found = accuracy["per_class"][_number_of(asked.of_class, classes)] if asked.of_class else None
-    found = found or accuracy[MEASURES[asked.measure]]
+    of_class = asked.of_class and _number_of(asked.of_class, classes)
+    found = accuracy[MEASURES[asked.measure]] if of_class is None else accuracy["per_class"][of_class]
     if found["mean"] is None:
         return out | {"measured": "no value", "passes": False}
     value = asked.unit * found["mean"]
@@ -57,9 +58,7 @@ def _held(group: dict, classes: Sequence[str], attack: str | None, asked: Requir
 
 def _interval(found: Spread, asked: Requirement) -> tuple[float | None, float | None]:
     """Within what can be; that of a spread over few images, by draws, may leave its own value out."""
-    ends = found["low"], found["high"]
-    if found["n"] > 1:
-        ends = mean_interval([v for v in found["values"] if v is not None])
+    ends = own_interval(found)
     if None in ends:
         return None, None
     low, high = min(ends[0], found["mean"]), max(ends[1], found["mean"])
@@ -76,8 +75,6 @@ def _words(value: float, low: float | None, high: float | None, asked: Requireme
 def _open(low: float | None, high: float | None, found: Spread, asked: Requirement, passes: bool) -> str:
     """Whether images or seeds leave it open."""
     if low is None:
-        return "; no interval is known"
-    if found["n"] > 1 and low == high:
-        return "; all seeds alike, which says nothing of others"
+        return "; all seeds alike, which says nothing of others" if found["n"] > 1 else "; no interval is known"
     sure = all(asked.met_by(end) == passes for end in (low, high))
     return "" if sure else "; the interval leaves it open"

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..reading.evaluations import WEIGHTS
-from ..text_format import attack_title
+from ..text_format import attack_title, signed
 from .comparable import judged_unlike, threads_of, unlike
-from .over_seeds import difference, interval_of_difference, interval_of_ratio, mean_interval, pairs
+from .images import FEWEST
+from .over_seeds import difference, interval_of_difference, interval_of_ratio, mean_interval, pairs, spread
 
 TIME, WORST, STD = -0.45, 0.032, -0.22  # share of the time, accuracy, share of the std over classes
 ROUNDING = 1e-9  # a gain of exactly 3.2 points holds
-FEWEST = 32  # images of the smallest class: of fewer, one weighs more than the claim on the worst class
 BUSY = 1.25  # the clock over CPU time: above, a training on a CPU had less than 0.8 of one core, whatever its threads
 EASY_M, EASY_STAY = 3, 0.75  # of the examples that resist M = 3 steps, the share that resists to the end
 
@@ -57,7 +57,7 @@ def _times(group: dict, base: dict, seconds: EpochSeconds) -> list[dict]:
     curves = group["curves"]
     mining = {e for e, mines in zip(curves["epoch"], curves["mines"], strict=True) if mines}
     for where, epochs in (("whole run", None), ("mining epochs alone", mining)):
-        claim = f"training time {100 * TIME:+.0f} %, {where}".replace("-", "−")
+        claim = f"training time {signed(100 * TIME, 0)} %, {where}"
         runs = [seconds[g["title"]] for g in (group, base)]
         ours, theirs = ([_total(run, epochs) for run in of_group] for of_group in runs)
         cpu = [[_total(run, epochs, cpu=True) for run in of_group] for of_group in runs]
@@ -69,15 +69,19 @@ def _times(group: dict, base: dict, seconds: EpochSeconds) -> list[dict]:
         else:
             change = statistics.fmean(ours) / statistics.fmean(theirs) - 1
             each = [a / b - 1 for a, b in zip(ours, theirs, strict=True)] if same_seeds(group, base) else []
-            holds, words = verdict(change, mean_interval(each), TIME, below=True)
-            measured = _signed(100 * change, " %", 0)
+            ratio = interval_of_ratio(spread(ours), spread(theirs), exact=True)
+            interval, over = _interval(each, None, ratio and (ratio[0] - 1, ratio[1] - 1), exact=True)
+            holds, words = verdict(change, interval, TIME, below=True, over=over)
+            measured = f"{signed(100 * change, 0)} %"
             if all(cpu) and None not in cpu[0] + cpu[1] and sum(cpu[1]):
                 by_cpu = statistics.fmean(cpu[0]) / statistics.fmean(cpu[1]) - 1
-                measured += f" (CPU time {_signed(100 * by_cpu, ' %', 0)})"
+                measured += f" (CPU time {signed(100 * by_cpu, 0)} %)"
                 if busy := _busy(sum(ours) + sum(theirs), sum(map(sum, cpu)), threads_of(group["training"])):
                     holds, words = None, busy
             if seeds == 1:
-                words += "; one run each: other work on the machine would change it"
+                alone = [g["title"] for g in (group, base) if g["time"]["n"] == 1]
+                whose = "each" if len(alone) == 2 else f"of {alone[0]}"
+                words += f"; one run {whose}: other work on the machine would change it"
             out.append(_entry(claim, measured + words, change, holds, seeds))
     return out
 
@@ -97,11 +101,14 @@ def _total(run: Sequence, epochs: set[int] | None, cpu: bool = False) -> float |
 
 
 def verdict(
-    mean: float, interval: Sequence[float] | None, limit: float, below: bool, over: str = ""
+    mean: float, interval: Sequence[float] | None, limit: float, below: bool, over: str = "", alike: bool = False
 ) -> tuple[bool | None, str]:
-    """(whether the claim holds, what to say of it): undecided where the 95 % interval contains the limit."""
+    """(whether the claim holds, what to say of it): undecided where the 95 % interval contains the limit, and where
+    several seeds, all `alike`, have none."""
+    if interval is None and alike:
+        return None, "; undecided: all seeds alike, which says nothing of others"
     if interval is not None and interval[0] < limit < interval[1]:
-        low, high = (_signed(100 * end, "", 1) for end in interval)
+        low, high = (signed(100 * end, 1) for end in interval)
         return None, f"; undecided: 95 % interval{over} {low} to {high}"
     return (mean <= limit + ROUNDING if below else mean >= limit - ROUNDING), ""
 
@@ -151,14 +158,14 @@ def _worst(ours: dict, theirs: dict, where: str, seeds: int, by_seed: bool, imag
     if gain["mean"] is None:
         return _entry(claim, "not judged: no value", None, None, seeds)
     error = "" if gain["std"] is None else f" ± {100 * gain['std']:.1f}"
-    measured = _signed(100 * gain["mean"], f"{error} points", 1)
+    measured = f"{signed(100 * gain['mean'], 1)}{error} points"
     cost = difference(ours["average"], theirs["average"], by_seed)["mean"]
     if cost is not None:
-        measured += f" (average over all images {_signed(100 * cost, '', 1)})"
+        measured += f" (average over all images {signed(100 * cost, 1)})"
     each = [a - b for a, b in pairs(ours["worst"], theirs["worst"])] if by_seed else []
     apart = interval_of_difference(ours["worst"], theirs["worst"], paired=False)
     interval, over = _interval(each, images.get("worst"), apart)
-    holds, words = verdict(gain["mean"], interval, WORST, below=False, over=over)
+    holds, words = verdict(gain["mean"], interval, WORST, below=False, over=over, alike=seeds > 1)
     return _entry(claim, measured + words, gain["mean"], holds, seeds)
 
 
@@ -169,14 +176,14 @@ def _std(ours: dict, theirs: dict, where: str, seeds: int, by_seed: bool, images
         return _entry(claim, "not judged: no value", None, None, seeds)
     if change is None:
         return _entry(claim, "not judged: the baseline's std is 0", None, None, seeds)
-    measured = _signed(100 * change, " %", 0)
+    measured = f"{signed(100 * change, 0)} %"
     relative = _change(ours["nstd"], theirs["nstd"], by_seed)
     if relative is not None:
-        measured += f" (relative to the average {_signed(100 * relative, ' %', 0)})"
+        measured += f" (relative to the average {signed(100 * relative, 0)} %)"
     each = [a / b - 1 for a, b in pairs(ours["std"], theirs["std"]) if b] if by_seed else []
     ratio = interval_of_ratio(ours["std"], theirs["std"])
     interval, over = _interval(each, images.get("std"), ratio and (ratio[0] - 1, ratio[1] - 1))
-    holds, words = verdict(change, interval, STD, below=True, over=over)
+    holds, words = verdict(change, interval, STD, below=True, over=over, alike=seeds > 1)
     return _entry(claim, measured + words, change, holds, seeds)
 
 
@@ -189,13 +196,15 @@ def _change(ours: dict, theirs: dict, by_seed: bool) -> float | None:
 
 
 def _interval(
-    each: Sequence[float], images: Sequence[float] | None, apart: Sequence[float] | None
+    each: Sequence[float], images: Sequence[float] | None, apart: Sequence[float] | None, exact: bool = False
 ) -> tuple[Sequence[float] | None, str]:
     """The 95 % interval that judges a claim, and what it is over: seeds; where those are fewer than two, the images
-    that both were judged on; where seeds do not pair, that of the two sides."""
-    if len(each) > 1:
-        return mean_interval(each), ""
-    return (images, " over images, in pairs,") if images is not None else (apart, " of runs that do not pair,")
+    that both were judged on; where seeds do not pair, or are all alike, that of the two sides."""
+    if (over_seeds := mean_interval(each, exact)) is not None:
+        return over_seeds, ""
+    if images is not None:
+        return images, " over images, in pairs,"
+    return apart, " of both sides," if len(each) > 1 else " of runs that do not pair,"
 
 
 def _worst_claim(where: str) -> str:
@@ -208,7 +217,3 @@ def _std_claim(where: str) -> str:
 
 def _entry(claim: str, measured: str, value: float | None, holds: bool | None, seeds: int) -> dict:
     return {"claim": claim, "measured": measured, "value": value, "holds": holds, "seeds": seeds}
-
-
-def _signed(value: float, unit: str, digits: int) -> str:
-    return f"{value:+.{digits}f}{unit}".replace("-", "−")

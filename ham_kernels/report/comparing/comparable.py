@@ -10,8 +10,10 @@ from typing import Any
 from ...common.one_class import answers_one_class
 from ..reading.evaluations import WEIGHTS, Evaluation
 from ..reading.runs import Run
+from ..strength import CLEAN
 from ..text_format import attack_title
 from .groups import Group, Section, passes_of
+from .images import FEWEST, smallest_class
 
 Training = dict[str, list[str]]  # see `training_of`
 
@@ -27,17 +29,17 @@ MEANS = {
     **{name: f"engine.{name}" for name in ("channels_last", "compile", "cuda_graphs", "winograd", "keep_memory")},
 }  # fmt: skip
 UNKNOWN = "unknown machine"
+UNLIKE = 1.5  # times the forwards of another: a training of other steps or epochs, not of another seed
 ALL = (*WORK, *PLACE, *MEANS)
-_SWITCH = {None: "off", False: "off", True: "on", "require": "on"}
+_SWITCH = {None: "off", False: "off", True: "on"}
 
 
 def training_of(settings: Mapping[str, Any], runs: Sequence[Run]) -> Training:
     """{what: its values, one for most} of a group's runs, in words: WORK, PLACE and MEANS."""
     out = {what: [_value(what, settings.get(key))] for what, key in (WORK | MEANS).items()}
     out["epochs"] = [_value("epochs", passes_of(settings))]
-    machines = {_as_fast(machine) for run in runs for machine in machines_of(run)}
-    out["device"] = sorted({_device(settings.get("run.device"), machine) for machine in machines})
-    out["machine"] = sorted(machines)
+    out["device"] = [str(settings.get("run.device"))]
+    out["machine"] = sorted({_as_fast(machine) for run in runs for machine in machines_of(run)})
     return out
 
 
@@ -59,14 +61,15 @@ def same_work(trainings: Iterable[Training]) -> bool:
     return not unlike(trainings, (*WORK, *PLACE))
 
 
-def judged_unlike(accuracies: Iterable[Mapping[str, Any]]) -> str:
-    """What keeps accuracies under one attack from being compared: other images, or judged otherwise; else empty."""
+def judged_unlike(accuracies: Iterable[Mapping[str, Any]], base: str = "the baseline") -> str:
+    """What keeps accuracies under one attack from being compared with the last of them: other images, or judged
+    otherwise; else empty. `base`: what the last is called."""
     accuracies = list(accuracies)
     if len({n for accuracy in accuracies for n in accuracy["images"]}) > 1:
         ours, theirs = (", ".join("unknown" if n is None else str(n) for n in accuracies[i]["images"]) for i in (0, -1))
-        return f"on {ours} images against {theirs} of the baseline"
+        return f"on {ours} images against {theirs} of {base}"
     if len({digest for accuracy in accuracies for digest in accuracy["digests"]}) > 1:
-        return "on other images than the baseline"
+        return f"on other images than {base}"
     for what in ("part", "step size", "precision"):
         values = sorted({value for accuracy in accuracies for value in accuracy["how"][what]})
         if len(values) > 1:
@@ -75,20 +78,11 @@ def judged_unlike(accuracies: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _value(what: str, value: Any) -> str:
-    if what == "precision":
-        return str(value).removeprefix("require-")
     if MEANS.get(what, "").startswith("engine.") and isinstance(value, (bool, str, type(None))):
         return str(_SWITCH.get(value, value))
     if value is None:
         return {"training images": "all", "image size": "as it is"}.get(what, "unknown")
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _device(told: Any, machine: str) -> str:
-    """ "auto" is the GPU where there is one."""
-    if told == "auto" and machine != UNKNOWN:
-        return "cpu" if machine.endswith("GPU: none") else "cuda"
-    return str(told).split(":")[0]
 
 
 def _as_number(text: str) -> tuple[float, str]:
@@ -102,7 +96,7 @@ def limits(section: Section) -> list[str]:
     shown = [(g, evaluation) for g in section.groups for evaluation in g.evaluated(g.weights)]
     trainings = [training_of(g.settings, g.counted) for g in section.groups if g.settings and not g.adopted]
     return [
-        *_limits_of_models(section), *_limits_of_evaluations(shown), *_searches(shown),
+        *_limits_of_models(section), *_limits_of_evaluations(shown), *_few_images(section), *_searches(shown),
         *_limits_of_trainings(trainings), *_limits_of_runs(counted), *_limits_of_times(section),
     ]  # fmt: skip
 
@@ -147,10 +141,28 @@ def _limits_of_evaluations(judged: Sequence[tuple[Group, Evaluation]]) -> list[s
     return [f"Not alike in {what}: {values}. Compare with care." for what, values in apart.items()]
 
 
+def _few_images(section: Section) -> list[str]:
+    """Where a class is of so few images that its accuracy says little, and the worst class least."""
+    counts = [
+        smallest_class(run, e, attack)
+        for group in section.groups
+        for run in group.counted
+        if (e := run.evaluations.get(group.weights))
+        for attack in e.attacks.values()
+    ]
+    fewest = min((count for count in counts if count is not None), default=FEWEST)
+    if fewest >= FEWEST:
+        return []
+    return [
+        f"The smallest class judged has {fewest} image{'s' * (fewest > 1)}, of which one is {100 / fewest:.1f} points: "
+        "worst classes are low by chance."
+    ]
+
+
 def _searches(judged: Sequence[tuple[Group, Evaluation]]) -> list[str]:
     """Attacks that looked for examples on another form of the model, and of which groups where not of all."""
     notes = []
-    for name in sorted({name for _, e in judged for name in e.attacks}):
+    for name in sorted({name for _, e in judged for name in e.attacks} - {CLEAN}):
         how = [(group.title, e.attacks[name].searched_fast) for group, e in judged if name in e.attacks]
         fast = list(dict.fromkeys(title for title, searched in how if searched))
         if fast:
@@ -188,6 +200,9 @@ def _limits_of_times(section: Section) -> list[str]:
         notes.append(f"Forwards do not count those of a teacher, one in each step of {'; '.join(taught)}.")
     for group in section.groups:
         if any(run.first_weights is not None for run in group.counted):
+            forwards = [run.before("forwards") for run in group.counted if run.before("forwards")]
+            if forwards and max(forwards) > UNLIKE * min(forwards):
+                notes.append(f"{group.title}: its runs began with trainings of unlike cost, and are taken for alike.")
             known = all(run.before("seconds") is not None for run in group.counted)
             told = "is in the times shown" if known else "is not known, so that it has no time to compare"
             notes.append(f"{group.title} began with weights of another training; what those cost {told}.")
@@ -222,9 +237,7 @@ def shared_epochs(section: Section) -> dict[frozenset[str], int]:
 
 def machines_of(run: Run) -> list[str]:
     """CPU, cores, GPU of each machine that a run was trained on, in order."""
-    told = [session.get("machine") for session in run.sessions]
-    known = [machine for machine in told if isinstance(machine, dict)] or [run.environment.get("machine")]
-    return list(dict.fromkeys(map(_machine, known)))
+    return list(dict.fromkeys(map(_machine, run.machines))) or [UNKNOWN]
 
 
 def _as_fast(machine: str) -> str:
@@ -232,9 +245,7 @@ def _as_fast(machine: str) -> str:
     return re.sub(r"cores: \d+, (?=torch uses 1 threads)", "", machine)
 
 
-def _machine(machine: Any) -> str:
-    if not isinstance(machine, dict) or not machine:
-        return UNKNOWN
+def _machine(machine: Mapping[str, Any]) -> str:
     cores = f", cores: {machine['cores']}" if machine.get("cores") else ""
     gpu = machine.get("gpu")
     return f"{machine.get('cpu') or 'unknown CPU'}{cores}, GPU: {gpu or 'none'}"

@@ -10,11 +10,11 @@ from typing import Any
 from ..reading.evaluations import Attack, Evaluation
 from ..reading.runs import Run
 from ..strength import CLEAN, strongest
+from ..text_format import MANY_CLASSES
 from .groups import Group
 from .over_seeds import spread
 
 MOST = 10  # of the confusions that are told
-MANY_CLASSES = 20  # above: the most frequent confusions alone
 
 
 def attack_with_answers(groups: Sequence[Group]) -> str | None:

@@ -17,7 +17,12 @@ from ..reading.runs import Run
 # What changes neither the trained weights nor how long training takes, or is in the section's title.
 NOT_SETTINGS = {
     "run.seed", "run.label", "run.checkpoint_minutes", "run.log", "data.path", "data.dataset", "data.root",
-    "data.download",
+    "data.download", "data.workers", "data.test_images",
+}  # fmt: skip
+# What has an effect with some settings alone: told apart among runs that have it.
+CONDITIONAL = {
+    "data.generated_share", "optim.momentum", "optim.adam_betas", "optim.adam_eps", "optim.milestones",
+    "optim.lr_decay", "model.normalize", "warm_up.name", "warm_up.natural_epochs",
 }  # fmt: skip
 # What a run did whose config.toml is older than these settings: their defaults.
 _YOUNGER = {"data": ("balance",), "optim": ("optimizer", "adam_betas", "adam_eps", "grad_clip")}
@@ -107,8 +112,10 @@ def settings_of(run: Run) -> dict[str, Any]:
         for section, values in run.config.items()
         for key, value in (values.items() if isinstance(values, dict) else [("", values)])
     }
-    if run.adopted:  # told apart by what they are called
-        return {key: value for key, value in flat.items() if key.startswith(("attack.", "model."))} | {"": run.label}
+    if run.adopted:  # told apart by what a person calls them
+        called = run.label if run.named else str(run.folder)
+        found = {key: value for key, value in flat.items() if key.startswith(("attack.", "model."))} | {"": called}
+        return found | {f"origin.{key}": run.origin[key] for key in ("class", "parameters") if key in run.origin}
     usual = to_dict(TrainSettings())
     younger = {f"{section}.{key}": usual[section][key] for section, keys in _YOUNGER.items() for key in keys}
     flat = {key: value for key, value in ((younger if flat else {}) | flat).items() if key not in NOT_SETTINGS}
@@ -117,16 +124,35 @@ def settings_of(run: Run) -> dict[str, Any]:
         flat["run.weights"] = f"{flat.get('optim.epochs')} epochs from {of}"
         if run.before("epochs"):
             flat["optim.epochs"] = int(run.before("epochs"))  # of what it goes on from: it is compared with its like
-    if "data.generated" not in flat:
-        flat.pop("data.generated_share", None)
     method = run.method
+    whole_run = method is not None and (method.start_epoch == 1 or _is_its_own_warm_up(method, flat))
+    idle = _idle(flat) | ({"warm_up.name", "warm_up.natural_epochs"} if whole_run else set())
+    flat = {key: _spelled(key, value) for key, value in flat.items() if key not in idle}
+    if run.device is not None:
+        flat["run.device"] = run.device
     if method is None:
         return flat
     flat = {key: value for key, value in flat.items() if not key.startswith("method.")}
-    told = method.in_effect()
-    if _is_its_own_warm_up(method, flat):
-        del told["start_epoch"]
+    told = method.in_effect() | ({"start_epoch": 1} if whole_run else {})
     return flat | {f"method.{key}": list(v) if isinstance(v, tuple) else v for key, v in told.items()}
+
+
+def _spelled(key: str, value: Any) -> Any:
+    """One word for what does the same: "require" asks for it more sternly than "on"."""
+    if key.startswith("engine.") and value == "require":
+        return "on"
+    return value.removeprefix("require-") if key == "run.precision" and isinstance(value, str) else value
+
+
+def _idle(flat: Mapping[str, Any]) -> set[str]:
+    """Settings that others leave without effect."""
+    out = {"data.generated_share"} if "data.generated" not in flat else set()
+    out |= {"optim.momentum"} if flat.get("optim.optimizer") == "adamw" else {"optim.adam_betas", "optim.adam_eps"}
+    if flat.get("optim.schedule", "step") != "step":
+        out |= {"optim.milestones", "optim.lr_decay"}
+    if "model.mean" in flat:
+        out.add("model.normalize")
+    return out
 
 
 def _is_its_own_warm_up(method: Method, settings: dict[str, Any]) -> bool:

@@ -10,6 +10,8 @@ from ..reading.flags import class_images
 from ..reading.runs import Run
 from .groups import Section
 
+FEWEST = 32  # images of the smallest class: of fewer, one weighs more than the claim on the worst class
+
 
 def apart(section: Section, sections: Sequence[Section]) -> list[str]:
     """Why runs on a data set of the same name stand in another section, and which runs do not tell their images."""
@@ -57,6 +59,6 @@ def smallest_class(run: Run, evaluation: Evaluation, attack: Attack) -> int | No
     counts = class_images(attack)
     if counts is None and attack.n == evaluation.images:
         told = run.data.get("class_counts")
-        of_part = told.get(evaluation.part) if isinstance(told, dict) else None
-        counts = list(of_part.values()) if isinstance(of_part, dict) else None
+        counts = told.get(evaluation.part) if isinstance(told, dict) else None
+    counts = counts if isinstance(counts, list) else None
     return min((n for n in counts or () if isinstance(n, int) and n > 0), default=None)

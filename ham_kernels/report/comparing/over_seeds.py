@@ -58,28 +58,39 @@ def difference(ours: Spread, base: Spread, paired: bool) -> Spread:
     return out
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % confidence interval of the mean of independent values, by Student's t; None of fewer than two."""
-    if len(values) < 2:
+def mean_interval(values: Sequence[float], exact: bool = False) -> tuple[float, float] | None:
+    """95 % confidence interval of the mean of independent values, by Student's t; None of fewer than two.
+
+    None too where all are alike, as shares of few images may be by chance; `exact` values, such as costs, are not.
+    """
+    if len(values) < 2 or (len(set(values)) == 1 and not exact):
         return None
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
     half = float(student_t.ppf(0.975, len(values) - 1)) * error
     return mean - half, mean + half
 
 
-def interval_of_difference(ours: Spread, theirs: Spread, paired: bool) -> tuple[float, float] | None:
+def own_interval(side: Spread, exact: bool = False) -> tuple[float | None, float | None]:
+    """95 % interval of a mean over seeds, of one seed over test images; (None, None) where it is not known."""
+    known = [value for value in side["values"] if value is not None]
+    return mean_interval(known, exact) or ((side["low"], side["high"]) if len(known) == 1 else (None, None))
+
+
+def interval_of_difference(
+    ours: Spread, theirs: Spread, paired: bool, exact: bool = False
+) -> tuple[float, float] | None:
     """95 % interval of ours - theirs: seed by seed where they pair, else from both sides' intervals; None unknown.
 
-    A side's interval is that of its mean over seeds, with one seed over test images.
+    A side's interval is its `own_interval`.
     """
     each = [a - b for a, b in pairs(ours, theirs)] if paired else []
-    found = difference(_with_interval(ours), _with_interval(theirs), paired=False)
-    return mean_interval(each) or (None if found["low"] is None else (found["low"], found["high"]))
+    found = difference(_with_interval(ours, exact), _with_interval(theirs, exact), paired=False)
+    return mean_interval(each, exact) or (None if found["low"] is None else (found["low"], found["high"]))
 
 
-def interval_of_ratio(ours: Spread, theirs: Spread) -> tuple[float, float] | None:
+def interval_of_ratio(ours: Spread, theirs: Spread, exact: bool = False) -> tuple[float, float] | None:
     """95 % interval of ours / theirs from both sides' intervals, as of the difference of logarithms; None unknown."""
-    sides = [_with_interval(side) for side in (ours, theirs)]
+    sides = [_with_interval(side, exact) for side in (ours, theirs)]
     if any(side["low"] is None or side["mean"] <= 0 for side in sides):
         return None
     logs = [
@@ -90,10 +101,8 @@ def interval_of_ratio(ours: Spread, theirs: Spread) -> tuple[float, float] | Non
     return math.exp(found["low"]), math.exp(found["high"])
 
 
-def _with_interval(side: Spread) -> Spread:
-    known = [value for value in side["values"] if value is not None]
-    low, high = mean_interval(known) or (side["low"], side["high"])
-    return side | {"low": low, "high": high}
+def _with_interval(side: Spread, exact: bool) -> Spread:
+    return side | dict(zip(("low", "high"), own_interval(side, exact), strict=True))
 
 
 def half(value: Mapping[str, Any]) -> float:

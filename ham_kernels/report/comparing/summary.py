@@ -45,8 +45,10 @@ def _section(section: Section, required: Sequence[Requirement]) -> dict[str, Any
     attack = headline_attack(section.groups, section.attack)
     groups = _groups(section)
     base = groups[0] if section.baseline else None
+    ranked = [g for g in section.groups if not g.adopted]
+    of_frontier = headline_attack(ranked, section.attack)
     judging = of_each_family(attacks_run(section.groups), attack)
-    by_image = _by_image(section, set(judging)) if base else {}
+    by_image = _by_image(section, {*judging, of_frontier}) if base else {}
     for group in groups[1:] if base else []:
         relate(group, base, attack, by_image)
     seconds = {g.title: [_seconds(run) for run in g.counted] for g in section.groups}
@@ -57,22 +59,24 @@ def _section(section: Section, required: Sequence[Requirement]) -> dict[str, Any
         "norm": section.norm,
         "classes": list(section.classes),
         "attack": attack,
-        "attack_why": None if attack is None else _why(section, attack),
+        "attack_why": _why(section.groups, attack, section.attack),
         "baseline": section.baseline.title if section.baseline else None,
         "notes": section.notes,
         "val_attack": _val_attack(section.groups),
         "groups": groups,
-        "frontier": frontier(groups, headline_attack([g for g in section.groups if not g.adopted], section.attack)),
+        "frontier": frontier(groups, of_frontier, _why(ranked, of_frontier, section.attack), by_image),
         "claims": claims(groups, judging, seconds, by_image),
         "audit": audit(groups, section.classes, attack, required),
     }
 
 
-def _why(section: Section, attack: str) -> str:
+def _why(groups: Sequence[Group], attack: str | None, asked: str | None) -> str | None:
     """What makes this attack the one that robust accuracy is by."""
-    if attack == section.attack:
+    if attack is None:
+        return None
+    if attack == asked:
         return "as asked for"
-    of_all = all(attack in run for run in attacks_run(section.groups))
+    of_all = all(attack in run for run in attacks_run(groups))
     return "the strongest attack that all these runs share" if of_all else "which most of these runs have"
 
 

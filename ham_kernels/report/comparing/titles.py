@@ -11,7 +11,7 @@ from ...common import field_types
 from ...common.field_types import Words, shown
 from ...methods.settings import Method
 from ...runs.settings import TrainSettings
-from .groups import Group, Section, canonical, passes_of
+from .groups import CONDITIONAL, Group, Section, canonical, passes_of
 
 _ORDER = ("method", "warm_up", "attack", "model", "optim", "data", "run", "engine")
 
@@ -21,6 +21,10 @@ def set_titles(groups: list[Group]) -> None:
     for group in groups:
         labels = {run.label for run in group.runs}
         group.title = labels.pop() if len(labels) == 1 and None not in labels else _title(group, groups)
+    counts = Counter(group.title for group in groups)
+    for group in groups:
+        if counts[group.title] > 1 and not group.runs[0].named:
+            group.title += f" ({group.runs[0].name})"
     number_repeats(groups)  # labels may repeat
 
 
@@ -46,7 +50,7 @@ def _title(group: Group, groups: list[Group]) -> str:
     for key in (*known, *unknown):
         default, words = known.get(key, (None, Words()))
         peers = family if key.startswith("method.") else groups
-        if key.startswith("method.") and method is not None:
+        if key in CONDITIONAL or (key.startswith("method.") and method is not None):
             peers = [g for g in peers if key in g.settings]  # in others it has no effect
         if key.startswith("optim.") or key in ("model.mean", "model.std"):  # a fine-tuning has its own, told or not
             peers = [g for g in peers if ("run.weights" in g.settings) == ("run.weights" in group.settings)]

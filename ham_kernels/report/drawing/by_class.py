@@ -11,13 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..comparing.over_seeds import reach
-from ..text_format import attack_title
+from ..text_format import MANY_CLASSES, attack_title
 from . import names
 from .figures import MANY_GROUPS, Section, Styles, handles_of, legend_below, shown, style_of
 
-MANY_CLASSES = 20  # above: classes sorted, or only those that change most
 BRIGHT = 43  # percent from which viridis needs black letters
 USUAL = 4  # times the usual change: where the colours of a heat map end
+MOST = 15.0  # points that an axis reaches beyond the changes; error bars may end outside
 ROUNDING = 1e-9  # bars that end at a multiple of ten need no more room
 
 
@@ -41,6 +41,11 @@ def overconfident(section: Section, styles: Styles) -> Figure | None:
     return _by_class(rows, section, styles, "over-confident\nadversarial examples, %") if rows else None
 
 
+def mapped(rows: Sequence) -> bool:
+    """Whether so many methods are a heat map, which has no error bars."""
+    return len(rows) > MANY_GROUPS
+
+
 def _by_class(rows: list[tuple], section: Section, styles: Styles, label: str, signed: bool = False) -> Figure:
     order = list(range(len(section["classes"])))
     if len(order) > MANY_CLASSES:
@@ -50,7 +55,7 @@ def _by_class(rows: list[tuple], section: Section, styles: Styles, label: str, s
         below = f"{len(order)} classes, sorted by the first method's accuracy under {attack_title(section['attack'])}"
     elif len(order) < len(section["classes"]):
         below = f"class: the {of_extremes(len(section['classes']))}"
-    if len(rows) > MANY_GROUPS:
+    if mapped(rows):
         return _heat_map(rows, section, order, label, below, signed)
     figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -61,6 +66,7 @@ def _by_class(rows: list[tuple], section: Section, styles: Styles, label: str, s
     _name_classes(axes, section, order)
     if signed:
         axes.axhline(0, color="black", linestyle="dashed", linewidth=0.8)
+        axes.set_ylim(*_near(rows, order))
     else:
         top = _top(rows, order)
         axes.set_ylim(0, 1.04 * top)  # bars and errors that reach it are seen whole
@@ -83,6 +89,16 @@ def _top(rows: list[tuple], order: Sequence[int]) -> int:
     found = [_percent([spreads[c] for c in order]) for _, spreads, _ in rows]
     highest = max(np.nanmax(mean + np.nan_to_num(error[1]), initial=0.0) for mean, error in found)
     return min(100, max(10, 10 * math.ceil(highest / 10 - ROUNDING)))
+
+
+def _near(rows: list[tuple], order: Sequence[int]) -> tuple[float, float]:
+    """Ends of an axis of changes: all of them, and of the error bars what is not far beyond; those of few seeds are."""
+    mean, error = map(np.array, zip(*(_percent([spreads[c] for c in order]) for _, spreads, _ in rows), strict=True))
+    changes, (below, above) = np.nan_to_num(mean), np.nan_to_num(error).swapaxes(0, 1)
+    low = max(min(0.0, (changes - below).min()), changes.min() - MOST)
+    high = min(max(0.0, (changes + above).max()), changes.max() + MOST)
+    room = max(0.05 * (high - low), 0.5)
+    return low - room, high + room
 
 
 def _worst_first(section: Section, rows: list[tuple]) -> list[int]:
@@ -184,7 +200,7 @@ def _name_classes(axes: Axes, section: Section, order: Sequence[int]) -> None:
     """A tick at each class, or at every k-th of more than fit."""
     called, every = names.classes(section), math.ceil(len(order) / MANY_CLASSES)
     words = [called[c] for c in order[::every]]
-    crowded = (max(map(len, words)) + 1) * len(words) > 80
+    crowded = (max(map(len, words)) + 1) * len(words) >= 70
     turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
     axes.set_xticks(range(0, len(order), every), words, **turned)
     if turned:  # takes no room from what is drawn

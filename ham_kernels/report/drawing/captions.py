@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from ..text_format import attack_title
+from collections.abc import Iterable
+
+from ..text_format import MANY_CLASSES, attack_title
 from . import by_class, curves, failures, figures
 from .figures import Section
 
 
-def _errors(section: Section, drawn: str = "Error bars") -> str:
-    counts = {len(g["runs"]) for g in section["groups"]}
+def _errors(spreads: Iterable[dict], drawn: str = "Error bars") -> str:
+    """Of these, which are drawn."""
+    counts = {spread["n"] for spread in spreads if spread["mean"] is not None}
     several = "one standard deviation over seeds"
     one = "the 95 % interval over test images"
     if counts == {1}:
@@ -16,24 +19,21 @@ def _errors(section: Section, drawn: str = "Error bars") -> str:
     return f"{drawn}: {several}." if 1 not in counts else f"{drawn}: {several}; with one seed, {one}."
 
 
-def _mapped(section: Section, key: str) -> bool:
-    """Whether a figure over classes is a heat map, which has no error bars."""
-    return sum(bool(g[key]) for g in section["groups"]) > figures.MANY_GROUPS
-
-
 MAPPED = "Means over seeds; their errors are in data.json."
 
 
 def many(section: Section) -> bool:
-    return len(section["classes"]) > by_class.MANY_CLASSES
+    return len(section["classes"]) > MANY_CLASSES
 
 
 def bars(section: Section) -> str:
     what = f"Accuracy of each class under {attack_title(section['attack'])}."
-    if _mapped(section, "accuracy"):
+    drawn = [found for g in section["groups"] if (found := figures.shown(g, section))]
+    if by_class.mapped(drawn):
         return f"{what} {MAPPED}"
+    errors = _errors((spread for found in drawn for spread in found["per_class"]), _of_classes(section))
     return (
-        f"{what} {_errors(section, _of_classes(section))} Level dashed lines: the worst class, as in the table (mean "
+        f"{what} {errors} Level dashed lines: the worst class, as in the table (mean "
         "over seeds of each run's worst; below the class that is lowest on average where seeds differ in it)."
     )
 
@@ -42,7 +42,7 @@ def _of_classes(section: Section) -> str:
     return "Bands" if many(section) else "Error bars"
 
 
-def differences(section: Section) -> str:
+def _gains(section: Section) -> str:
     what = (
         f"Accuracy under {attack_title(section['attack'])} minus that of {section['baseline']}, for the same weights."
     )
@@ -52,18 +52,29 @@ def differences(section: Section) -> str:
             f" The {by_class.of_extremes(len(section['classes']))}{', by the mean of the methods' if several else ''}: "
             "of many classes, the extremes owe part of their size to chance."
         )
-    if _mapped(section, "differences"):
-        return f"{what} {MAPPED}"
+    return what
+
+
+def _differences_mapped(section: Section) -> bool:
+    return by_class.mapped([g for g in section["groups"] if g["differences"]])
+
+
+def differences(section: Section) -> str:
+    if _differences_mapped(section):
+        return f"{_gains(section)} {MAPPED}"
     return (
-        f"{what} Error bars: standard deviation of the differences seed by seed; with one seed each and the same "
-        "images, a 95 % bootstrap interval of both answers in pairs; else both sides' spreads combined (squares added)."
+        f"{_gains(section)} Error bars: standard deviation of the differences seed by seed; with one seed each and the "
+        "same images, a 95 % bootstrap interval of both answers in pairs; else both sides' spreads combined (squares "
+        "added)."
     )
 
 
 def time(section: Section) -> str:
-    spread = "; ".join(sorted({f"{len(g['runs'])} run{'s' * (len(g['runs']) > 1)}" for g in section["groups"]}))
+    drawn = [worst for _, _, worst in figures.timed(section)]
+    counts = sorted({worst["n"] for worst in drawn})
+    runs = f"{' to '.join(str(n) for n in sorted({counts[0], counts[-1]}))} run{'s' * (counts != [1])} each"
     return (
-        f"Upper left is better. Large: mean of a method ({spread} each), small: its runs. {_errors(section)} "
+        f"Upper left is better. Large: mean of a method ({runs}), small: its runs. {_errors(drawn)} "
         "Dotted lines: the baseline. Time is that of the training steps."
     )
 
@@ -83,7 +94,8 @@ def _attacked(section: Section) -> str:
 def overconfident(section: Section) -> str:
     bounds = sorted({g["confidence"]["threshold"] for g in section["groups"] if g["confidence"]} - {None})
     above = f" of {' or '.join(f'{b:g}' for b in bounds)} or more" if bounds else " above the threshold"
-    errors = MAPPED if _mapped(section, "confidence") else _spread(_of_classes(section))
+    mapped = by_class.mapped([g for g in section["groups"] if g["confidence"]])
+    errors = MAPPED if mapped else _spread(_of_classes(section))
     return (
         f"Share of each class's adversarial examples ({_attacked(section)}) whose true class has a "
         f"probability{above}. {errors}"
@@ -130,8 +142,14 @@ def frontier(section: Section) -> str:
     )
 
 
-def frontier_classes(section: Section) -> str:
-    return f"{differences(section)} 95 % intervals are in the table."
+def changes(section: Section) -> str:
+    """Of the frontier's classes."""
+    errors = (
+        MAPPED
+        if _differences_mapped(section)
+        else "Error bars: 95 % intervals, as in the table; long ones end outside."
+    )
+    return f"{_gains(section)} {errors}"
 
 
 def confusion(section: Section) -> str:
@@ -144,10 +162,9 @@ def confusion(section: Section) -> str:
 
 def over_eps(section: Section) -> str:
     attack = attack_title(_of_groups(section, "over_eps"))
-    seeds = sorted({g["over_eps"]["seeds"] for g in section["groups"] if g["over_eps"]})
-    errors = {True: "the 95 % interval over test images (one seed each)", False: "one standard deviation over seeds"}
-    told = f"Error bars: {errors[seeds == [1]]}."
-    return f"{attack}, step sizes in proportion to ε. Dotted: the ε that everything else is by. {told}"
+    found = [g["over_eps"] for g in section["groups"] if g["over_eps"]]
+    errors = _errors(spread for curve in found for spread in curve["average"])
+    return f"{attack}, step sizes in proportion to ε. Dotted: the ε that everything else is by. {errors}"
 
 
 def examples(section: Section) -> str:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from ..comparing.frontier import as_compared
 from ..text_format import attack_title
 from . import by_class, captions, curves, failures, figures, findings, frontier, names
 from .figures import Section
@@ -24,7 +25,7 @@ class _Entry(NamedTuple):
     caption: Callable[[Section], str]
     finding: Callable[[Section], str]  # the text for those who do not see it
     of_many: str = ""  # its title where the classes are too many to show all
-    frontier: bool = False  # on the page of the frontier
+    frontier: bool = False  # on the page of the frontier, and of the section as that has it
     of_classes: bool = False  # beside what the models are worth
 
 
@@ -34,8 +35,9 @@ def plots(data: dict[str, Any], pdf: bool) -> tuple[list[list[Plot]], list[list[
     with figures.drawing(_texts(data["sections"])):
         for i, section in enumerate(data["sections"], 1):
             prefix = f"{i}_{_slug(section['title'])}_" if len(data["sections"]) > 1 else ""
-            found = [(entry, entry.draw(section, data["styles"])) for entry in ENTRIES]
-            drawn.append([_plot(entry, figure, section, prefix, pdf) for entry, figure in found if figure])
+            of = {False: section, True: as_compared(section)}
+            found = [(e, e.draw(of[e.frontier], data["styles"]) if of[e.frontier] else None) for e in ENTRIES]
+            drawn.append([_plot(e, figure, of[e.frontier], prefix, pdf) for e, figure in found if figure])
             absent.append(
                 [
                     _titled(e.title, section)
@@ -98,7 +100,7 @@ ENTRIES = (
         findings.frontier("forwards"), frontier=True,
     ),
     _Entry(
-        "frontier_classes", f"What each class gains or loses{UNDER}", frontier.class_changes, captions.frontier_classes,
+        "frontier_classes", f"What each class gains or loses{UNDER}", by_class.class_differences, captions.changes,
         findings.changes, f"Classes that gain or lose most{UNDER}", frontier=True,
     ),
     _Entry(

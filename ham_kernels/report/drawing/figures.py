@@ -13,6 +13,7 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..comparing.accuracies import judged
 from ..comparing.over_seeds import reach
 from ..text_format import attack_title, unit_of_time
 from . import names
@@ -71,19 +72,24 @@ def _dashes(i: int, per_gap: int, dash: float) -> Any:
     return 0, (2 * dash - short, short, dash, dash)
 
 
-def shown(group: dict[str, Any], section: Section) -> dict[str, Any] | None:
-    """The group's accuracies under the section's attack, for the weights shown."""
-    return group["accuracy"].get(group["weights"], {}).get(section["attack"])
+def shown(group: dict[str, Any], section: Section) -> dict[str, Any]:
+    """The group's accuracies under the section's attack, for the weights shown; empty where there are none."""
+    return judged(group, section["attack"])
+
+
+def timed(section: Section) -> list[tuple[dict, dict, dict]]:
+    """(group, time, worst class) of those that have both."""
+    return [
+        (g, g["time"], found["worst"])
+        for g in section["groups"]
+        if (found := shown(g, section)) and g["time"]["mean"] is not None and found["worst"]["mean"] is not None
+    ]
 
 
 # ---------------------------------------------------------------- worst class against time
 def worst_against_time(section: Section, styles: Styles) -> Figure | None:
     """One small point per run, one large per group with its spread; the baseline's cross of dotted lines."""
-    found = [
-        (g, g["time"], acc["worst"])
-        for g in section["groups"]
-        if (acc := shown(g, section)) and g["time"]["mean"] is not None and acc["worst"]["mean"] is not None
-    ]
+    found = timed(section)
     if not found:
         return None
     scale, unit = unit_of_time(max(time["mean"] for _, time, _ in found))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..comparing.frontier import GAINS
-from ..text_format import duration
+from ..comparing.claims import EASY_M
+from ..comparing.frontier import GAINS, undominated
+from ..text_format import duration, signed
 from .figures import Section, shown
 
 MANY = 6  # methods: above, the first and the last of an order are told
@@ -41,15 +42,16 @@ def worst_and_time(section: Section) -> str:
 
 def frontier(cost: str) -> Callable[[Section], str]:
     def find(section: Section) -> str:
-        methods = section["frontier"]["methods"]
-        best = [m for m in methods if m[cost]["mean"] is not None and not m["dominated_by"][cost]]
-        best.sort(key=lambda m: m[cost]["mean"])
+        methods = [m for m in section["frontier"]["methods"] if m[cost]["mean"] is not None]
+        best = sorted(undominated(methods, cost), key=lambda m: m[cost]["mean"])
         shares = [[_percent(m[gain]["mean"]) for gain in GAINS] for m in best]
         told = [
             f"{m['title']} ({mean} on average, worst class {worst})"
             for m, (mean, worst) in zip(best, shares, strict=True)
         ]
-        return f"Not dominated, cheapest first: {', '.join(told)}; {len(methods) - len(best)} others are."
+        more = len(methods) - len(best)
+        dominated = f"; {more} other{'s are' if more > 1 else ' is'}" if more else ""
+        return f"Not dominated, cheapest first: {', '.join(told)}{dominated}."
 
     return find
 
@@ -97,13 +99,13 @@ def training(section: Section) -> str:
 
 
 def easy(section: Section) -> str:
-    """Of the examples that resist three steps, or as many as were looked at, the share that resists to the end."""
+    """Of the examples that resist a few steps, the share that resists to the end."""
 
     def stay(group: dict) -> float | None:
         by_m = {entry["m"]: entry["stay_share"]["mean"] for entry in (group["easy"] or {}).get("by_m", ())}
-        return by_m.get(3)
+        return by_m.get(EASY_M)
 
-    return f"Of the examples that resist 3 steps, these resist to the end: {ordered(section, stay, _percent)}."
+    return f"Of the examples that resist {EASY_M} steps, these resist to the end: {ordered(section, stay, _percent)}."
 
 
 def confusion(section: Section) -> str:
@@ -151,4 +153,4 @@ def _percent(value: float) -> str:
 
 
 def _points(value: float) -> str:
-    return f"{100 * value:+.1f}".replace("-", "−")
+    return signed(100 * value, 1)

@@ -1,4 +1,4 @@
-"""Figures of the frontier: (section of data.json, styles) -> Figure, or None without data."""
+"""Figures of the frontier: (section `as_compared`, styles) -> Figure, or None without data."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from matplotlib.transforms import Bbox
 from ..comparing.frontier import GAINS, undominated
 from ..comparing.over_seeds import reach
 from ..text_format import attack_title
-from . import by_class, names
+from . import names
+from .by_class import MOST
 from .figures import BASELINE, Section, Styles, style_of, unit_of_time
 
 GREY = "#a6a6a6"  # what something dominates
 LETTERS = 34  # of a name in the figure
 FAR = 1 / 3  # of the best average: what has less, such as natural training, stands at the edge with its value
 EDGE = 4.0  # points below the others
-MOST = 15.0  # points that an axis reaches beyond the means; error bars may end outside
 NEAR = 8  # points: names farther away have a line to their point
 DARKER = 0.7  # letters than points, which are larger
 HALO = [patheffects.withStroke(linewidth=2, foreground="white")]  # names are read over lines
@@ -61,8 +61,7 @@ def against_time(section: Section, styles: Styles) -> Figure | None:
 
 
 def time_words(section: Section) -> str:
-    found = section["frontier"]
-    return "CPU time" if found and found["clock"] == "cpu_time" else "training time"
+    return "CPU time" if section["frontier"]["clock"] == "cpu_time" else "training time"
 
 
 def against_forwards(section: Section, styles: Styles) -> Figure | None:
@@ -71,20 +70,9 @@ def against_forwards(section: Section, styles: Styles) -> Figure | None:
     return _figure(section, styles, "forwards", 1.0, words)
 
 
-def class_changes(section: Section, styles: Styles) -> Figure | None:
-    """What each class gains or loses, of the methods that are compared."""
-    found = section["frontier"]
-    if not found:
-        return None
-    compared = {m["title"] for m in found["methods"]}
-    groups = [g for g in section["groups"] if g["title"] in compared]
-    return by_class.class_differences({**section, "groups": groups}, styles)
-
-
 # ---------------------------------------------------------------- accuracy against a cost
 def _known(section: Section, cost: str) -> list[dict[str, Any]]:
-    found = section["frontier"]
-    return [m for m in found["methods"] if None not in (m[n]["mean"] for n in (cost, *GAINS))] if found else []
+    return [m for m in section["frontier"]["methods"] if None not in (m[n]["mean"] for n in (cost, *GAINS))]
 
 
 def _figure(section: Section, styles: Styles, cost: str, scale: float, xlabel: str) -> Figure | None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .evaluations import Attack
 
 ROUNDING = 1e-6  # of numbers written as text
+MEASURES = ("worst_class", "std", "nstd", "worst3", "range", "gini")
 
 
 def class_images(attack: Attack) -> list[int] | None:
@@ -32,7 +33,11 @@ def by_class(attack: Attack) -> list[str]:
 
 
 def contradiction(attack: Attack) -> str | None:
-    """What does not follow from an attack's flags; None where all does, or it keeps none."""
+    """What does not follow from an attack's flags, or can be no accuracy; None where all does."""
+    shares = {"accuracy": attack.accuracy, **{f"class {c}": share for c, share in enumerate(attack.per_class)}}
+    for name, share in shares.items():
+        if share.value is not None and not 0 <= share.value <= 1:
+            return f"{name} is {_words(share.value)}"
     flags, labels = attack.correct, attack.labels
     if flags is None:
         return None
@@ -54,8 +59,10 @@ def contradiction(attack: Attack) -> str | None:
         per_class = [_share(of_class) for of_class in by_class(attack)]
         known = [share for share in per_class if share is not None]
         found |= {"worst_class": min(known), "std": statistics.pstdev(known)}
+        if attack.nstd.value is not None and any(known):
+            found["nstd"] = statistics.pstdev(known) / statistics.fmean(known)
         found |= {"worst3": worst_mean(known), "range": value_range(known), "gini": gini(known) if any(known) else None}
-        stated |= {name: getattr(attack, name).value for name in ("worst_class", "std", "worst3", "range", "gini")}
+        stated |= {name: getattr(attack, name).value for name in MEASURES}
         found |= {f"class {c}": share for c, share in enumerate(per_class)}
         stated |= {f"class {c}": interval.value for c, interval in enumerate(attack.per_class)}
     wrong = [name for name in found if not _equal(found[name], stated[name])]

@@ -33,6 +33,7 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
     begun: dict[str, Any] = field(default_factory=dict)  # of first weights: "run" that they are of, what they cost
+    origin: dict[str, Any] = field(default_factory=dict)  # of a model trained elsewhere: its class, file
     epochs: list[Epoch] = field(default_factory=list)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -178,6 +179,26 @@ class Run:
         sessions = self.environment.get("sessions")
         return [s for s in sessions if isinstance(s, dict)] if isinstance(sessions, list) else []
 
+    @property
+    def machines(self) -> list[dict[str, Any]]:
+        """Each that it was trained on, as far as known, in order."""
+        told = [session.get("machine") for session in self.sessions]
+        known = [machine for machine in told if isinstance(machine, dict)] or [self.environment.get("machine")]
+        return [machine for machine in known if isinstance(machine, dict) and machine]
+
+    @property
+    def device(self) -> str | None:
+        """cpu or cuda; "auto" is the GPU where there is one."""
+        told = (self._scalar("run", "device", str) or "").split(":")[0] or None
+        if told == "auto" and self.machines:
+            return "cuda" if any(machine.get("gpu") not in (None, "none") for machine in self.machines) else "cpu"
+        return told
+
+    @property
+    def named(self) -> bool:
+        """Whether its label was given by a person; an adopted model without has one by its file or class."""
+        return bool(self.label) and self.origin.get("named", True) is not False
+
     def _command(self, template: str) -> str:
         return template.format(run=shlex.quote(str(self.folder)))
 
@@ -218,6 +239,7 @@ def read_run(folder: str | Path) -> Run:
     run.environment = read_mapping(folder / "environment.json", run.notes)
     run.status = read_mapping(folder / "status.json", run.notes)
     run.begun = read_mapping(folder / "begun_with.json", run.notes)
+    run.origin = read_mapping(folder / "origin.json", run.notes)
     run.data = read_mapping(folder / "data.json", run.notes)
     if run.adopted:  # its images are those that judge it, whatever else lay beside them
         run.data = {key: value for key, value in run.data.items() if key not in ("counts", "sha256")}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from ..comparing.accuracies import judged
 from ..comparing.claims import same_seeds
 from ..comparing.comparable import judged_unlike, same_work
 from ..comparing.over_seeds import interval_of_difference
@@ -79,10 +80,6 @@ def asked(names: Sequence[str], attacks: Sequence[str] | None = None) -> list[tu
     return found
 
 
-def judged(group: Group, attack: str) -> dict:
-    return group["accuracy"].get(group["weights"], {}).get(attack) or {}
-
-
 def share(accuracies: dict | None, measure: str) -> Cell:
     """In percent, but for RATIOS."""
     if not accuracies:
@@ -130,7 +127,7 @@ def mark_best(table: Table, columns: Sequence[Column], groups: Sequence[Group]) 
         if len(ranked) < 2 or not column.alike([groups[r] for r in ranked]):
             continue
         best = column.best(ranked, key=lambda r: table.rows[r][i].value)
-        like = [r for r in ranked if not _apart(groups, table.rows, i, r, best)]
+        like = [r for r in ranked if not _apart(groups, table.rows, i, r, best, exact=column.attack is None)]
         if len(like) < len(ranked):
             for r in like:
                 table.rows[r][i] = replace(table.rows[r][i], best=True)
@@ -141,11 +138,11 @@ def is_ranked(group: Group) -> bool:
     return group["finished"] and group["weights"] not in group["one_class"]
 
 
-def _apart(groups: Sequence[Group], rows: Sequence[list[Cell]], column: int, row: int, best: int) -> bool:
+def _apart(groups: Sequence[Group], rows: Sequence[list[Cell]], column: int, row: int, best: int, exact: bool) -> bool:
     ours, theirs = (rows[r][column] for r in (row, best))
     if ours.value == theirs.value or None in (ours.spread, theirs.spread):
         return False
-    found = interval_of_difference(ours.spread, theirs.spread, same_seeds(groups[row], groups[best]))
+    found = interval_of_difference(ours.spread, theirs.spread, same_seeds(groups[row], groups[best]), exact)
     return found is not None and not found[0] <= 0 <= found[1]
 
 

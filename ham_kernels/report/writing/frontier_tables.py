@@ -6,12 +6,11 @@ from typing import Any
 
 from ..comparing.frontier import COSTS
 from ..comparing.over_seeds import half
-from ..text_format import NONE, attack_title, duration, shortened
+from ..text_format import MANY_CLASSES, NONE, attack_title, duration, shortened, signed
 from .columns import SHORT
 from .table import Cell, Table
 
 FEW = 2  # of the methods that dominate one
-MANY_CLASSES = 20  # above: the changes are in the figure and in data.json
 
 
 def frontier_table(section: dict[str, Any]) -> Table:
@@ -82,7 +81,7 @@ def _share(value: dict) -> Cell:
 def _change(value: dict) -> Cell:
     if value["mean"] is None:
         return Cell(NONE)
-    return _with_half(value, f"{100 * value['mean']:+.1f}".replace("-", "−"))
+    return _with_half(value, signed(100 * value["mean"], 1))
 
 
 def _with_half(value: dict, text: str) -> Cell:
@@ -106,7 +105,8 @@ def _dominated(method: dict, cost: str) -> Cell:
         return Cell(NONE, words=True)
     if not by:
         return Cell("no", best=True, words=True)
-    told = [f"{one['title']}{' (within chance)' if one['clear'] is False else ''}" for one in by]
+    chance = {True: "", False: " (within chance)", None: " (chance unknown)"}
+    told = [one["title"] + chance[one["clear"]] for one in by]
     more = [f"{len(told) - FEW} more"] if len(told) > FEW else []
     return Cell("; ".join([*told[:FEW], *more]), words=True)
 

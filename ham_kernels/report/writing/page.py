@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..comparing.frontier import as_compared
 from ..drawing.plot import Plot
 from ..reading.evaluations import WEIGHTS
 from ..text_format import attack_title
@@ -41,10 +42,12 @@ def pages(data: dict[str, Any], plots: Sequence[Sequence[Plot]], absent: Sequenc
         for i, (section, drawn, missing) in enumerate(zip(data["sections"], plots, absent, strict=True))
     ]
     found = {"index.html": render("page.html.jinja", data=data, sections=sections)}
-    for section in (section for section in sections if section["frontier"]):
-        section |= {"frontier_table": frontier_table(section), "class_table": class_table(section)}
-    if any(section["frontier"] for section in sections):
-        found["frontier.html"] = render("frontier.html.jinja", data=data, sections=sections)
+    compared = [
+        section | {"frontier_table": frontier_table(section), "class_table": class_table(section)}
+        for section in filter(None, map(as_compared, sections))
+    ]
+    if compared:
+        found["frontier.html"] = render("frontier.html.jinja", data=data, sections=compared)
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..reading.evaluations import WEIGHTS
-from ..text_format import NONE, attack_title, duration
+from ..text_format import NONE, attack_title, duration, markdown
 from .columns import latex_cell, latex_column
 
 _TEX = {
@@ -29,11 +29,6 @@ _GREEK = (
 
 def render(template: str, **values: Any) -> str:
     return (_LATEX if template.endswith(".tex.jinja") else _PLAIN).get_template(template).render(values)
-
-
-def _markdown(text: str) -> str:
-    text = " ".join(text.split()).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([|*_`\[\]])", r"\\\1", text)
 
 
 def _tex(text: str) -> str:
@@ -67,7 +62,7 @@ _PLAIN = Environment(
 )  # fmt: skip
 _PLAIN.globals["NONE"] = NONE
 _PLAIN.filters |= {
-    "attack_title": attack_title, "duration": duration, "weights": WEIGHTS.get, "md": _markdown, "tex": _tex,
+    "attack_title": attack_title, "duration": duration, "weights": WEIGHTS.get, "md": markdown, "tex": _tex,
     "wanting": _wanting, "reasons": _reasons, "base64": lambda png: base64.b64encode(png).decode(),
     "markdown": lambda table: render("table.md.jinja", table=table),
     "latex_column": latex_column, "latex_cell": latex_cell,

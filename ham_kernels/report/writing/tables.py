@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+from ..comparing.accuracies import judged
+from ..comparing.frontier import FEWEST_CLASSES
 from ..reading.evaluations import WEIGHTS
 from ..strength import CLEAN, of_each_family
 from ..text_format import unit_of_time
 from . import columns as c
-from .columns import Column, accuracy, cost, judged, mark_best, share, title_of
+from .columns import Column, accuracy, cost, mark_best, share, title_of
 from .table import Cell, Table
 
 ARTICLE = ("clean.avg", "avg", "worst", "std", "time", "relative", "forwards")  # what fits an article
@@ -57,7 +59,9 @@ def worth_table(section: dict[str, Any]) -> Table:
     """What each model is worth under the attack of the headline, and how unequal its classes are."""
     groups = [g for g in _shown(section) if judged(g, section["attack"])]
     columns = [accuracy(CLEAN, "avg")] if any(judged(g, CLEAN) for g in groups) else []
-    columns += [accuracy(section["attack"], name) for name in c.MEASURES] if groups else []
+    few = len(section["classes"]) < FEWEST_CLASSES
+    names = [name for name in c.MEASURES if not (few and name == "worst3")]
+    columns += [accuracy(section["attack"], name) for name in names] if groups else []
     table = _table(section, groups, columns)
     table.head.append((columns[-1].span if columns else "", "worst class"))
     for row, group in zip(table.rows, groups, strict=True):
@@ -91,14 +95,14 @@ def all_accuracies(section: dict[str, Any]) -> Table:
 
 def confusion_table(section: dict[str, Any]) -> Table:
     """The most frequent confusions of each method."""
-    table = Table([("", "Method"), ("", "Class"), ("", "taken for"), ("", "of its images, %")])
+    table = Table([("", "Method"), ("", "Class"), ("", "taken for"), ("", "of its images, %"), ("", "images")])
     by = [g["confusion"]["attack"] for g in section["groups"] if g["confusion"]]
     table.caption = f"Under {title_of(by[0])}, all seeds together." if by else ""
     for group in section["groups"]:
         for pair in (group["confusion"] or {"pairs": ()})["pairs"][: 10 if len(section["groups"]) == 1 else 3]:
             names = (section["classes"][pair[of]] for of in ("label", "answer"))
             cells = [Cell(group["title"], words=True), *(Cell(name, words=True) for name in names)]
-            table.rows.append([*cells, Cell(f"{100 * pair['share']:.1f}")])
+            table.rows.append([*cells, Cell(f"{100 * pair['share']:.1f}"), Cell(str(pair["images"]))])
     return table
 
 
