@@ -99,6 +99,39 @@ class Net(nn.Module):
         return self.f(x)
 
 
+class Shifted(nn.Module):
+    """Normalises by plain attributes, which are no weights."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.net, self.mean = Net(), mean
+
+    def forward(self, x):
+        return self.net((x - self.mean) / 0.1)
+
+
+def test_another_model_of_the_same_weights_is_refused(tmp_path, seed):
+    how = {"attacks": ("clean",), "images": 40, "masking": False}
+    first = Shifted(0.0)
+    out = ham.adopt(first, tmp_path / "out", **how)
+    ham.adopt(first, out, **how)
+    mended = Shifted(0.5)
+    mended.load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match=r"out: .* holds the verdict on another model"):
+        ham.adopt(mended, out, **how)
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :10], x
+
+
+def test_a_model_that_returns_no_logits_leaves_no_folder(tmp_path):
+    with pytest.raises(TypeError, match="model: returned tuple; it must return one tensor of logits"):
+        ham.adopt(Pair(), tmp_path / "out", attacks=("clean",))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_as_an_object(tmp_path, seed):
     net, how = Net().train(), {"images": 60, "masking": False}
     net.f.eval()

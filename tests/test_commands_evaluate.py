@@ -69,21 +69,25 @@ def test_evaluation_is_written_and_added_to(run, capsys):
 
 
 @pytest.mark.slow
-def test_a_fast_search_never_takes_the_place_of_a_plain_one(run, tmp_path):
-    how = replace(CLEAN, attacks=("pgd2",))
+def test_a_fast_search_never_takes_the_place_of_a_plain_one(run, tmp_path, capsys):
+    how = replace(CLEAN, attacks=("clean", "pgd2"))
     shutil.copytree(run, tmp_path / "run")
 
-    def judged(search: str) -> dict:
-        (path,) = evaluate_run(tmp_path / "run", replace(how, search=search), quiet=True)
-        return json.loads(path.read_text())["attacks"]["pgd2"]
+    def judged(search: str, images: int = how.images) -> dict:
+        (path,) = evaluate_run(tmp_path / "run", replace(how, search=search, images=images), quiet=True)
+        attacks = json.loads(path.read_text())["attacks"]
+        assert "search" not in attacks["clean"]["settings"]  # for which nothing is searched
+        return attacks["pgd2"]
 
     fast = judged("fast")
     assert fast["settings"]["search"]["channels_last"]
     assert judged("fast") == fast
+    assert judged("plain", 20) == fast  # on fewer images
+    assert "PGD-2: stays as a fast search found it on 60 images, more than 20" in capsys.readouterr().err
     plain = judged("plain")
     assert "search" not in plain["settings"]
     assert sum(a != b for a, b in zip(plain["correct"], fast["correct"], strict=True)) <= 2  # of 60
-    assert judged("fast") == plain
+    assert judged("fast") == judged("fast", 20) == plain
 
 
 def test_images_are_noted_and_altered_results_judged_anew(run, tmp_path, capsys):
@@ -356,8 +360,14 @@ def test_results_of_earlier_weights_are_kept_beside_the_new(tmp_path, capsys, on
     evaluate_run(tmp_path / "run", CLEAN, quiet=True)
     (kept,) = path.parent.glob("ema.json.epoch1-*")
     assert kept.read_bytes() == before
-    assert str(kept) in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert str(kept) in told
+    assert "epoch 1, now 2" in told
     assert json.loads(path.read_text())["epoch"] == 2
+    for eps in ("0.1000001", "0.1000002", "0.1000001"):  # of one file name
+        (path,) = evaluate_run(tmp_path / "run", replace(CLEAN, eps=float(eps)), quiet=True)
+    assert len(list(path.parent.glob(f"{path.name}.epoch2-*"))) == 2  # none is lost
+    assert "eps 0.1000001, now 0.1000002" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- what it shows

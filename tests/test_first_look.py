@@ -112,7 +112,7 @@ def test_a_fault_is_told_by_all_that_take_a_model(fault, batch):
     ]
     judging = [
         lambda m: ham.evaluate(m, [(x, y)], ("clean", "pgd2"), **HOW),
-        lambda m: judge(m, [(x, y)], ("clean",), classes=10, **HOW),
+        lambda m: judge(m, [(x, y)], ("fgsm",), classes=10, **HOW),
         lambda m: masking(m, [(x, y)], images=4, **HOW),
     ]
     for call in training + judging:
@@ -343,6 +343,33 @@ def test_one_answer_by_the_accuracies(per_class, answer):
     assert answers_one_class(per_class) == answer
 
 
+def test_a_model_whose_classes_are_in_another_order_answers_many():
+    assert answers_one_class((0.0, 1.0, 0.0), [2, 1, 0]) is None
+    assert answers_one_class((0.0, 1.0, 0.0), [1, 1, 1]) == 1
+
+    class Other(torch.nn.Module):
+        def forward(self, x):
+            return 9.0 * torch.eye(3)[[2, 1, 0]][(3 * x[:, 0, 0, 0]).long()] + 0 * x.flatten(1)[:, :3]
+
+    x = ((torch.arange(30) % 3 + 0.5) / 3)[:, None, None, None].expand(30, 1, 2, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = ham.evaluate(Other(), [(x, torch.arange(30) % 3)], ("clean",))["clean"]
+    assert (found.per_class, found.one_class) == ((0.0, 1.0, 0.0), None)
+
+
+def test_clean_images_need_no_gradient():
+    class Blind(torch.nn.Module):
+        @torch.no_grad()
+        def forward(self, x):
+            return x.flatten(1)[:, :3]
+
+    x, y = torch.rand(20, 1, 2, 2), torch.arange(20) % 3
+    assert 0 <= ham.evaluate(Blind(), [(x, y)], ("clean",))["clean"].accuracy <= 1
+    with pytest.raises(ValueError, match="model: no gradient reaches the images"):
+        ham.evaluate(Blind(), [(x, y)], ("clean", "fgsm"))
+
+
 def test_the_best_weights_are_no_constant_classifier():
     """An untrained average that answers one class can have a better worst-case number than a model that learns."""
     saved = []
@@ -353,7 +380,8 @@ def test_the_best_weights_are_no_constant_classifier():
     attack = job.settings.run.val_attack
 
     def judged(*per_class):
-        found = ham.ClassAccuracy(sum(per_class) / 2, per_class, min(per_class), 0.1, 100)
+        one = answers_one_class(per_class)
+        found = ham.ClassAccuracy(sum(per_class) / 2, per_class, min(per_class), 0.1, 100, one_class=one)
         return {"clean": found, attack: found}
 
     constant, learning = judged(1.0, 0.0), judged(0.3, 0.4)

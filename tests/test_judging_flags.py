@@ -94,7 +94,36 @@ def test_the_true_worst_class_is_inside(seed):
     assert held >= 0.88 * 300  # 95 % or more; 5 standard deviations below
 
 
-def test_std_is_drawn_from_what_the_counts_allow(seed):
+@pytest.mark.parametrize(
+    ("truth", "images"),
+    [
+        (np.full(10, 0.5), 50),  # alike: all that classes seem to differ by is counting
+        (np.linspace(0.45, 0.6, 10), 50),
+        (np.linspace(0.0, 0.6, 10), 50),
+        (np.linspace(0.2, 0.75, 10), 1000),
+        (np.linspace(0.2, 0.9, 100), 10),
+        (np.array([0.2, 0.5, 0.8]), 100),
+    ],
+)
+def test_the_true_spread_over_classes_is_inside(truth, images, seed):
+    rng, held = np.random.default_rng(seed), {}
+    mean = truth.mean()
+    true = {"std": truth.std(), "nstd": truth.std() / mean, "range": np.ptp(truth), "worst3": np.sort(truth)[:3].mean()}
+    true["gini"] = np.abs(truth[:, None] - truth).mean() / mean / 2
+    for _ in range(100):
+        right = rng.binomial(images, truth).tolist()
+        found = intervals(*flags(*((k, images) for k in right)), len(truth), resamples=500)
+        for name, value in true.items():
+            interval = found[name]
+            if math.isnan(interval.low):
+                assert (name in ("range", "worst3"), len(truth)) == (True, 100)  # of the luckiest
+                continue
+            assert interval.low <= interval.value <= interval.high
+            held[name] = held.get(name, 0) + (interval.low - 1e-12 <= value <= interval.high + 1e-12)
+    assert min(held.values()) >= 80, held  # 89 to 100 in simulations of many more; 3 standard deviations below
+
+
+def test_with_many_images_the_spread_is_as_drawn(seed):
     rng = np.random.default_rng(seed)
     found = intervals(*flags((300, 400), (100, 250)), 2, resamples=20000)
     drawn = np.stack([rng.beta(300.5, 100.5, 20000), rng.beta(100.5, 150.5, 20000)], axis=1)

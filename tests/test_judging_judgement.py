@@ -225,6 +225,22 @@ def test_altered_store_is_reported_and_made_anew(model, loader, tmp_path, alter)
     assert count_rows(model, loader, store) == 0
 
 
+def test_buffers_that_are_no_state_belong_to_the_model(loader, tmp_path):
+    class Normed(torch.nn.Module):
+        def __init__(self, mean):
+            super().__init__()
+            self.register_buffer("mean", torch.tensor(mean), persistent=False)
+
+        def forward(self, x):
+            return (x - self.mean).flatten(1)[:, :10].cumsum(1)
+
+    def flags(mean):
+        return judge(Normed(mean), loader, ("clean",), **{**HOW, "store": tmp_path / "store.json"})["clean"]["correct"]
+
+    with_other = flags(0.0)
+    assert flags(0.9) == judge(Normed(0.9), loader, ("clean",), **HOW)["clean"]["correct"] != with_other
+
+
 def test_a_failing_write_leaves_the_old_file(model, loader, tmp_path, monkeypatch):
     store = tmp_path / "flags.json"
     judge(model, loader, ["clean"], **HOW, store=store)

@@ -10,7 +10,7 @@ from judging_nets import EPS, STEP_SIZE, digit_batches, robust_cnn
 from nets import Constant, Counting, small_cnn
 from torch import nn
 
-from ham_kernels.evaluation import masking
+from ham_kernels.evaluation import gradient_masking, masking
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +72,17 @@ def test_saturated_softmax_is_found():
     assert values["cw"] < values["plain"] - 0.1
     ahead = 100 * (values["plain"] - values["cw"])
     assert f"PGD on cw fools {ahead:.1f} points more images than on the cross entropy" in checks["scale"]["why"]
+
+
+def test_one_masked_class_is_found():
+    """Of ten: on average over all images PGD loses little by it."""
+    bench = gradient_masking._Bench(None, [(torch.zeros(500, 1), torch.arange(500) % 10)], "fp32", 0)
+    plain, other = torch.ones(500).double(), torch.ones(500).double()
+    assert bench.of_one_class(plain, other, "noise") == []
+    other[3::10][:15] = 0  # 30 points of class 3, 3 of all
+    assert bench.of_one_class(plain, other, "noise") == [], "chance is not left out"
+    other[3::10][:40] = 0
+    assert bench.of_one_class(plain, other, "noise") == ["in class 3 noise fools 80.0 points more images than PGD"]
 
 
 def test_quantised_input_is_found():

@@ -81,6 +81,7 @@ def refused(rank: int) -> dict[str, list[str]]:
     loaders = {
         "of a rank": lambda: data.Batches(bytes_, y, 4, shuffle=False, rank=rank, world=2),
         "with a sampler": lambda: DataLoader(images, 4, sampler=DistributedSampler(images, 2, rank, shuffle=False)),
+        "shuffled": lambda: DataLoader(images, 4, shuffle=True),
         "unlike": lambda: [(x, y)] * (2 if rank else 5),
         "none": list,
         "bad batch": lambda: gives_bad_batch(rank),
@@ -108,6 +109,7 @@ def test_loaders_that_cannot_be_shared_out(tmp_path):
     for said in both:
         for name in ("of a rank", "with a sampler"):
             assert all("each must be able to get all of them" in words for words in said[name]), name
+        assert all("all must get the same batches (shuffle=False)" in words for words in said["shuffled"])
         assert all("it must give the same on each" in words for words in said["unlike"])
     first, second = both
     assert all("gave no batch" in words for words in first["none"])

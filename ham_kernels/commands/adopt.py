@@ -15,7 +15,7 @@ from ..common.files import write_atomically
 from ..models.named import OBJECT, is_architecture
 from ..models.weights import lay, read_weights
 from ..runs.config_file import to_toml
-from ..runs.folder import ADOPTED, RunFolder
+from ..runs.folder import ADOPTED, RunFolder, read_json
 from ..runs.judge_settings import EvaluateSettings, JudgeSettings
 from ..runs.presets import preset
 from ..runs.settings import (
@@ -31,6 +31,7 @@ from .evaluate import check_how, evaluate_run
 from .from_settings import check_takes, device_of, loaders_of, model_of
 from .options import Adoption
 
+ALIKE = 0.01  # of the largest logit: what devices and precisions may differ by
 SECTIONS = ("data", "model", "attack", "run")  # of config.toml; how it was trained nobody here knows
 
 
@@ -90,17 +91,33 @@ def adopt_as(wanted: Adoption, model: nn.Module | None = None, *, quiet: bool = 
     if model is None:
         settings, model = _made(wanted, settings, facts)
     model = model.to(device).eval()
-    check_takes(model, settings.model.name, loaders_of(settings, images, device).test, len(images.classes))
+    logits = check_takes(model, settings.model.name, loaders_of(settings, images, device).test, len(images.classes))
     origin = {
         "named": bool(wanted.label), "model": settings.model.name, "class": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()), **_file_facts(wanted.checkpoint),
+        "logits": logits.float().tolist(),
     }  # fmt: skip
     run = _folder(out, settings, model, named=bool(wanted.label))
+    _check_same(out, origin["logits"])
     run.set_data_facts(facts, places)
     run.write_json("origin.json", origin)
     run.set_status(ADOPTED, 0, 0)
     evaluate_run(out, judged, quiet=quiet, model=model)
     return run.path
+
+
+def _check_same(out: Path, logits: list[list[float]]) -> None:
+    """Weights alone do not tell a model: its code, or what it normalises by, may have changed.
+
+    Raises: ValueError where the folder is of one that answers the first images otherwise.
+    """
+    path = out / "origin.json"
+    before = read_json(path).get("logits") if path.exists() else None
+    if before is None:
+        return
+    before, now = torch.tensor(before), torch.tensor(logits)
+    if before.shape != now.shape or (before - now).abs().max() > ALIKE * before.abs().max():
+        raise ValueError(f"out: {out} holds the verdict on another model, with other logits; give another folder")
 
 
 def _made(wanted: Adoption, settings: TrainSettings, facts: dict) -> tuple[TrainSettings, nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import sys
@@ -19,6 +20,7 @@ from ..distributed import PATIENT, Ranks
 from ..evaluation.gradient_masking import COST as MASKING_COST
 from ..evaluation.gradient_masking import IMAGES as MASKING_IMAGES
 from ..evaluation.named_attacks import plans, searcher
+from ..report.text_format import attack_title
 from ..runs.folder import JUDGING_LOCK, RunFolder
 from ..runs.judge_settings import EvaluateSettings
 from ..runs.settings import TrainSettings, check_step
@@ -178,7 +180,8 @@ class _Judge:
             loader = NotedLoader(self._loader(s.part, self.n))
             for attack in s.attacks:
                 name = f"{attack}-r{s.restarts}" if s.restarts > 1 and attack.startswith(("pgd", "cw")) else attack
-                if self._stays(result["attacks"].get(name)):
+                if (old := result["attacks"].get(name)) and self._stays(old):
+                    self._tell_kept(name, old)
                     continue
                 found = evaluation.judge(
                     self.model, loader, (attack,), classes=len(self.images.classes), restarts=s.restarts,
@@ -202,9 +205,15 @@ class _Judge:
                     self._once(result, "easy", key, self._easy)
         del self.model  # the next kind of weights may need its memory
 
-    def _stays(self, old: dict[str, Any] | None) -> bool:
-        """An attack is not judged again on fewer images, nor by a search that is less exact."""
-        return old is not None and old["n"] >= self.n and (self.search is not None or "search" not in old["settings"])
+    def _stays(self, old: dict[str, Any]) -> bool:
+        """An attack is not judged again on fewer images, nor on as many by a search that is less exact."""
+        as_exact = self.search is not None or "search" not in old["settings"]
+        return old["n"] > self.n or (old["n"] == self.n and as_exact)
+
+    def _tell_kept(self, name: str, old: dict[str, Any]) -> None:
+        if self.run.writes and self.search is None and "search" in old["settings"]:
+            told = f"stays as a fast search found it on {old['n']} images, more than {self.n}"
+            say(f"{attack_title(name)}: {told}", sys.stderr)
 
     def begin(self) -> None:
         """Takes over the file's earlier results, where they are of the same weights.
@@ -229,12 +238,16 @@ class _Judge:
         epoch, have = old.get("epoch"), self.identity["epoch"]
         if isinstance(epoch, int) and epoch > have:
             raise ValueError(self._later(epoch, have))
-        kept = self.path.with_name(f"{self.path.name}.epoch{epoch}-{str(old.get('checkpoint_sha256'))[:8]}")
-        write_atomically(kept, self.path.read_bytes())
-        say(
-            f"{self.path} is of epoch {epoch}, the weights are of epoch {have}: judged anew, the old file is {kept}",
-            sys.stderr,
-        )
+        if not self.run.writes:
+            return
+        content = self.path.read_bytes()
+        stem = f"{self.path.name}.epoch{epoch}-{str(old.get('checkpoint_sha256'))[:8]}"
+        tails = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+        paths = (self.path.with_name(stem + tail) for tail in tails)
+        kept = next(path for path in paths if not path.exists() or path.read_bytes() == content)
+        write_atomically(kept, content)
+        apart = [f"{k} {old.get(k)}, now {v}" for k, v in self.identity.items() if old.get(k) != v]
+        say(f"{self.path} is of {'; '.join(apart)}: judged anew, the old file is {kept}", sys.stderr)
 
     def _later(self, epoch: int, have: int) -> str:
         """Why a damaged checkpoint's judgement stays."""

@@ -15,7 +15,7 @@ def verdict(result: dict[str, Any], run: Path) -> str:
     weights = f"weights {result['weights']} (epoch {result['epoch']})" if result["epoch"] else "weights of others"
     what = f"{weights}, {result['part']} images, eps {result['eps']:g}"
     lines = ["", f"{run}, {what}", "accuracy in %, 95 % interval over images; std, nstd over classes", ""]
-    lines += [*_attacks(result), *_limits(result), *_parts(result), "", "per class", *_classes(result)]
+    lines += [*_attacks(result), *limits(result), *_parts(result), "", "per class", *_classes(result)]
     if "masking" in result:
         lines += ["", *_masking(result["masking"])]
     else:
@@ -63,19 +63,22 @@ def _attacks(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _limits(result: dict[str, Any]) -> list[str]:
+def limits(result: dict[str, Any]) -> list[str]:
     """A model that answers one class, attacks that had no gradient."""
-    return one_answer(result) + [
+    return _one_answer(result) + [
         f"{attack_title(name)}: gradient missing for {a['no_gradient']} of {a['n']} images, which were not attacked"
-        for name, a in result["attacks"].items()
+        for name, a in result.get("attacks", {}).items()
         if a.get("no_gradient")
     ]
 
 
-def one_answer(result: dict[str, Any]) -> list[str]:
+def _one_answer(result: dict[str, Any]) -> list[str]:
     """That it answers one class for nearly all images, if it does."""
     clean = result.get("attacks", {}).get("clean")
-    if clean is None or (answer := answers_one_class([c["value"] for c in clean["per_class"]])) is None:
+    if clean is None:
+        return []
+    answers = [int(answer) for answer in clean.get("answers", "").split()]
+    if (answer := answers_one_class([c["value"] for c in clean["per_class"]], answers)) is None:
         return []
     return [f"{result['classes'][answer]} is its answer for nearly all images: do not rank it"]
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ..common import provenance
 from ..common.files import write_atomically
 from ..models.keys import to_theirs
-from ..runs.folder import RunFolder, dumps
+from ..runs.folder import RunFolder, dumps, read_json
 from ..runs.settings import TrainSettings
 from . import run_images
 from .from_settings import trained_model
 from .model_card import model_card, robustbench_entry
+from .noted_images import drop_altered
 from .options import Export
 
 ABOUT = "about.json"
@@ -89,7 +90,10 @@ def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _judged(run: RunFolder, kind: str, digest: str) -> dict[str, Any]:
     """What `ham evaluate` found of these weights; {} where it did not judge them."""
     path = run.path / "evaluation" / f"{kind}.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"run: {path} is damaged (it holds no object)")
+    drop_altered(found.get("attacks", {}), path)
     return found if found.get("checkpoint_sha256") == digest else {}
 
 

@@ -58,19 +58,23 @@ def check_before_data(settings: TrainSettings, device: torch.device) -> None:
         trainer_of(settings, nn.Linear(1, 1), device, teacher=nn.Identity() if settings.run.teacher else None)
 
 
-def check_takes(model: nn.Module, name: str, loader, classes: int, argument: str = "model") -> None:
-    """Raises: ValueError where a model cannot take images like those of the loader, or knows other classes."""
+def check_takes(model: nn.Module, name: str, loader, classes: int, argument: str = "model") -> torch.Tensor:
+    """The logits of a loader's first two images. Raises: TypeError, ValueError where a model cannot take such images,
+    returns no logits, or knows other classes."""
     x, _ = next(iter(loader))
     try:
         with modes_kept(model), torch.no_grad():
             logits = model.eval()(x[:2])
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(f"{argument}: {name} cannot take images of shape {tuple(x.shape[1:])}: {error}") from error
-    if isinstance(logits, torch.Tensor) and tuple(logits.shape) != (len(x[:2]), classes):
+    if not isinstance(logits, torch.Tensor):
+        checks.model_output(logits, len(x[:2]))
+    if tuple(logits.shape) != (len(x[:2]), classes):
         shape = tuple(logits.shape)
         raise ValueError(
             f"{argument}: {name} gives {shape} for 2 images of {classes} classes; it must be (2, {classes})"
         )
+    return logits
 
 
 def model_of(settings: TrainSettings, classes: int, channels: int) -> nn.Module:

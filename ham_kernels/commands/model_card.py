@@ -6,7 +6,7 @@ from typing import Any
 
 from ..report.text_format import attack_title, markdown
 from ..runs.folder import RunFolder
-from .evaluation_text import interval, one_answer, percent
+from .evaluation_text import interval, limits, percent
 
 _NORMS = {
     "linf": "each pixel value by at most {eps:g} (L∞)",
@@ -136,7 +136,7 @@ def _attack_settings(settings: dict[str, Any]) -> str:
 
 def _limits(judged: dict[str, Any]) -> list[str]:
     attacks = judged.get("attacks", {})
-    found = [f"- {text}." for text in one_answer(judged)]
+    found = [f"- {text}." for text in limits(judged)]
     if "autoattack" not in attacks:
         found.append("- Not judged by AutoAttack: weaker attacks flatter.")
     elif attacks["autoattack"]["n"] < judged["images"]:

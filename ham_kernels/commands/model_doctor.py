@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common import troubles
+from ..common import checks, troubles
 from ..engine import ROWS, attack_mode, findings, model_device, runnable
 from ..models.named import made_by
 
@@ -29,11 +29,14 @@ def look_at(name: str, size: str) -> dict[str, Any]:
     x = torch.rand(ROWS, *map(int, size.split("x")), generator=g).to(device)
     try:
         with attack_mode(model), runnable(model, x), torch.no_grad():
-            y = model(x).argmax(1)  # rows that are not fooled
+            z = model(x)
+            checks.model_output(z, ROWS)
+            y = z.argmax(1)  # rows that are not fooled
         found = findings(model, x, y)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # whatever a user's forward may raise
         if not hasattr(error, "trouble"):
-            raise ValueError(f"model: {name} cannot take images of {size} (--input): {error}") from error
+            why = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error
+            raise ValueError(f"model: {name} cannot take images of {size} (--input): {why}") from error
         found = [error.trouble]
     told = [troubles.told(n, **facts) for n, facts in found]
     parameters = sum(p.numel() for p in model.parameters())

@@ -71,12 +71,10 @@ def _image(name: str, size: dict) -> Tensor:
     if not Path(name).is_file():
         raise FileNotFoundError(f"files: {name} is not a file")
     try:
-        x = _cropped(name, size["height"]) if size["resize"] == "centre crop" else decode(name)
+        whole = size["resize"] != "centre crop"
+        x = decode(name, size=(size["height"], size["width"])) if whole else _cropped(name, size["height"])
     except ValueError as error:
         raise ValueError(f"files: {str(error).removeprefix('path: ')}") from error
-    wanted = (size["height"], size["width"])
-    if tuple(x.shape[1:]) != wanted:
-        x = torch.nn.functional.interpolate(x[None].float(), wanted, mode="bilinear", antialias=True)[0].clamp(0, 255)
     if size["channels"] == 1:
         x = (x.float() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
     return x.float() / 255

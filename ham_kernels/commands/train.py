@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from ..common import checks, field_types, troubles
-from ..common.one_class import answers_one_class
 from ..data.batches import mixed_seed
 from ..data.table import generated_rows
 from ..distributed import RankError, Ranks
@@ -266,7 +265,7 @@ class _Job:
         improved = False
         models = {"best": (self.trainer.model, report.val), "best_ema": (self.trainer.ema_model, report.val_ema)}
         for weights, (model, judged) in models.items():
-            if judged is None or answers_one_class(judged["clean"].per_class) is not None:
+            if judged is None or judged["clean"].one_class is not None:
                 continue
             if self._score(judged) > self.best.get(weights, -1.0):
                 self.best[weights] = self._score(judged)

@@ -207,6 +207,11 @@ TROUBLES: dict[str, Trouble] = {
         "The training part was cut to few images, or all images of a class were set aside to validate.",
         "the model cannot learn them; take more training images (train_images) or fewer to validate (val_images)",
     ),
+    "normalisation_left_out": Trouble(
+        "{source}: normalises images by mean {mean}, std {std}, and the model does not",
+        "The weights were trained behind that normalisation; without it the model is worth less than it was.",
+        "give --mean and --std, or a model that normalises",
+    ),
     "flag_without_effect": Trouble(
         "{flag}: has no effect {why}",
         "Another flag, or the method, leaves it without a use: what it asks for is not done.",

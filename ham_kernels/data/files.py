@@ -193,11 +193,12 @@ def _of_eight_bits(image):
     return grey
 
 
-def decode(file, data: bytes | None = None, size: int | None = None) -> Tensor:
-    """A file (or its bytes) as uint8 (3, H, W), resized to size x size where one is given."""
+def decode(file, data: bytes | None = None, size: int | tuple[int, int] | None = None) -> Tensor:
+    """A file (or its bytes) as uint8 (3, H, W), resized to size x size, or (height, width), where one is given."""
     image = open_image(file, data)
-    if size is not None and image.size != (size, size):
+    height, width = (size, size) if isinstance(size, int) else size or image.size[::-1]
+    if image.size != (width, height):
         from PIL import Image
 
-        image = image.resize((size, size), Image.Resampling.BILINEAR)  # PIL's is antialiased
+        image = image.resize((width, height), Image.Resampling.BILINEAR)  # PIL's is antialiased
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -31,7 +31,7 @@ def look_once(model: nn.Module, x: Tensor, y: Tensor) -> None:
         believed.add(model)
 
 
-def first_look(model: nn.Module, x: Tensor, y: Tensor, *, judged: bool = True) -> None:
+def first_look(model: nn.Module, x: Tensor, y: Tensor, *, judged: bool = True, attacked: bool = True) -> None:
     """Looks at a few images, and warns of what it finds. Two forwards and one backward; random generators and
     buffers are as before.
 
@@ -39,12 +39,13 @@ def first_look(model: nn.Module, x: Tensor, y: Tensor, *, judged: bool = True) -
         model: classifier.  x: (n, ...) in [0, 1].  y: (n,) int64. The first 16 rows are used.
         judged: the model is to be judged by more than these rows do, so that one answer to all of them counts as a
             finding; while it learns it does not, nor where all images tell.
+        attacked: attacks follow its gradients; else those are not looked at.
     Raises: TypeError, ValueError where no attack can run at all, or images or labels are bad; NonFiniteError.
     """
     before = Buffers(model)
     try:
         with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-            found = findings(model, x[:ROWS], y[:ROWS])
+            found = findings(model, x[:ROWS], y[:ROWS], attacked)
     finally:
         before.undo()
     for name, facts in found:
@@ -52,7 +53,7 @@ def first_look(model: nn.Module, x: Tensor, y: Tensor, *, judged: bool = True) -
             troubles.warn(name, **facts)
 
 
-def findings(model: nn.Module, x: Tensor, y: Tensor) -> list[Finding]:
+def findings(model: nn.Module, x: Tensor, y: Tensor, attacked: bool = True) -> list[Finding]:
     """What is wrong with a model, as far as these rows tell. Raises as `first_look`."""
     guard = BatchGuard(x, y)
     with attack_mode(model), runnable(model, x):
@@ -61,16 +62,18 @@ def findings(model: nn.Module, x: Tensor, y: Tensor) -> list[Finding]:
         checks.model_output(z, len(x))
         guard.logits(z)
         guard.read()
-        gradient = _gradient(z, y.clone(), point)  # which torch.inference_mode around would not let a backward keep
+        # y that was made under torch.inference_mode could not be kept for a backward
+        gradient = _gradient(z, y.clone(), point) if attacked else None
         with torch.no_grad():
             twice = model(torch.cat([part := x[: (len(x) + 1) // 2], part]))
     z, twice = z.detach().float(), twice.float()
     found = [*_not_logits(z), *_not_repeated(z, twice, _tolerance(model, x))]
-    fooled = z.argmax(1) != y
-    bad = no_gradient(largest_entries(gradient))
-    finite = gradient.flatten(1).isfinite().all(1)
-    rows = {"gradient_not_finite": ~finite, "gradient_zero": bad & finite & ~fooled}
-    found += [(name, {"rows": int(k.sum()), "n": len(x)}) for name, k in rows.items() if k.any()]
+    if gradient is not None:
+        fooled = z.argmax(1) != y
+        bad = no_gradient(largest_entries(gradient))
+        finite = gradient.flatten(1).isfinite().all(1)
+        rows = {"gradient_not_finite": ~finite, "gradient_zero": bad & finite & ~fooled}
+        found += [(name, {"rows": int(k.sum()), "n": len(x)}) for name, k in rows.items() if k.any()]
     answers, most = z.argmax(1).unique(), int(y.unique(return_counts=True)[1].amax())  # images may come class by class
     if len(answers) == 1 and 2 * most <= len(y) and len(x) >= ROWS // 2:
         found.append(("one_answer", {"answer": int(answers), "n": len(x)}))

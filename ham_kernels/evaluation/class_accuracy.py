@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from .. import engine
 from ..common import checks
 from ..common.class_measures import gini, value_range, worst_mean
+from ..common.one_class import answers_one_class
 
 _ops = torch.ops.ham_kernels
+MANY = 20  # classes: of more, the extremes are so by luck
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ClassAccuracy:
     std: float  # standard deviation over the classes (population)
     n: int  # images
     no_gradient: int = 0  # images whose attack began without a gradient to follow: they were not attacked
+    one_class: int | None = None  # of clean images: the class that nearly all are taken for
     nstd: float = field(init=False, compare=False)  # std / mean over the classes; NaN where the mean is 0
 
     def __post_init__(self):
@@ -91,8 +94,10 @@ def answers(z: Tensor, y: Tensor, correct: Tensor) -> Tensor:
     return torch.where(correct, y, z.masked_fill(is_label, -torch.inf).argmax(1))
 
 
-def summary(correct: Tensor, labels: Tensor, classes: int, no_gradient: int = 0) -> ClassAccuracy:
-    """The accuracies of flags (n,) bool with labels (n,)."""
+def summary(
+    correct: Tensor, labels: Tensor, classes: int, no_gradient: int = 0, answered: Tensor | None = None
+) -> ClassAccuracy:
+    """The accuracies of flags (n,) bool with labels (n,); `answered`: (n,) the classes that a model gives."""
     right, total = _counts(correct, labels, classes)
     with np.errstate(invalid="ignore"):
         per_class = right / total  # 0/0 is NaN: the class has no images
@@ -104,6 +109,7 @@ def summary(correct: Tensor, labels: Tensor, classes: int, no_gradient: int = 0)
         std=float(present.std()),
         n=int(total.sum()),
         no_gradient=no_gradient,
+        one_class=None if answered is None else answers_one_class(per_class.tolist(), answered.tolist()),
     )
 
 
@@ -115,8 +121,9 @@ def intervals(
     accuracy and per_class: Clopper and Pearson's (1934), exact for binomial counts. worst_class: the smallest lower and
     the smallest upper limit of all classes' intervals at level 1 - (1 - level) / classes: these hold together, so that
     the smallest of the true accuracies lies inside whichever class it is. std, nstd, worst3, range and gini: draws of
-    each class's accuracy from Beta(k + 1/2, n - k + 1/2) (Jeffreys); what the classes seem to differ by counting few
-    images is in the value and once more in the draws, so that their interval may lie above it (of worst3, below).
+    each class's accuracy from Beta(k + 1/2, n - k + 1/2) (Jeffreys), freed of what classes seem to differ by counting
+    few images (see `_spread_intervals`). Of more than 20 classes worst3 and range, which are of the luckiest and least
+    lucky then, have no interval.
 
     Args:
         correct: (n,) flags: tensor, array or list.  labels: (n,) class numbers in 0..classes-1.
@@ -140,12 +147,11 @@ def intervals(
         by_class[c] = exact(k, n, tail)
     together = [exact(k, n, tail / len(present)) for k, n in zip(right, total, strict=True)]
     draws = np.random.default_rng(seed).beta(right + 0.5, total - right + 0.5, size=(resamples, len(total)))
-    spread, drawn = _spread((right / total)[None]), _spread(draws)
     return {
         "accuracy": exact(right.sum(), total.sum(), tail),
         "per_class": by_class,
         "worst_class": Interval(*(min(getattr(i, side) for i in together) for side in ("value", "low", "high"))),
-        **{name: _drawn(spread[name], drawn[name], tail) for name in spread},
+        **_spread_intervals(right / total, total, draws, tail),
     }
 
 
@@ -194,7 +200,29 @@ def _spread(per_class: np.ndarray) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def _drawn(value: np.ndarray, draws: np.ndarray, tail: float) -> Interval:
-    if math.isnan(value[0]):
-        return Interval(math.nan, math.nan, math.nan)
-    return Interval(float(value[0]), *map(float, np.quantile(draws, (tail, 1 - tail))))
+def _spread_intervals(shares: np.ndarray, total: np.ndarray, draws: np.ndarray, tail: float) -> dict[str, Interval]:
+    """The measures of `_spread` with their intervals, by squares, in which errors of counting add up.
+
+    The variance of the shares over classes is that of the true accuracies plus, on average, the mean of
+    p (1 - p) / (n - 1). The draws hold it twice: the square of each is moved so that their mean is what is left of the
+    measured square. Of worst3 it is the distance to the mean that is squared. The measured value is always inside.
+    """
+    classes = len(shares)
+    counting = float(np.mean(shares * (1 - shares) / np.maximum(total - 1, 1))) * (1 - 1 / classes)
+    real = 1 - counting / shares.var() if shares.var() > 0 else 0.0  # share of the measured variance
+    found, drawn = _spread(shares[None]), _spread(draws)
+    mean, means = shares.mean(), draws.mean(1)
+    found["below"], drawn["below"] = mean - found["worst3"], means - drawn["worst3"]
+    out = {}
+    for name in ("std", "nstd", "worst3", "range", "gini"):
+        value, of = float(found[name][0]), "below" if name == "worst3" else name
+        if math.isnan(value) or (name in ("worst3", "range") and classes > MANY):
+            out[name] = Interval(value, math.nan, math.nan)
+            continue
+        squares = drawn[of] ** 2
+        moved = np.sqrt(np.maximum(squares - np.nanmean(squares) + real * found[of][0] ** 2, 0))
+        if name == "worst3":
+            moved = means - means.mean() + mean - moved
+        low, high = map(float, np.nanquantile(moved, (tail, 1 - tail)))
+        out[name] = Interval(value, min(max(low, 0.0), value), max(high, value))
+    return out

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .. import engine
 from ..common import checks, troubles
-from ..common.one_class import answers_one_class
 from ..distributed import ALONE, Meeting, Ranks, forwards_meet, inner_model, ranks_of
 from .class_accuracy import ClassAccuracy, summary
 from .named_attacks import Plan, batches, judged, plans, resolve_device, searcher, survivors
@@ -58,12 +57,13 @@ def evaluate(
     wanted = plans(attacks, eps=eps, step_size=step_size, norm=norm, restarts=restarts)
     autoattack = any(plan.of_autoattack for plan in wanted.values())  # whose losses would vanish in fp16
     checks.choice("precision", precision, engine.JUDGING_PRECISIONS if autoattack else engine.PRECISIONS)
+    checks.integer("seed", seed, 0)
     device = resolve_device(model, device)
     by = searcher(search, device)
     how = {"device": device, "precision": precision, "seed": seed, "look": True, "search": by}
     found = accuracies(model, loader, wanted, **how, ranks=ranks)
     tell_no_gradient({name: a.no_gradient for name, a in found.items()}, next(iter(found.values())).n)
-    if "clean" in found and (answer := answers_one_class(found["clean"].per_class)) is not None:
+    if "clean" in found and (answer := found["clean"].one_class) is not None:
         troubles.warn("one_answer", answer=answer, n=found["clean"].n)
     return found
 
@@ -73,28 +73,32 @@ def accuracies(
     look: bool = False, search: engine.Engine | None = None, ranks: Ranks = ALONE,
 ) -> dict[str, ClassAccuracy]:  # fmt: skip
     """`evaluate` of a model that has been looked at, or is now (`look`). Process r judges every batch b % world = r."""
-    mine: list[Tensor] = []  # of each batch (1 + attacks, n): labels, flags
+    mine: list[Tensor] = []  # of each batch (2 + attacks, n): labels, flags, answers to clean images
     no_gradient, classes = [0] * len(wanted), 0
     with Meeting(ranks, device, what="the judgement") as meeting:
         with judged(model, search):
             for b, x, y in batches(loader, device, ranks):
                 if look and not mine:
-                    engine.first_look(model, x, y, judged="clean" not in wanted)
-                rows = [y]
+                    engine.first_look(model, x, y, judged="clean" not in wanted, attacked=wanted.keys() != {"clean"})
+                rows, answers = [y], torch.zeros_like(y)
                 for i, plan in enumerate(wanted.values()):
                     found = survivors(model, x, y, plan, seed=seed, batch=b, precision=precision, search=search)
                     rows.append(found.correct)
                     no_gradient[i] += found.no_gradient
                     classes = found.classes
-                mine.append(torch.stack([row.long() for row in rows]))
+                    answers = found.answers if plan.name == "clean" else answers
+                mine.append(torch.stack([row.long() for row in (*rows, answers)]))
         heard = meeting.table([classes, len(mine)])
     check_turns([int(n) for _, n in heard])
     classes = int(max(k for k, _ in heard))
     told = ranks.gather(([t.cpu() for t in mine], no_gradient))
     in_turn = (t for turn in zip_longest(*(tables for tables, _ in told)) for t in turn if t is not None)
-    y, *correct = torch.cat(list(in_turn), 1)
+    y, *correct, answers = torch.cat(list(in_turn), 1)
     blind = [sum(counts) for counts in zip(*(counts for _, counts in told), strict=True)]
-    return {name: summary(correct[i] > 0, y, classes, blind[i]) for i, name in enumerate(wanted)}
+    return {
+        name: summary(correct[i] > 0, y, classes, blind[i], answers if name == "clean" else None)
+        for i, name in enumerate(wanted)
+    }
 
 
 def check_turns(batches_of: list[int]) -> None:

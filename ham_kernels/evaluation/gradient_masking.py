@@ -29,6 +29,8 @@ SCALES = (0.01, 0.1, 10.0, 100.0)
 NOISE_DRAWS = 20
 NOISE_STEP = 1 << 30  # noise of its own, apart from that of the random starts
 ERRORS = 2.0  # standard errors that count as noise
+NOISE = 0.0228  # of a normal distribution beyond them, on one side
+CLASS_POINTS = 0.15  # and in one class, of fewer images
 POINTS = 0.02  # accuracy that an honest model may lose to a better-tuned attack
 LATE_POINTS = 0.05  # and to 30 more steps: L2 attacks of 20 are still under way on honest models
 RISE = 0.01  # share of the loss that may be lost between two step counts: PGD hovers around its maximum
@@ -63,6 +65,8 @@ def masking(
             raise ValueError(f"{name}: got 0; there is no gradient to examine")
     checks.choice("precision", precision, engine.JUDGING_PRECISIONS)
     checks.integer("images", images, 2)
+    if other is not None and not isinstance(other, nn.Module):
+        raise TypeError(f"other: got {type(other).__name__}; it must be a model")
     pgd = PGD(eps, step_size, STEPS, norm)
     device = resolve_device(model, device)
     bench = _Bench(model, _first(loader, images, device), precision, seed)
@@ -143,6 +147,7 @@ def _scale(bench: _Bench, pgd: PGD, plain: Tensor) -> dict:
         ahead, noise = _paired(plain, correct)
         if ahead > noise + POINTS:
             faults.append(f"PGD on {name} fools {_points(ahead)} more images than on the cross entropy")
+        faults += bench.of_one_class(plain, correct, f"PGD on {name}")
     values = {"plain": _mean(plain)} | {name: _mean(correct) for name, correct in found.items()}
     return _result("scale", "The attack does not depend on the scale of the logits, nor on the loss", values, faults)
 
@@ -152,6 +157,9 @@ def _transfer(bench: _Bench, pgd: PGD, plain: Tensor, other: nn.Module | None) -
     if other is None:
         return _result("transfer", title, {}, [], done="not run: no other model")
     with engine.attack_mode(other):
+        x, _ = bench.batches[0]
+        if (classes := logits_at(other, x[:2], bench.precision).shape[1]) != bench.classes:
+            raise ValueError(f"other: knows {classes} classes, and the model {bench.classes}")
         correct = bench.after(pgd, attacked=other)
     ahead, noise = _paired(plain, correct)
     faults = [f"they fool {_points(ahead)} more images"] if ahead > noise else []
@@ -162,6 +170,7 @@ def _noise(bench: _Bench, pgd: PGD, plain: Tensor) -> dict:
     correct = bench.under_noise(pgd)
     ahead, noise = _paired(plain, correct)
     faults = [f"the best of {NOISE_DRAWS} draws fools {_points(ahead)} more images than PGD"] if ahead > noise else []
+    faults += bench.of_one_class(plain, correct, f"the best of {NOISE_DRAWS} draws")
     values = {"plain": _mean(plain), "noise": _mean(correct), "draws": NOISE_DRAWS}
     return _result("noise", "Random noise is no stronger than PGD", values, faults)
 
@@ -197,6 +206,19 @@ class _Bench:
     @property
     def n(self) -> int:
         return sum(len(y) for _, y in self.batches)
+
+    def of_one_class(self, plain: Tensor, correct: Tensor, by: str) -> list[str]:
+        """What tells that PGD is led astray in one class, where an average over all would hide it."""
+        y = torch.cat([y for _, y in self.batches]).cpu()
+        errors = float(
+            torch.special.ndtri(torch.tensor(1 - NOISE / max(len(y.unique()), 1)))
+        )  # of all classes together
+        found = []
+        for c in y.unique().tolist():
+            ahead, noise = _paired(plain[y == c], correct[y == c], errors)
+            if ahead > noise + CLASS_POINTS:
+                found.append(f"in class {c} {by} fools {_points(ahead)} more images than PGD")
+        return found
 
     def after(self, pgd: PGD, attacked: nn.Module | None = None) -> Tensor:
         """Which images stay correct when PGD runs against this model, or against another one."""
@@ -256,7 +278,7 @@ def _points(share: float) -> str:
     return f"{100 * share:.1f} points"
 
 
-def _paired(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """mean(a - b), and how much of it is noise: differences on the same images, ERRORS standard errors."""
+def _paired(a: Tensor, b: Tensor, errors: float = ERRORS) -> tuple[float, float]:
+    """mean(a - b), and how much of it is noise: differences on the same images, so many standard errors."""
     difference = a - b
-    return float(difference.mean()), ERRORS * float(difference.std(correction=0)) / math.sqrt(len(difference))
+    return float(difference.mean()), errors * float(difference.std(correction=0)) / math.sqrt(len(difference))

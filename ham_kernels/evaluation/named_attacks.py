@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from .. import engine
 from ..attack.pgd import PGD, Attack
@@ -65,8 +65,9 @@ class Plan:
 
 def plans(names: Sequence[str], *, eps: float, step_size: float, norm: str, restarts: int = 1) -> dict[str, Plan]:
     """The attacks of these names, checked before anything runs."""
-    if isinstance(names, str):
-        raise TypeError(f"attacks: got {names!r}; it must be a list of names, such as ({names!r},)")
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        such = names if isinstance(names, str) else "clean"
+        raise TypeError(f"attacks: got {names!r}; it must be a list of names, such as ({such!r},)")
     checks.integer("restarts", restarts, 1, (1 << 31) // RESTART_STRIDE - 1)
     found = {name: _plan(name, eps, step_size, norm, restarts) for name in names}
     if not found:
@@ -98,7 +99,10 @@ def _plan(name: str, eps: float, step_size: float, norm: str, restarts: int) -> 
 def resolve_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
     """The model's device, else the one asked for, else the CPU. ValueError where the model is on another one."""
     home = engine.model_device(model)
-    wanted = home or torch.device("cpu") if device is None else torch.device(device)
+    try:
+        wanted = home or torch.device("cpu") if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: got {device!r}; it must be like 'cpu' or 'cuda:0'") from error
     if home is not None and (wanted.type != home.type or wanted.index not in (None, home.index)):
         raise ValueError(f"device: got {device}, but the model is on {home}; move it there first")
     return home or wanted
@@ -126,10 +130,16 @@ def batches(loader: Iterable, device: torch.device, ranks: Ranks = ALONE) -> Ite
     """(number, x, y) of each batch, checked and on the device; of several processes each has the batches b with
     b % world = rank. Loaders of ours do not make the others.
 
-    Raises: ValueError of a loader without a batch, or with a part of the images for each process.
+    Raises: TypeError of what is no loader; ValueError of one without a batch, or, of several processes, with a part of
+        the images for each, or an order of its own.
     """
-    if ranks.several and (getattr(loader, "world", 1) > 1 or _shared_out(getattr(loader, "sampler", None))):
+    if not isinstance(loader, Iterable):
+        raise TypeError(f"loader: got {type(loader).__name__}; it must be an iterable of (x, y)")
+    sampler = getattr(loader, "sampler", None)
+    if ranks.several and (getattr(loader, "world", 1) > 1 or _shared_out(sampler)):
         raise ValueError("loader: gives each process a part of the images; each must be able to get all of them")
+    if ranks.several and isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
+        raise ValueError("loader: shuffles on each process; all must get the same batches (shuffle=False)")
     if hasattr(loader, "turns"):
         mine = loader.turns(ranks.rank, ranks.world)
     else:

@@ -74,9 +74,9 @@ class FlagStore:
 
 
 def fingerprint_of_model(model: nn.Module) -> str:
-    """sha256 over the names and values of a model's state."""
+    """sha256 over the names and values of a model's state, and of buffers that are not part of it."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in {**model.state_dict(), **dict(model.named_buffers())}.items():
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
             digest.update(_bytes(value))

@@ -75,7 +75,7 @@ def judge(
     weights = None if store is None else fingerprint_of_model(model)
     shelf = FlagStore(store, {"model": weights, "identity": identity, "classes": classes})
     by = searcher(search, device)
-    told = _images_in(loader), "clean" not in wanted
+    told = _images_in(loader), "clean" not in wanted, wanted.keys() != {"clean"}
     run = _Run(model, loader, classes, device, precision, seed, by, shelf, progress, ranks, *told)
     return {name: run.attack(plan) for name, plan in wanted.items()}
 
@@ -96,6 +96,7 @@ class _Run:
     ranks: Ranks
     images: int | None  # how many there are, as far as known
     unseen: bool  # nothing else tells whether the model has one answer to all images
+    attacked: bool  # by more than clean images
     order: list[str] | None = None  # fingerprints of the batches, after the first attack
     labels: Tensor | None = None
     looked: bool = False  # at the model
@@ -104,7 +105,7 @@ class _Run:
         settings = plan.settings(self.classes) | {
             "precision": self.precision, "seed": self.seed, "device": self.device.type,
         }  # fmt: skip
-        if self.search is not None:
+        if self.search is not None and plan.name != "clean":  # for which nothing is searched
             settings["search"] = {name: served for name, served in self.search.active.items() if served}
         entry = self.shelf.entry(settings)
         if self.ranks.several:
@@ -172,7 +173,7 @@ class _Run:
 
     def _flags(self, x: Tensor, y: Tensor, plan: Plan, b: int) -> dict[str, Any]:
         if not self.looked:
-            engine.first_look(self.model, x, y, judged=self.unseen)
+            engine.first_look(self.model, x, y, judged=self.unseen, attacked=self.attacked)
             self.looked = True
         how = {"seed": self.seed, "precision": self.precision, "search": self.search}
         found = survivors(self.model, x, y, plan, batch=b, **how)
@@ -198,7 +199,7 @@ def _changed() -> ValueError:
 def _images_in(loader: Iterable) -> int | None:
     """How many images a loader gives, where it can be known beforehand."""
     if isinstance(loader, (list, tuple)):
-        return sum(len(y) for _, y in loader)
+        return sum(len(checks.pair("loader", batch)[1]) for batch in loader)
     if isinstance(loader, DataLoader):
         plain = loader.batch_size is not None and not loader.drop_last and hasattr(loader.sampler, "__len__")
         return len(loader.sampler) if plain else None

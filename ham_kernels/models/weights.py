@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common import troubles
 from .keys import State, to_ours
 from .nets import Normalize, PreActResNet18
 
@@ -53,7 +54,7 @@ def lay(model: nn.Module, state: State, *, source: str, new_head: bool = False) 
     """Loads a state_dict into a model whose names it has, or the field's for it, or these behind prefixes.
 
     Prefixes are one that all names share, and those of DataParallel, AveragedModel and torch.compile. A normalisation
-    is left out where the model has no such names: give `create` its mean and std.
+    is left out, with a warning, where the model has no such names: give `create` its mean and std.
 
     Args:
         source: what errors call it.
@@ -62,6 +63,8 @@ def lay(model: nn.Module, state: State, *, source: str, new_head: bool = False) 
     """
     fixed = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, Normalize))
     wanted = {k: v for k, v in model.state_dict().items() if not k.startswith(fixed or "\0")}
+    if (had := brought(state)).mean is not None and brought(model.state_dict()).mean is None:
+        troubles.warn("normalisation_left_out", source=source, mean=had.mean, std=had.std)
     state = max(_readings(model, state), key=lambda reading: 2 * len(reading.keys() & wanted.keys()) - len(reading))
     missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in wanted]

@@ -104,7 +104,11 @@ def limits(section: Section) -> list[str]:
 def one_class(evaluation: Evaluation) -> str | None:
     """The class that a model answers for nearly all images, by name."""
     clean = evaluation.attacks.get("clean")
-    answer = answers_one_class([share.value for share in clean.per_class]) if clean else None
+    if clean is None:
+        return None
+    answer = answers_one_class(
+        [share.value for share in clean.per_class], list(map(int, (clean.answers or "").split()))
+    )
     return None if answer is None else evaluation.classes[answer]
 
 
