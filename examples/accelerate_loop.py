@@ -2,6 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 examples/accelerate_loop.py       (or: accelerate launch)
 
+`pip install accelerate` first.
+
 Accelerate joins the processes and wraps the model; ham_loss attacks the model inside, and its loss is that of the whole
 batch. The loader is ham's, which gives each process its rows of every batch; a DataLoader that Accelerate prepares
 serves as well.

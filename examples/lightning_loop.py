@@ -1,6 +1,6 @@
 """HAM in a LightningModule.
 
-    python examples/lightning_loop.py --devices 2
+    python examples/lightning_loop.py --devices 2       (pip install lightning)
 
 training_step returns ham_loss of the net that the module holds: Lightning's wrapper is around the module, and takes the
 mean of the gradients over the processes. It never returns None, which Lightning forbids on several.

@@ -44,7 +44,7 @@ def test_methods_are_all_of_the_registry_pgd_at_first():
     assert {"natural", "fgsm_rs", "n_fgsm"} <= refused
     assert "give --from" in left_out["offsets"]
     assert "no attack" in left_out["natural-jump"]
-    assert "less than steps" in left_out["n_fgsm-jump"]
+    assert "nothing to screen" in left_out["n_fgsm-jump"]
     for settings in found.values():
         settings.check()
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import get_args
 
 from ..common import field_types
-from ..methods.registry import names, warm_up_of, with_name
+from ..methods.registry import class_of, names, warm_up_of, with_name
 from ..methods.settings import Method
 from ..runs.presets import LONG, in_time, with_fewer_epochs
 from ..runs.settings import TrainSettings
@@ -43,11 +43,14 @@ def planned(
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds: got {seeds}; give at least one, and each once")
+    own = {pattern: class_of(pattern).name for pattern in only if ":" in pattern}  # which are known from now on
+    only = [own.get(pattern, pattern) for pattern in only]
     made = {seed: dict(_EXPERIMENTS[experiment](_of_seed(base, seed))) for seed in seeds}
-    names = list(made[seeds[0]])
+    runs_of = made[seeds[0]]
     for pattern in only:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"only: {pattern!r} is no run of {experiment}, which has {', '.join(names)}")
+        if not any(fnmatchcase(name, pattern) for name in runs_of):
+            can_be = [name for name, settings in runs_of.items() if not isinstance(settings, str)]
+            raise ValueError(f"only: {pattern!r} is no run of {experiment}, which has {', '.join(can_be)}")
     found: dict[str, Cell] = {}
     left_out: dict[str, str] = {}
     for seed, runs in made.items():

@@ -21,7 +21,9 @@ T = TypeVar("T")
 
 def parse_train(argv: list[str]) -> Train | Resume:
     argv = hyphened(argv)
-    if seen(argv, "--resume") is not None:
+    if (run := seen(argv, "--resume")) is not None:
+        if (epochs := seen(argv, "--epochs")) is not None:
+            raise ValueError(f"epochs: a run keeps its own; `ham train --from {run} --epochs {epochs}` trains on")
         return _cli(Resume, argv, "ham train")
     if seen(argv, "--steps") is not None and seen(argv, "--step-sizes") is not None:  # step_size judges all the same
         raise ValueError("steps: has no effect with --step-sizes, which are as many as they are; give one of them")

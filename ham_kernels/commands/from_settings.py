@@ -91,7 +91,10 @@ def model_of(settings: TrainSettings, classes: int, channels: int) -> nn.Module:
     except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
         if str(error).startswith(("mean: ", "std: ")):
             if facts is None:
-                raise
+                where = settings.data.path or settings.data.dataset
+                raise ValueError(
+                    f"{error}; the images are those of {where}: give others by --path or --dataset"
+                ) from error
             raise ValueError(
                 f"normalize: {settings.data.dataset}'s mean and std are of {len(mean)} channels, and the images have "
                 f"{channels}; give --no-normalize, or --mean and --std"

@@ -21,7 +21,7 @@ def _default(words: str) -> Any:
 
 _EMA_IF_KEPT = _default("ema where the run keeps a weight average, else last")
 _METHOD = tyro.conf.arg(
-    help=f"One of {', '.join(names())}; `--method NAME --help` shows its own settings.",
+    help=f"One of {', '.join(names())}, or MODULE:CLASS of one's own; `--method NAME --help` shows its own settings.",
     help_behavior_hint=lambda default: f"(default: {default})",
 )
 

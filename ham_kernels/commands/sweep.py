@@ -60,6 +60,8 @@ def sweep(wanted: Sweep) -> int:
     wanted, judged = _judged_by(wanted)
     with ranks.first_alone("the look at what all runs share"):
         _check_for_all(wanted)
+    if not plan:
+        raise ValueError(f"only: leaves no run of {wanted.experiment}; {'; '.join(map(': '.join, left_out.items()))}")
     say(f"{folder}: {wanted.experiment}, {len(plan)} runs")
     say(judged)
     for name, why in left_out.items():

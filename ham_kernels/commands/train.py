@@ -162,7 +162,8 @@ class _Job:
         if trainer.epoch >= self.until:
             run.set_status("finished" if trainer.epoch >= epochs else "interrupted", trainer.epoch, epochs)
             if not quiet:
-                say(f"{run.path}: {trainer.epoch} of {epochs} epochs are done already")
+                more = f"; `ham train --from {shlex.quote(str(run.path))}` trains on" if trainer.epoch >= epochs else ""
+                say(f"{run.path}: {trainer.epoch} of {epochs} epochs are done already{more}")
             if run.writes and behind(run, self.settings, trainer.epoch):
                 logs = Logs(run, self.settings, self.facts["classes"])
                 logs.write(trainer.history)

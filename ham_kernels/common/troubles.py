@@ -138,7 +138,7 @@ TROUBLES: dict[str, Trouble] = {
         "What a method remembers lies in its Objective, and loss() makes a new one for each call.",
         "make one: objective = ham_kernels.methods.Objective(ham_kernels.methods.{kind}(), "
         "ham_kernels.attack.pgd.PGD(eps, step_size, steps)), give that to loss(), and after each epoch call "
-        "objective.end_epoch",
+        "objective.end_epoch(ham_kernels.methods.EpochEnd(epoch, model))",
     ),
     "never_begins": Trouble(
         "{field}: is {first}, and {method} ends with epoch {epochs}; it treats all {until} alike until then",

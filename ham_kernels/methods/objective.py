@@ -25,8 +25,8 @@ class EpochEnd:
 
     epoch: int  # 1-based
     model: nn.Module
-    val: Mapping[str, Any] | None  # {attack: ClassAccuracy} of the validation images
-    val_ema: Mapping[str, Any] | None  # of the weight average
+    val: Mapping[str, Any] | None = None  # {attack: ClassAccuracy} of the validation images
+    val_ema: Mapping[str, Any] | None = None  # of the weight average
 
 
 class Objective(nn.Module):
@@ -146,6 +146,8 @@ class Objective(nn.Module):
 
     def end_epoch(self, end: EpochEnd) -> None:
         """After an epoch that it has trained."""
+        if not isinstance(end, EpochEnd):
+            raise TypeError(f"end: got {type(end).__name__}; it must be ham_kernels.methods.EpochEnd(epoch, model)")
         if self.has_memory or not self._remembers:  # else no batch has been seen yet
             self.method.end_epoch(end, self)
         self.epoch = end.epoch + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..common import imports
 from .settings import Method, _registry
 
 FIRST = ("pgd_at", "ham", "fair", "trades")  # in help and tables; the others follow by name
@@ -15,10 +16,22 @@ def names() -> tuple[str, ...]:
 
 
 def class_of(name: str) -> type[Method]:
-    """Raises: ValueError for a name that no method has."""
+    """The method of a name, or of one's own by MODULE:CLASS. Raises: ValueError where there is none."""
+    if ":" in name:
+        return _of_ones_own(name)
     if name not in _registry:
-        raise ValueError(f"method: got {name!r}; allowed are {', '.join(map(repr, names()))}")
+        raise ValueError(f"method: got {name!r}; allowed are {', '.join(map(repr, names()))}, and MODULE:CLASS")
     return _registry[name]
+
+
+def _of_ones_own(address: str) -> type[Method]:
+    try:
+        kind = imports.named(address, "method", "MODULE:CLASS, such as my_method:Mine")
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    if not (isinstance(kind, type) and issubclass(kind, Method) and _registry.get(getattr(kind, "name", None)) is kind):
+        raise ValueError(f"method: {address} is no class below ham_kernels.methods.Method with a name of its own")
+    return kind
 
 
 def with_name(method: Method, name: str, epochs: int | None = None) -> Method:
@@ -52,9 +65,10 @@ def warm_up_of(method: Method, name: str) -> Method:
     if name == method.name and not type(method)().mines:
         plain = {f.name: f.default for f in dataclasses.fields(Method) if f.name in _MINING}
         return dataclasses.replace(method, **plain) if method.mines else method
-    if name not in _registry:
-        raise ValueError(f"warm_up: got {name!r}; allowed are {', '.join(map(repr, names()))}")
-    warm = _registry[name]()
+    try:
+        warm = class_of(name)()
+    except ValueError as error:
+        raise ValueError(str(error).replace("method: ", "warm_up: ", 1)) from error
     if warm.mines or warm.needs_teacher or name == "natural":
         why = "it would mine" if warm.mines else "it learns from a teacher"
         why = "for clean images give natural_epochs" if name == "natural" else why

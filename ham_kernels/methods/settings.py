@@ -154,6 +154,14 @@ class Method:
         self.check()
 
     # ------------------------------------------------------------ what it is told
+    @property
+    def address(self) -> str:
+        """By what `registry.class_of` finds it in another process: its name, or MODULE:CLASS of one's own."""
+        kind = type(self)
+        found_by_name = kind.__module__.startswith(f"{__package__}.")
+        unreachable = kind.__module__ == "__main__" or "." in kind.__qualname__
+        return self.name if found_by_name or unreachable else f"{kind.__module__}:{kind.__qualname__}"
+
     def check(self) -> None:
         """What no single field shows. Raises: ValueError naming the field."""
         if self.freeze_bn and self.bn_rows == "all":
@@ -162,6 +170,8 @@ class Method:
             raise ValueError(
                 f"round_to: got {self.round_to} with group={self.group}; rows are rounded for one update of a group"
             )
+        if self.one_step and self.early_drop:
+            raise ValueError(f"early_drop: got True; {self.title} has one step, which leaves nothing to screen")
         if self.one_step and self.step_sizes:
             raise ValueError(f"step_sizes: got {self.step_sizes}; {self.title} has one step, of its own size")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from types import ModuleType
 
 from torch import nn
 
-from ..common import checks
+from ..common import checks, imports
 from .nets import PreActResNet18, SmallCNN, WideResNet, normalisation
 
 _OWN: dict[str, Callable[..., nn.Module]] = {
@@ -82,15 +81,7 @@ def made_by(name: str) -> nn.Module:
     module, _, function = name.partition(":")
     if module == OBJECT:
         raise ValueError(f"name: {name} was given as an object, and is made by no name; give the model itself again")
-    if not module or not function:
-        raise ValueError(f"name: got {name!r}; it must be MODULE:FUNCTION, such as my_net:make_model")
-    sys.path.insert(0, os.getcwd())
-    try:
-        make = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
-        raise ImportError(f"name: {module} cannot be imported ({error})") from error
-    finally:
-        sys.path.pop(0)
+    make = imports.named(name, "name", "MODULE:FUNCTION, such as my_net:make_model")
     if not callable(make):
         raise ValueError(f"name: {module} has no function {function!r}")
     model = make if isinstance(make, nn.Module) else make()

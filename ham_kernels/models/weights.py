@@ -70,7 +70,11 @@ def lay(model: nn.Module, state: State, *, source: str, new_head: bool = False) 
     unexpected = [k for k in state if k not in wanted]
     if missing or unexpected:
         differences = _differences(model, missing, unexpected)
-        raise ValueError(f"{source}: its weights are not those of this model: {differences}")
+        inner = model[1] if type(model) is nn.Sequential and isinstance(model[0], Normalize) else model
+        called = type(inner).__name__
+        raise ValueError(
+            f"{source}: its weights are not those of this model: {differences}; it is a {called}, --model names another"
+        )
     other = [k for k, v in state.items() if v.shape != wanted[k].shape]
     if new_head and other and set(other) <= set(head_of(model)):
         state = {k: v for k, v in state.items() if k not in other}

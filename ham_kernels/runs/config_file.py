@@ -26,7 +26,7 @@ def to_dict(settings: TrainSettings) -> dict[str, dict[str, Any]]:
     for section in dataclasses.fields(settings):
         values = getattr(settings, section.name)
         usual = type(values)() if section.name == "method" else getattr(default, section.name)
-        out[section.name] = {"name": values.name} if section.name == "method" else {}
+        out[section.name] = {"name": values.address} if section.name == "method" else {}
         for k, v in dataclasses.asdict(values).items():
             if v is not None or getattr(usual, k) is not None:
                 out[section.name][k] = list(v) if isinstance(v, tuple) else False if v is None else v

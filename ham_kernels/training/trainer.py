@@ -170,7 +170,7 @@ class Trainer:
     def _end_own_epoch(self, before: int) -> None:
         """Tells the method that the caller's own epoch has ended, where one earlier than `before` is under way."""
         if (epoch := self._under_way()) is not None and epoch < before:
-            self.phases.objective(epoch).end_epoch(EpochEnd(epoch, self.model, None, None))
+            self.phases.objective(epoch).end_epoch(EpochEnd(epoch, self.model))
 
     def _under_way(self) -> int | None:
         """The caller's own epoch, unless the caller has told the method of its end."""
