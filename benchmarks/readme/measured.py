@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = {
     "frontier_time.png": "Worst class and average against training time",
+    "frontier_forwards.png": "Worst class and average against forwards",
     "frontier_classes.png": "Change of each class against PGD-AT",
     "worst_class_time.png": "Worst-class accuracy against training time",
     "class_accuracy.png": "Robust accuracy of each class",
@@ -326,7 +327,7 @@ def fair_cifar10(here: Path) -> str:
 def field_cifar10(here: Path) -> str:
     return report(
         here, "sweep_field_cifar10",
-        "`ham sweep methods --only pgd_at free_at atta n_fgsm fgsm_rs fair_tat --seeds {seeds} " + SMALL_CIFAR
+        "`ham sweep methods --only pgd_at free_at atta n_fgsm fgsm_rs fair_tat mart cfol --seeds {seeds} " + SMALL_CIFAR
         + "; {machines}. CPU times are of one thread; the other core had other work.",
     )  # fmt: skip
 
