@@ -120,7 +120,7 @@ def test_the_true_spread_over_classes_is_inside(truth, images, seed):
                 continue
             assert interval.low <= interval.value <= interval.high
             held[name] = held.get(name, 0) + (interval.low - 1e-12 <= value <= interval.high + 1e-12)
-    assert min(held.values()) >= 80, held  # 89 to 100 in simulations of many more; 3 standard deviations below
+    assert min(held.values()) >= 75, held  # 90 to 100 in simulations of many more; 5 standard deviations below
 
 
 def test_with_many_images_the_spread_is_as_drawn(seed):

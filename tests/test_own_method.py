@@ -69,7 +69,7 @@ def test_what_is_no_method_is_named(tmp_path, monkeypatch, capsys):
     )
     for address, words in (
         ("not_there:Mine", "method: not_there cannot be imported"),
-        ("no_method_here:Other", "method: no_method_here has no 'Other'"),
+        ("no_method_here:Other", "method: no_method_here has no class 'Other'"),
         ("no_method_here:Mine", "is no class below ham_kernels.methods.Method with a name of its own"),
         ("no_method_here:Base", "is no class below ham_kernels.methods.Method with a name of its own"),
         (":Mine", "it must be MODULE:CLASS"),

@@ -24,5 +24,6 @@ def named(address: str, argument: str, form: str) -> Any:
     finally:
         sys.path.pop(0)
     if not hasattr(found, name):
-        raise ValueError(f"{argument}: {module} has no {name!r}")
+        kind = form.partition(":")[2].partition(",")[0].lower()
+        raise ValueError(f"{argument}: {module} has no {kind} {name!r}")
     return getattr(found, name)

@@ -83,7 +83,7 @@ def made_by(name: str) -> nn.Module:
         raise ValueError(f"name: {name} was given as an object, and is made by no name; give the model itself again")
     make = imports.named(name, "name", "MODULE:FUNCTION, such as my_net:make_model")
     if not callable(make):
-        raise ValueError(f"name: {module} has no function {function!r}")
+        raise ValueError(f"name: {name} is no function")
     model = make if isinstance(make, nn.Module) else make()
     if not isinstance(model, nn.Module):
         raise TypeError(f"name: {name} gave {type(model).__name__}; it must be a torch.nn.Module")
