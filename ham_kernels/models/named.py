@@ -78,7 +78,7 @@ def is_architecture(name: str) -> bool:
 
 def made_by(name: str) -> nn.Module:
     """The model that MODULE:FUNCTION makes, or is. Raises: ValueError, TypeError, ImportError naming `name`."""
-    module, _, function = name.partition(":")
+    module = name.partition(":")[0]
     if module == OBJECT:
         raise ValueError(f"name: {name} was given as an object, and is made by no name; give the model itself again")
     make = imports.named(name, "name", "MODULE:FUNCTION, such as my_net:make_model")
