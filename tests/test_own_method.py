@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from nets import sgd, small_cnn
+from torch import nn
 
 import ham_kernels as ham
 from ham_kernels.commands import cli
@@ -21,8 +24,8 @@ SHORT = (
 )  # fmt: skip
 
 
-def shown() -> str:
-    return next(block for block in re.findall(r"```python\n(.*?)```", DOC, re.DOTALL) if "my_method.py" in block)
+def shown(words: str) -> str:
+    return next(block for block in re.findall(r"```python\n(.*?)```", DOC, re.DOTALL) if words in block)
 
 
 def ham_command(*words: str, at: Path) -> subprocess.CompletedProcess:
@@ -33,7 +36,7 @@ def ham_command(*words: str, at: Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_it_trains_goes_on_is_judged_swept_and_compared(tmp_path):
-    (tmp_path / "my_method.py").write_text(shown())
+    (tmp_path / "my_method.py").write_text(shown("my_method.py"))
     for words in (
         ("train", "--method", "my_method:Focal", "--gamma", "1", *SHORT, "--early-drop", "--screen-steps", "1"),
         ("train", "--resume", "runs/digits-focal-seed0"),
@@ -60,6 +63,21 @@ def test_it_trains_goes_on_is_judged_swept_and_compared(tmp_path):
     (section,) = json.loads((tmp_path / "report/data.json").read_text())["sections"]
     assert section["groups"][0]["title"].startswith("Focal AT, early drop")
     assert section["groups"][0]["settings"]["method.gamma"] == 1.0
+
+
+def test_a_loop_with_an_objective_teaches_it_of_classes():
+    model = small_cnn()
+    told = {
+        "ham": ham, "model": model, "optimizer": sgd(model), "epochs": 2,
+        "train_loader": [(torch.rand(20, 1, 8, 8), torch.arange(20) % 10) for _ in range(2)],
+    }  # fmt: skip
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    exec(shown("Objective"), told)
+    assert told["objective"].epoch == 3
+    assert told["objective"].class_totals.abs().sum() > 0
+    assert not torch.equal(before, nn.utils.parameters_to_vector(model.parameters()))
+    with pytest.raises(TypeError, match="end: got int; it must be"):
+        told["objective"].end_epoch(3)
 
 
 def test_what_is_no_method_is_named(tmp_path, monkeypatch, capsys):

@@ -29,7 +29,6 @@ SCALES = (0.01, 0.1, 10.0, 100.0)
 NOISE_DRAWS = 20
 NOISE_STEP = 1 << 30  # noise of its own, apart from that of the random starts
 ERRORS = 2.0  # standard errors that count as noise
-NOISE = 0.0228  # of a normal distribution beyond them, on one side
 CLASS_POINTS = 0.15  # and in one class, of fewer images
 POINTS = 0.02  # accuracy that an honest model may lose to a better-tuned attack
 LATE_POINTS = 0.05  # and to 30 more steps: L2 attacks of 20 are still under way on honest models
@@ -210,11 +209,11 @@ class _Bench:
     def of_one_class(self, plain: Tensor, correct: Tensor, by: str) -> list[str]:
         """What tells that PGD is led astray in one class, where an average over all would hide it."""
         y = torch.cat([y for _, y in self.batches]).cpu()
-        errors = float(
-            torch.special.ndtri(torch.tensor(1 - NOISE / max(len(y.unique()), 1)))
-        )  # of all classes together
+        classes = y.unique()
+        beyond = torch.special.ndtr(torch.tensor(-ERRORS, dtype=torch.double))  # all classes share it
+        errors = -float(torch.special.ndtri(beyond / len(classes)))
         found = []
-        for c in y.unique().tolist():
+        for c in classes.tolist():
             ahead, noise = _paired(plain[y == c], correct[y == c], errors)
             if ahead > noise + CLASS_POINTS:
                 found.append(f"in class {c} {by} fools {_points(ahead)} more images than PGD")
