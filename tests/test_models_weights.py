@@ -265,7 +265,7 @@ def test_functions_of_the_user(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert models.create("nets_of_mine:make", 3, channels=1)(torch.rand(2, 1, 4, 4)).shape == (2, 3)
     for name, error, says in [
-        ("nets_of_mine:number", ValueError, "nets_of_mine has no function 'number'"),
+        ("nets_of_mine:number", ValueError, "nets_of_mine:number is no function"),
         ("nets_of_mine:wrong", TypeError, "nets_of_mine:wrong gave int; it must be a torch.nn.Module"),
         ("no_such_module:make", ImportError, "no_such_module cannot be imported"),
         (":make", ValueError, "got ':make'; it must be MODULE:FUNCTION"),
