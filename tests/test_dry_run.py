@@ -19,7 +19,9 @@ def test_each_kind_of_epoch_is_timed_and_nothing_is_written(tmp_path, monkeypatc
     monkeypatch.setattr(dry_run, "TIMED", 2)
     few = ["--train-images", "96", "--val-images", "20", "--batch-size", "16"]
     assert cli.main(["train", *TINY, *few, "--natural-epochs", "1", "--dry-run"]) == 0
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert "timing steps of PGD-AT ..." in told
+    assert "4 epochs of 6 batches of 16, sgd with lr 0.05 (step), on " in said
     assert "epoch 1, natural: 3.0 forwards a step; " in said
     assert "epoch 2, PGD-AT: 9.0 forwards a step; " in said
     assert "epochs 3 to 4, HAM: " in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ def measured(settings: TrainSettings, trainer: Trainer, loaders: Loaders) -> Est
     for _, group in groupby(epochs, lambda epoch: id(trainer.phases.objective(epoch))):
         of_kind = list(group)
         method = trainer.phases.objective(of_kind[-1]).method
+        say(f"timing steps of {method.title} ...", sys.stderr)  # a large model on a CPU takes minutes for them
         seconds, hard = _timed(trainer, loader, of_kind[-1], method.group)
         kinds.append(Kind(method, of_kind[0], of_kind[-1], seconds, hard, settings.attack.steps))
     validation = 0.0 if loaders.val is None else _validation(trainer, loaders.val, settings.run.val_attack)

@@ -321,7 +321,8 @@ class _Job:
             say(f"{rows} of {s.data.batch_size} rows of a batch are of {made['images']} images of {s.data.generated}")
         say(
             f"{attack_in_words(s)}; images of {'x'.join(map(str, self.facts['shape']))}; {s.optim.epochs} epochs of "
-            f"{len(self.loaders.train)} batches on {trainer.device}, {s.run.precision}, seed {s.run.seed}"
+            f"{len(self.loaders.train)} batches of {s.data.batch_size}, {s.optim.optimizer} with lr {s.optim.lr:g} "
+            f"({s.optim.schedule}), on {trainer.device}, {s.run.precision}, seed {s.run.seed}"
         )
         if world > 1:
             say(f"{world} processes, each {-(-s.data.batch_size // world)} rows of a batch of {s.data.batch_size}")
