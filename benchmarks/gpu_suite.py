@@ -21,6 +21,7 @@ import json
 import os
 import shlex
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--write-docs", action="store_true", help="write docs/gpu-results.md from results/gpu/summary.json")
     args = p.parse_args(arguments)
     if args.write_docs:
+        if not (RESULTS / "summary.json").exists():
+            p.error(f"--write-docs: {RESULTS / 'summary.json'} is not there; it is the summary.json of a call")
         return args
     if args.out is None:
         p.error("--out: give a folder")
@@ -70,10 +73,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         p.error(f"--minutes: got {args.minutes}; it must be more than 0")
     if args.again and not args.stage:
         p.error("--again: needs --stage")
+    if min(args.seeds) < 0:
+        p.error(f"--seeds: got {min(args.seeds)}; none may be negative")
     for name in ("data", "restore"):
         path = getattr(args, name)
         if path is not None and not path.exists():
             p.error(f"--{name}: {path} is not there")
+    if args.restore is not None and not (args.restore.is_file() and tarfile.is_tarfile(args.restore)):
+        p.error(f"--restore: {args.restore} is not a tar, as --collect writes it")
+    for name in ("out", "collect"):
+        path = getattr(args, name)
+        if path is not None and path.exists() and not path.is_dir():
+            p.error(f"--{name}: {path} is not a folder")
     known = [stage.name for stage in plan_of(Options(args.out, seeds=tuple(args.seeds), arms=args.arms))]
     if unknown := [name for name in args.stage if not any(k.startswith(name) for k in known)]:
         p.error(f"--stage: got {unknown[0]}; there are {', '.join(known)}")
@@ -95,6 +106,7 @@ class Suite:
         self.o, self.plan, self.slot, self.command, self.collect_to = o, plan, slot, command, collect
         self.only, self.retry, self.again = tuple(only), retry, again
         self.left: list[str] = []
+        self.blocked: set[str] = set()  # what another call like this one would not bring either
         self.facts: dict = {}
         for folder in ("stages", "logs"):
             (o.out / folder).mkdir(parents=True, exist_ok=True)
@@ -110,7 +122,7 @@ class Suite:
                 break
         self.summarise()
         states = [self._result(stage).get("state") for stage in self.plan if self._wanted(stage)]
-        return 3 if self.left else 1 if "failed" in states else 0
+        return 3 if self.left else 1 if self.blocked or "failed" in states else 0
 
     def _wanted(self, stage: Stage) -> bool:
         return stage.always or not self.only or stage.name.startswith(self.only)
@@ -118,8 +130,7 @@ class Suite:
     def _why_not(self, stage: Stage) -> str | None:
         """Why a stage is not run now, or None."""
         result = self._result(stage)
-        behind = [self._result(next(s for s in self.plan if s.name == name)) for name in stage.behind]
-        if not (self._wanted(stage) or (stage.final and all(behind))):
+        if not (self._wanted(stage) or (stage.final and any(map(self._state, stage.behind)))):
             return "not asked for"
         if self.again and not (stage.always or stage.final):
             self._forget(stage)
@@ -127,13 +138,8 @@ class Suite:
             return f"done already: {result['line']}"
         elif result.get("state") == "failed" and not (self.retry or self.only or stage.always or stage.final):
             return f"failed before: {result['reason']} (--retry)"
-        for name in (*stage.after, *stage.behind):
-            state = self._result(next(s for s in self.plan if s.name == name)).get("state")
-            if state is None:
-                self.left.append(stage.name)
-                return f"waits for {name}"
-            if state == "failed" and name in stage.after:
-                return f"waits for {name}, which failed"
+        if waits := self._waits(stage):
+            return waits
         if self.slot.left(stage.final) < stage.least:
             self.left.append(stage.name)
             return f"left for the next call: it needs {stage.least:.0f} s, {max(0.0, self.slot.left()):.0f} s are left"
@@ -141,6 +147,20 @@ class Suite:
             self.left.append(stage.name)
             return "left for the next call"
         return None
+
+    def _waits(self, stage: Stage) -> str | None:
+        """For which other stage, or None. Where that is not left for the next call, this one is blocked."""
+        missing, enough = [name for name in stage.after if self._state(name) != "done"], all
+        if stage.behind and not (missing or any(map(self._state, stage.behind))):
+            missing, enough = list(stage.behind), any
+        if not missing:
+            return None
+        comes = enough(name in self.left for name in missing)
+        if comes:
+            self.left.append(stage.name)
+            return f"waits for {missing[0]}"
+        self.blocked.add(stage.name)
+        return f"waits for {missing[0]}, which {self._state(missing[0]) or 'does not run in this call'}"
 
     def _bring_to_end(self, stage: Stage) -> None:
         started, began = _now(), time.monotonic()
@@ -165,6 +185,9 @@ class Suite:
         write(self._path(stage), to_json(about | result))
         print(f"[{stage.name}] {result['state']} in {seconds:.0f} s: {result['reason'] or result['line']}", flush=True)
 
+    def _state(self, name: str) -> str | None:
+        return self._result(next(stage for stage in self.plan if stage.name == name)).get("state")
+
     def _path(self, stage: Stage) -> Path:
         return self.o.out / "stages" / f"{stage.name}.json"
 
@@ -186,7 +209,10 @@ class Suite:
         write(self.o.out / "summary.json", to_json(summary))
         write(self.o.out / "summary.md", gpu_claims.markdown(summary).encode())
         if self.collect_to is not None:
-            collect(self.o.out, self.collect_to)
+            try:
+                collect(self.o.out, self.collect_to)
+            except OSError as error:  # such as a full disk: what is measured is in --out, and goes on
+                print(f"--collect: {error}", file=sys.stderr, flush=True)
 
 
 def _environment(o: Options) -> dict[str, str]:

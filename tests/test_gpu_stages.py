@@ -97,11 +97,32 @@ def test_tests_that_end_one_process_after_another_are_not_done(tmp_path, monkeyp
     assert run(shell_for(tmp_path))["counts"] == {"failed": 4}
 
 
+def test_a_test_that_the_end_of_a_slot_cut_off_is_run_again_and_blamed_for_nothing(tmp_path):
+    """Of a slot with more processes than this one has."""
+    (tmp_path / "test_cases.py").write_text("import os\ndef test_good(): pass\ndef test_dies(): os._exit(7)\n")
+    o, choice = Options(tmp_path), [str(tmp_path / "test_cases.py")]
+    run = partial(gpu_stages.tests, o, "tests", "", choice, {}, 1)
+    whole = run(shell_for(tmp_path))
+    assert whole["counts"] == {"passed": 1, "failed": 1}
+    good, _ = (test for test in gpu_stages.gpu_pytest.read(o.partial("tests")))
+    o.partial("tests").unlink()
+    gpu_stages.gpu_pytest.write(o.partial("tests"), test=good, outcome="started", part=5)
+    assert run(shell_for(tmp_path))["counts"] == whole["counts"]
+
+
+def test_a_short_command_that_hangs_has_failed(tmp_path):
+    shell = Shell(Slot(120, 0.0), tmp_path / "stage.log", gpu_suite._environment(Options(tmp_path)), tmp_path, 1, False)
+    with pytest.raises(Failed, match="did not end in 1 s"):
+        shell.output(["sleep", "60"])
+
+
 @pytest.mark.parametrize(
     ("said", "status", "verdict"),
     [
         ("ERROR SUMMARY: 0 errors", 0, "held"),
         ("ERROR SUMMARY: 2 errors", 9, "missed"),
+        ("operation not supported'; echo '========= ERROR SUMMARY: 2 errors", 9, "missed"),
+        ("ERROR SUMMARY: 0 errors'; echo 'UserWarning: this is not supported", 0, "held"),
         ("Device not supported", 9, "not measured"),
         ("no such file", 1, None),
     ],
@@ -168,6 +189,21 @@ def test_a_benchmark_that_is_not_there_or_writes_nothing_has_failed(tmp_path, mo
         gpu_stages.benchmark(Options(tmp_path), "bench_bad.py", [], shell_for(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("flags", "status", "state"), [([], 0, None), ([], 1, "failed"), (["--check"], 1, None), (["--check"], 7, "failed")]
+)
+def test_a_benchmark_that_broke_has_failed_with_what_it_had(tmp_path, monkeypatch, flags, status, state):
+    found = {"goals": [{"goal": "twice as fast", "measured": "3 times", "state": "held"}]}
+    (tmp_path / "bench_some.py").write_text(
+        f"import json, pathlib, sys\npathlib.Path(sys.argv[2], 'some.json').write_text({json.dumps(found)!r})\n"
+        f"sys.exit({status})\n"
+    )
+    monkeypatch.setattr(gpu_stages, "BENCHMARKS", tmp_path)
+    result = gpu_stages.benchmark(Options(tmp_path), "bench_some.py", flags, shell_for(tmp_path))
+    assert (result.get("state"), result["goals"][0]["state"]) == (state, "held")
+    assert (f"ended with {status}" in result["line"]) == (status != 0)
+
+
 # ---------------------------------------------------------------- runs
 def test_images_are_downloaded_where_none_are_given(tmp_path):
     from ham_kernels.commands.flags import parse_train
@@ -201,8 +237,15 @@ def test_the_flags_of_a_run_are_the_papers(tmp_path, engine):
 
 def test_runs_of_other_settings_do_not_mix(tmp_path):
     gpu_runs._check_options(Options(tmp_path, data=tmp_path / "a.tar"))
+    other = Options(tmp_path, data=tmp_path / "a.tar", engine="plain")
     with pytest.raises(Failed, match="give another --out"):
-        gpu_runs._check_options(Options(tmp_path, data=tmp_path / "a.tar", engine="plain"))
+        gpu_runs.train(other, "fair", 0, shell_for(tmp_path))
+
+
+def test_a_training_that_cannot_begin_says_why(tmp_path):
+    o = Options(tmp_path, data=tmp_path / "nowhere.tar")
+    with pytest.raises(Failed, match=r"ham train ended with 2, not begun: .*nowhere\.tar"):
+        gpu_runs.train(o, "fair", 0, shell_for(tmp_path))
 
 
 # ---------------------------------------------------------------- the table

@@ -136,6 +136,26 @@ def test_what_is_done_is_skipped_and_a_failed_stage_stops_no_other(tmp_path, cap
     assert count.read_text().split() == ["one", "behind", "two", "mended", "one"]
 
 
+def test_what_is_behind_a_failed_stage_is_not_left_for_a_next_call(tmp_path, capsys):
+    """Or calls would be repeated for ever; what one of several stages is enough for runs."""
+    plan = [
+        Stage("warm-up", 0, fails),
+        Stage("train-a", 0, says("a"), after=("warm-up",)),
+        Stage("judge-a", 0, says("a"), after=("train-a",)),
+        Stage("judge-b", 0, says("b")),
+        Stage("report", 0, says("report"), behind=("judge-a", "judge-b"), final=True),
+        Stage("none", 0, says("none"), behind=("train-a", "judge-a"), final=True),
+    ]
+    for _ in range(2):
+        assert suite(tmp_path, plan).run() == 1
+    assert state(tmp_path, "report")["state"] == "done"
+    assert state(tmp_path, "none") is None
+    assert "[judge-a] waits for train-a, which does not run in this call" in capsys.readouterr().out
+    assert suite(tmp_path / "new", plan, only=["judge-a"]).run() == 1
+    plan[0] = Stage("warm-up", 1000, says("warm"))
+    assert suite(tmp_path / "left", plan).run() == 3
+
+
 def test_an_unexpected_error_in_a_stage_is_its_own(tmp_path):
     plan = [Stage("bad", 0, lambda shell: 1 / 0), Stage("good", 0, says("good"))]
     assert suite(tmp_path, plan).run() == 1
@@ -242,22 +262,22 @@ def test_a_restored_folder_keeps_what_stands_alone(tmp_path):
     out, back = tmp_path / "out", tmp_path / "back"
     names = [
         "stages/tests-gpu.json", "stages/train-ham-seed0.json", "stages/train-ham-seed1.json", "summary.json",
-        "stages/warm-up-seed0.json", "stages/autoattack-ema-ham-seed0.json", "cifar/fair-seed0/metrics.jsonl",
+        "stages/warm-up-seed0.json", "cifar/fair-seed0/metrics.jsonl", "cifar/ham-seed2/metrics.jsonl",
         "cifar/options.json", "cifar/ham-seed0/metrics.jsonl", "cifar/ham-seed1/metrics.jsonl", "summary.md",
     ]  # fmt: skip
     for name in names:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text("{}")
-    for seed, word in ((0, "done"), (1, "failed")):
-        judged = {"stage": f"judge-ham-seed{seed}", "state": word}
-        (out / f"stages/judge-ham-seed{seed}.json").write_text(json.dumps(judged))
+        (out / name).write_text('{"state": "done"}')
+    attacked = [("judge", 0, "done"), ("autoattack-ema", 0, "done"), ("judge", 1, "failed"), ("judge", 2, "done")]
+    for what, seed, word in attacked:
+        judged = {"stage": f"{what}-ham-seed{seed}", "state": word}
+        (out / f"stages/{what}-ham-seed{seed}.json").write_text(json.dumps(judged))
     gpu_files.collect(out, back)
     gpu_files.restore(back / "results.tar.gz", tmp_path / "new")
     there = {str(p.relative_to(tmp_path / "new")) for p in (tmp_path / "new").rglob("*") if p.is_file()}
     assert there == {
         "stages/tests-gpu.json", "stages/train-ham-seed0.json", "stages/judge-ham-seed0.json",
-        "stages/judge-ham-seed1.json", "stages/autoattack-ema-ham-seed0.json", "cifar/options.json",
-        "cifar/ham-seed0/metrics.jsonl",
+        "stages/autoattack-ema-ham-seed0.json", "cifar/options.json", "cifar/ham-seed0/metrics.jsonl",
     }  # fmt: skip
 
 
@@ -280,6 +300,11 @@ def test_an_arm_is_judged_before_the_next_is_trained(tmp_path):
         (["--out", "x", "--smoke", "--stage", "bench-nothing"], "--stage: got bench-nothing"),
         (["--out", "x", "--smoke", "--minutes", "0"], "--minutes: got 0.0"),
         (["--out", "x", "--smoke", "--again"], "--again: needs --stage"),
+        (["--out", __file__], "is not a folder"),
+        (["--out", "x", "--collect", __file__], "is not a folder"),
+        (["--out", "x", "--restore", __file__], "is not a tar"),
+        (["--out", "x", "--seeds", "0", "-1"], "--seeds: got -1"),
+        (["--write-docs"], "is not there"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

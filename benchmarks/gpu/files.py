@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 import tempfile
 from pathlib import Path
 
+STAGE = re.compile(r"stages/(warm-up|train|judge|autoattack-ema|autoattack-last)-(?P<run>.+?)\.json$")  # of a run
 LARGEST = 2 * 2**20  # bytes of a file that is collected
 COLLECTED = (
     "stages/*.json*", "bench/*/*.json", "report/*.*", "report/figures/*.png", "cifar/options.json", "cifar/*/*.json*",
@@ -40,17 +42,21 @@ def collect(out: Path, to: Path) -> None:
 def restore(file: Path, out: Path) -> None:
     """Results of another machine, as far as they stand alone: runs whose weights are not here begin anew.
 
-    A run that was judged is kept, since its accuracies need no weights any more.
+    A run that was judged, by AutoAttack too, is kept, since its accuracies need no weights any more.
     """
     with tarfile.open(file) as archive:
-        results = [json.load(archive.extractfile(name)) for name in archive.getnames() if "stages/judge-" in name]
-        judged = {r["stage"].removeprefix("judge-") for r in results if r["state"] == "done"}
+        done = {m.name for m in archive.getmembers() if STAGE.match(m.name) and _is_done(archive, m)}
         for member in archive.getmembers():
-            of = member.name.removesuffix(".json").removeprefix("stages/train-").removeprefix("cifar/").split("/")[0]
-            of_run = member.name.startswith(("stages/warm-up", "stages/train-", "cifar/"))
-            lost = of_run and of not in (*judged, "options")
+            stage = STAGE.match(member.name)
+            run = stage["run"] if stage else member.name.split("/")[1] if member.name.startswith("cifar/") else None
+            kept = {f"stages/judge-{run}.json", f"stages/autoattack-ema-{run}.json"} <= done
+            lost = run is not None and not kept and member.name != "cifar/options.json"
             if not lost and not (out / member.name).exists():
                 archive.extract(member, out, filter="data")
+
+
+def _is_done(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
+    return json.load(archive.extractfile(member))["state"] == "done"
 
 
 def fabricate(folder: Path) -> Path:

@@ -89,7 +89,9 @@ class Shell:
             try:
                 process.wait(max(1.0, min(self.slot.left(self.final), self.give_up - time.monotonic())))
             except subprocess.TimeoutExpired:
-                raise OutOfTime from None
+                if self.slot.left(self.final) <= 0:
+                    raise OutOfTime from None
+                raise Failed(f"did not end in {self.limit:.0f} s") from None
             finally:
                 _kill_group(process)
         text = path.read_text(errors="replace")

@@ -83,11 +83,13 @@ def warm_up(o: Options, seed: int, shell: Shell) -> dict:
 
 
 def train(o: Options, arm: str, seed: int, shell: Shell) -> dict:
+    _check_options(o)
     folder = o.out / "cifar" / name_of(arm, seed)
     begun = (folder / "config.toml").exists()
     where = ["--resume", str(folder)] if begun else [*flags(o, seed), *ALL[arm], "--out", str(folder)]
     (status,) = shell.run([sys.executable, "-m", "ham_kernels", "train", *where])
-    state = json.loads((folder / "status.json").read_text())
+    told = folder / "status.json"  # not there where the run could not begin
+    state = json.loads(told.read_text()) if told.exists() else {"state": "not begun", "message": None}
     if status or state["state"] != "finished":
         raise Failed(f"ham train ended with {status}, {state['state']}: {state['message'] or shell.last_line()}")
     epochs = _epochs(folder)
@@ -100,6 +102,8 @@ def judge(o: Options, arm: str, seed: int, choice: list[str], shell: Shell) -> d
     if "autoattack" in choice and importlib.util.find_spec("pyautoattack") is None:
         raise Failed("pyautoattack is not installed")
     folder = o.out / "cifar" / name_of(arm, seed)
+    if not (folder / "checkpoints").exists():
+        raise Failed("its weights are on the machine that trained it")
     told = ["evaluate", str(folder), "--quiet", "--no-masking", *choice]
     (status,) = shell.run([sys.executable, "-m", "ham_kernels", *told])
     if status:
@@ -162,7 +166,7 @@ def stages(o: Options) -> list[Stage]:
                 work = partial(judge, o, arm, seed, [*auto, "--weights", weights])
                 stamp = partial(list, images)
                 where.append(Stage(f"autoattack-{weights}-{name}", 60 * short, work, after=trained, stamp=stamp))
-    judged = (f"judge-{name_of(chosen(o)[0], o.seeds[0])}",)
+    judged = tuple(stage.name for stage in found if stage.name.startswith("judge-"))
     last = Stage("report", 5 * short, partial(report, o), behind=judged, stamp=partial(_judged, o), final=True)
     return [*found, *late, last]
 

@@ -327,8 +327,8 @@ def fair_cifar10(here: Path) -> str:
 def field_cifar10(here: Path) -> str:
     return report(
         here, "sweep_field_cifar10",
-        "`ham sweep methods --only pgd_at free_at atta n_fgsm fgsm_rs fair_tat mart cfol frl mail fat bat --seeds {seeds} "
-        + SMALL_CIFAR
+        "`ham sweep methods --only pgd_at free_at atta n_fgsm fgsm_rs fair_tat mart cfol frl mail fat bat --seeds "
+        "{seeds} " + SMALL_CIFAR
         + "; {machines}. CPU times are of one thread; the other core had other work.",
     )  # fmt: skip
 
