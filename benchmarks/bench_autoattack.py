@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pyautoattack
 import torch
+from readme import argument_types as kinds
 from readme.machine import machine
 from readme.output import aligned, markdown, write_json
 from torch import Tensor, nn
@@ -39,12 +40,12 @@ Judge = Callable[[Tensor, Tensor], Tensor]  # images and labels -> which survive
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run", type=Path, help="folder of a trained run")
+    p.add_argument("run", type=kinds.there, help="folder of a trained run")
     p.add_argument("--images", type=int, default=64, help="test images, class shares kept (default 64)")
     p.add_argument("--parts", type=int, default=2, help="so many parts take turns (default 2)")
-    p.add_argument("--device", default="auto")
+    p.add_argument("--device", type=kinds.device, default="auto")
     p.add_argument("--torchattacks", action="store_true", help="as a competitor too")
-    p.add_argument("--out", type=Path, help="the JSON file (default: results/bench_autoattack_DEVICE.json)")
+    p.add_argument("--out", type=kinds.json_file, help="the JSON file (default: results/bench_autoattack_DEVICE.json)")
     args = p.parse_args(arguments)
     if not 1 <= args.parts <= args.images:
         p.error(f"--parts: got {args.parts}; it must be from 1 to --images, {args.images}")

@@ -19,12 +19,13 @@ from pathlib import Path
 
 from fair.candidates import ALL, BASELINE, LONGER
 from fair.folds import folds_of, train_and_judge
+from readme import argument_types as kinds
 from readme.machine import machine
 from readme.output import aligned, markdown, write_json
 
 from ham_kernels import preset
 from ham_kernels.commands.run_images import images_of
-from ham_kernels.runs.presets import in_time
+from ham_kernels.runs.presets import PRESETS, in_time
 from ham_kernels.runs.settings import TrainSettings
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -32,15 +33,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", default="digits")
-    p.add_argument("--path", help="a folder or tar of its images")
+    p.add_argument("--dataset", choices=tuple(PRESETS), metavar="NAME", default="digits", help="(default digits)")
+    p.add_argument("--path", type=kinds.there, help="a folder or tar of its images")
     p.add_argument("--model", default="small_cnn")
     p.add_argument("--train-images", type=int)
     p.add_argument("--epochs", type=int)
     p.add_argument("--folds", type=int, default=4)
     p.add_argument("--fast", action="store_true", help="train in bf16, compiled, with Winograd's convolutions")
     p.add_argument("--only", nargs="+", metavar="NAME", help=f"of: {'; '.join(ALL)}")
-    p.add_argument("--out", type=Path, help="the JSON file (default: results/bench_fair_DATASET.json)")
+    p.add_argument("--out", type=kinds.json_file, help="the JSON file (default: results/bench_fair_DATASET.json)")
     args = p.parse_args(arguments)
     unknown = set(args.only or ()) - set(ALL)
     if unknown:

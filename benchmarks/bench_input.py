@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from readme import argument_types as kinds
 from readme.machine import machine
 from readme.output import write_json
 
@@ -36,13 +37,15 @@ def parse() -> argparse.Namespace:
     p.add_argument("--files", type=int, default=400, metavar="N", help="JPEGs to generate; 0 for none (default 400)")
     p.add_argument("--workers", type=int, nargs="*", default=[0, 2], help="that decode the files (default 0 2)")
     p.add_argument("--repetitions", type=int, default=7, help="epochs measured, after one that is not (default 7)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--out", type=Path, default=Path("runs"), help="folder for the JSON (default runs)")
+    p.add_argument("--device", type=kinds.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--out", type=kinds.folder, default=Path("runs"), help="folder for the JSON (default runs)")
     p.add_argument("--check", action="store_true", help="exit 1 when the goal is missed")
     args = p.parse_args()
     for name, low in (("images", 1), ("files", 0), ("repetitions", 2)):
         if getattr(args, name) < low:
             p.error(f"--{name}: got {getattr(args, name)}; it must be at least {low}")
+    if min(args.workers, default=0) < 0:
+        p.error(f"--workers: got {min(args.workers)}; none may be negative")
     return args
 
 

@@ -39,6 +39,7 @@ import torch
 from kernels import cases as k
 from kernels import cub
 from kernels.table import goal_lines, goals, table, unsteady
+from readme import argument_types as kinds
 from readme.machine import machine
 from readme.output import write_json
 
@@ -60,7 +61,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--rounds", type=int, metavar="N", help="(default 5, with --quick 3)")
     p.add_argument("--minutes", type=float, default=3.0, metavar="M", help="no case starts after M (default 3)")
     p.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    p.add_argument("--out", type=Path, default=Path("runs"), help="folder for the JSON (default runs)")
+    p.add_argument("--out", type=kinds.folder, default=Path("runs"), help="folder for the JSON (default runs)")
     p.add_argument("--check", action="store_true", help="exit 1 when a goal is missed")
     args = p.parse_args()
     args.ops = args.ops or list(k.OPS)
@@ -75,13 +76,6 @@ def parse() -> argparse.Namespace:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and (problem := cuda_problem()):
         p.error(f"--device: got cuda; {problem}")
-    try:  # minutes of measuring must not end in an error
-        args.out.mkdir(parents=True, exist_ok=True)
-        probe = args.out / f".write-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        p.error(f"--out: cannot write to {args.out}: {error.strerror}")
     return args
 
 

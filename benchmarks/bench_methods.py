@@ -23,6 +23,7 @@ import torch
 from bench_training import images_of
 from methods.steps import LOOPS, METHODS, OURS, PGD_AT, MethodContest, arms_of, build, check, count, cpu_clock, title
 from methods.table import cells, derive, judge, notes, setup
+from readme import argument_types as kinds
 from readme.machine import machine
 from readme.output import aligned, write_json
 from training.contest import told
@@ -43,15 +44,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--batch-size", type=int, metavar="N", help="(default 128)")
     p.add_argument("--rounds", type=int, help="(default 7)")
     p.add_argument("--hard", type=float, default=0.3, metavar="H", help="share of hard rows (default 0.3)")
-    p.add_argument("--data", type=Path, metavar="PATH", help="folder or tar of class folders (default: random images)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--data", type=kinds.there, metavar="PATH", help="folder or tar of class folders (default: noise)")
+    p.add_argument("--device", type=kinds.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument(
         "--cpu-time",
         action="store_true",
         help="time by CPU seconds of one thread, for a machine that does other work (OMP_NUM_THREADS=1)",
     )
     p.add_argument("--quick", action="store_true", help="batch 16, 2 rounds")
-    p.add_argument("--out", type=Path, help="folder for the JSON (default: results beside this file; --quick: runs)")
+    p.add_argument("--out", type=kinds.folder, help="folder of the JSON (default: results beside this; --quick: runs)")
     p.add_argument("--check", action="store_true", help="exit 1 when a goal is missed that applies to this device")
     args = p.parse_args(arguments)
     args.batch_size = args.batch_size or (16 if args.quick else 128)

@@ -21,6 +21,7 @@ import torch
 from pgd.competitors import BASE, TITLES, Competitor, settings_of, torchattacks_there
 from pgd.overhead import overhead
 from pgd.results import MINING, cells, claims_on_ham, table_of, verdict_lines
+from readme import argument_types as kinds
 from readme.machine import machine
 from readme.output import aligned, write_json
 from tqdm import tqdm
@@ -44,7 +45,7 @@ def parse() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = p.add_mutually_exclusive_group()
     source.add_argument("--dataset", choices=("digits", "cifar10"), default="digits")
-    source.add_argument("--data", type=Path, metavar="PATH", help="folder or tar of class folders")
+    source.add_argument("--data", type=kinds.there, metavar="PATH", help="folder or tar of class folders")
     p.add_argument("--methods", default="pgd_at,ham,torchattacks", help=f"of {', '.join(TITLES)}")
     p.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     p.add_argument("--epochs", type=int, help="in all, warm-up included (digits 24, else 30)")
@@ -62,9 +63,9 @@ def parse() -> argparse.Namespace:
     p.add_argument("--milestones", type=int, nargs="*", metavar="EPOCH", help="lr decays (digits 18, else 18 25)")
     p.add_argument("--lr-decay", type=float, help="factor at each milestone (digits 0.2, else 0.1)")
     p.add_argument("--ema-decay", type=float, help="of the weight average (digits 0.97, else 0.99)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", type=kinds.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument(
-        "--out", type=Path, default=Path("runs"), help="folder for JSON, figure and run folders (default runs)"
+        "--out", type=kinds.folder, default=Path("runs"), help="folder for JSON, figure and run folders (default runs)"
     )
     p.add_argument("--check", action="store_true", help="exit 1 when the time claim fails")
     args = p.parse_args()
@@ -78,8 +79,12 @@ def parse() -> argparse.Namespace:
         p.error(f"--methods: got {','.join(args.methods)}; it needs pgd_at and ham, and allows {', '.join(TITLES)}")
     if not 1 <= args.warmup < args.epochs:
         p.error(f"--warmup: got {args.warmup} with --epochs {args.epochs}; it must be at least 1 and less than those")
-    if args.seeds < 1:
-        p.error(f"--seeds: got {args.seeds}; it must be at least 1")
+    for name in ("seeds", "batch_size"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')}: got {getattr(args, name)}; it must be at least 1")
+    for name in ("eps", "step_size"):
+        if not getattr(args, name) > 0:
+            p.error(f"--{name.replace('_', '-')}: got {getattr(args, name)}; it must be more than 0")
     return args
 
 

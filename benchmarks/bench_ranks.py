@@ -26,6 +26,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from readme import argument_types as kinds
 from readme.machine import machine
 from readme.output import aligned, markdown, write_json
 
@@ -46,7 +47,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default cpu)")
     p.add_argument("--pairs", type=int, default=600, help="of steps with and without the points to meet (default 600)")
-    p.add_argument("--out", type=Path, default=Path("runs"), help="folder for the JSON (default runs)")
+    p.add_argument("--out", type=kinds.folder, default=Path("runs"), help="folder for the JSON (default runs)")
     args = p.parse_args()
     for name, low in (("processes", 2), ("batch_size", 2), ("rounds", 1), ("pairs", 10)):
         if getattr(args, name) < low:

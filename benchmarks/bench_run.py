@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from readme import argument_types as kinds
 from readme.machine import machine
 from readme.output import write_json
 
@@ -37,9 +38,9 @@ def parse() -> argparse.Namespace:
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--steps", type=int, default=1, help="training steps measured, after one that is not (default 1)")
     p.add_argument("--repetitions", type=int, default=7, help="of checkpoint and help (default 7)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", type=kinds.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--precision", choices=("fp32", "bf16"), help="(default bf16 on a GPU, fp32 on a CPU)")
-    p.add_argument("--out", type=Path, default=Path("runs"), help="folder for the JSON (default runs)")
+    p.add_argument("--out", type=kinds.folder, default=Path("runs"), help="folder for the JSON (default runs)")
     p.add_argument("--check", action="store_true", help="exit 1 when a goal is missed")
     args = p.parse_args()
     args.precision = args.precision or ("fp32" if torch.device(args.device).type == "cpu" else "bf16")

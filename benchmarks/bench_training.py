@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from readme import argument_types as kinds
 from readme.machine import machine
 from readme.output import aligned, write_json
 from torch import Tensor
@@ -82,10 +83,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--rounds", type=int, help="(default: CPU 15 and 3 for the two models, GPU 7 and 9)")
     p.add_argument("--minutes", type=float, metavar="BUDGET", help=f"{left_out} (default: CPU 18, GPU 4)")
     p.add_argument("--hard", type=float, default=0.3, metavar="H", help="share of hard rows (default 0.3)")
-    p.add_argument("--data", type=Path, metavar="PATH", help="folder or tar of class folders (default: random images)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--data", type=kinds.there, metavar="PATH", help="folder or tar of class folders (default: noise)")
+    p.add_argument("--device", type=kinds.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--quick", action="store_true", help="small CNN, batch 32, 2 rounds, nothing compiled")
-    p.add_argument("--out", type=Path, help="folder for the JSON (default: results beside this file; --quick: runs)")
+    p.add_argument("--out", type=kinds.folder, help="folder of the JSON (default: results beside this; --quick: runs)")
     p.add_argument("--check", action="store_true", help="exit 1 when a goal is missed that applies to this device")
     args = p.parse_args(arguments)
     kind = torch.device(args.device).type

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from readme import argument_types as kinds
 from readme.machine import machine
 from readme.output import aligned, markdown, write_json
 from torch import Tensor
@@ -37,7 +38,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rows", nargs="+", type=int, default=[128, 38], help="images of a batch (default 128 38)")
     p.add_argument("--rounds", type=int, default=25)
-    p.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON (default: results beside this file)")
+    p.add_argument(
+        "--out", type=kinds.folder, default=RESULTS, help="folder of the JSON (default: results beside this)"
+    )
     args = p.parse_args(arguments)
     if min(args.rows) < JUDGED or args.rounds < 1:
         p.error(f"--rows: must be at least {JUDGED}, and --rounds at least 1")

@@ -15,8 +15,8 @@ import argparse
 import dataclasses
 import sys
 from importlib import metadata
-from pathlib import Path
 
+from readme import argument_types as kinds
 from readme.output import aligned, write_json
 from scaling import table
 from scaling.inputs import NETS, Links, Net, Training
@@ -46,11 +46,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                 group.add_argument(flag, type=type(f.default), default=f.default, choices=choices, help=words)
     p.add_argument("--draws", type=int, default=1000, help="steps drawn for each cell (default 1000)")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, help="a JSON file for all of it (default: none; the tables are printed)")
+    p.add_argument("--out", type=kinds.json_file, help="a JSON file for all of it (default: none, tables alone)")
     args = p.parse_args(arguments)
     for name in ("rows", "global_batch", "draws", "node", "messages"):
         if getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')}: got {getattr(args, name)}; it must be >= 1")
+    if args.seed < 0:
+        p.error(f"--seed: got {args.seed}; it must be >= 0")
+    if not args.node_gb_s > 0:
+        p.error(f"--node-gb-s: got {args.node_gb_s}; it must be > 0")
     if min(args.gpus) < 1:
         p.error(f"--gpus: got {min(args.gpus)}; it must be >= 1")
     if not 1 <= args.screen_steps < args.steps:

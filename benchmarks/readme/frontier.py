@@ -133,6 +133,6 @@ def _promise(images: str, m: dict) -> str:
     else:
         cost = f"{m['relative_time']:.2f} of the time"
     return measured.minus(
-        f"- {title} against PGD-AT on {images}: average {average:+.1f} points, worst class {worst:+.1f}, std over "
-        f"classes {std:+.0f} %, at {cost}."
+        f"- {title} against PGD-AT of the same sweep, on {images}: average {average:+.1f} points, worst class "
+        f"{worst:+.1f}, std over classes {std:+.0f} %, at {cost}."
     )
