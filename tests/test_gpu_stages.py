@@ -28,6 +28,7 @@ def fails(shell: Shell) -> dict:
 
 
 # ---------------------------------------------------------------- tests, sanitizer, build, benchmarks
+ALONE = "; one run each: other work on the machine would change it"
 CASES = """
 import os, signal, sys, time, types, pytest
 def test_good(): pass
@@ -255,9 +256,9 @@ def write(path: Path, value) -> None:
 
 
 def fabricated_run(
-    out: Path, arm: str, seconds: list[float], hard: float, easy: tuple[int, int], sessions=((1, 0, "A"),)
+    out: Path, arm: str, seconds: list[float], hard: float, easy: tuple[int, int], sessions=((1, 0, "A"),), seed=0
 ) -> None:
-    folder = out / "cifar" / f"{arm}-seed0"
+    folder = out / "cifar" / f"{arm}-seed{seed}"
     write(folder / "environment.json", {"sessions": [
         {"from_epoch": epoch, "from_batch": batch, "machine": {"gpu": gpu}} for epoch, batch, gpu in sessions
     ]})  # fmt: skip
@@ -311,7 +312,7 @@ def test_claims_come_from_the_runs_and_their_report(tmp_path):
     rows = rows_of(tmp_path, [])
     assert rows["HAM: worst class +3.2 points (weight average, PGD-20)"] == ("+5.0 points (1 seed)", "holds")
     median = "HAM: training time −45 %, median epoch of the HAM phase"
-    assert rows[median] == ("−50 % (5.00 s against 10.00 s, 1 seed)", "holds")  # the first epoch compiles
+    assert rows[median] == (f"−50 % (5.00 s against 10.00 s, 1 seed){ALONE}", "holds")  # the first epoch compiles
     easy = "{}: 75% of the examples easy at M = 3 stay easy (weight average)"
     assert rows[easy.format("PGD-AT")][1] == "holds"
     assert rows[easy.format("HAM")] == (
@@ -342,10 +343,21 @@ def test_times_on_two_gpus_are_not_compared(tmp_path, base, ours, verdict):
     assert (
         measured
         == {
-            "holds": ("−50 % (5.00 s against 10.00 s, 1 seed)", "holds"),
+            "holds": (f"−50 % (5.00 s against 10.00 s, 1 seed){ALONE}", "holds"),
             "not measured": ("trained on A and B", "not measured"),
         }[verdict]
     )
+
+
+@pytest.mark.parametrize(("second", "verdict"), [(7.0, "undecided"), (5.0, "holds")])
+def test_a_time_that_seeds_do_not_decide_is_undecided(tmp_path, second, verdict):
+    for seed, ours in enumerate((5.0, second)):
+        fabricated_run(tmp_path, "pgd_at", [20, 10.0, 10.0, 10.0], 1.0, (80, 100), seed=seed)
+        fabricated_run(tmp_path, "ham", [20, ours, ours, ours], 0.25, (70, 100), seed=seed)
+    table = gpu_claims.summarise(Options(tmp_path, seeds=(0, 1)), [], "command")["table"]
+    (row,) = (row for row in table if row["goal"].startswith("HAM: training time"))
+    assert (row["verdict"], "2 seeds" in row["measured"]) == (verdict, True)
+    assert ("undecided: 95 % interval" in row["measured"]) == (verdict == "undecided")
 
 
 def test_the_page_names_every_gpu(tmp_path):
