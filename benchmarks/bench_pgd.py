@@ -141,14 +141,16 @@ def main() -> int:
     print("; ".join(f"{key} {value}" for key, value in about.items()), flush=True)
 
     stem = f"bench_pgd_{images.name.split('.')[0].lower().replace(' ', '_')}"
-    folder = args.out / stem
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier call
+    folder, aside = args.out / stem, args.out / f".{stem}.partial"
+    shutil.rmtree(aside, ignore_errors=True)  # of a call that was stopped
     units = args.seeds * (args.warmup + len(args.methods) * (args.epochs - args.warmup + 1))
     with tqdm(total=units, unit="epoch", dynamic_ncols=True, disable=not sys.stderr.isatty()) as progress:
         for seed in range(args.seeds):
-            run_seed(seed, images, args, folder, progress)
+            run_seed(seed, images, args, aside, progress)
             if progress.disable:
                 print(f"seed {seed} done", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier call, whose results stay until these are there
+    aside.replace(folder)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     found = result_of(folder, args, f"{images.name}, {args.seeds} seeds, eps {args.eps:g}")
     result = {"machine": about, "settings": settings, **found, "overhead": overhead(images, args)}

@@ -7,6 +7,7 @@ A section lies between <!-- NAME: ... --> and <!-- NAME: end -->. Reports of `ha
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -87,15 +88,17 @@ def written(text: str, sections: Sections, here: Path) -> str:
 
 
 def main() -> int:
-    stale = []
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--check", action="store_true", help="write nothing, and exit 1 where a page differs")
+    check, stale = p.parse_args().check, []
     for page, sections in PAGES.items():
         text = page.read_text()
         new = written(text, sections, page.parent)
         if new != text:
             stale.append(page.name)
-            if "--check" not in sys.argv[1:]:
+            if not check:
                 page.write_text(new)
-    if stale and "--check" in sys.argv[1:]:
+    if stale and check:
         print(f"not what the results say: {', '.join(stale)}; run python benchmarks/update_readme.py", file=sys.stderr)
         return 1
     return 0

@@ -69,14 +69,21 @@ def fake_runs(folder: Path, seeds: int, ham_seconds: float = 5.0, worst: float =
 
 @pytest.mark.parametrize(("ham_seconds", "code"), [(5.0, 0), (6.0, 1)])
 def test_check_follows_the_time_claim(ham_seconds, code, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "bench_pgd_digits"
-    monkeypatch.setattr(bench_pgd, "run_seed", lambda seed, *_: seed or fake_runs(folder, 3, ham_seconds))
+    def trained(seed, images, args, folder, progress):
+        if seed == 0:
+            fake_runs(folder, 3, ham_seconds)
+
+    monkeypatch.setattr(bench_pgd, "run_seed", trained)
     monkeypatch.setattr(bench_pgd, "overhead", lambda *_: {"share": 0.05, "how": "not measured"})
     told = ["--check", "--methods", "pgd_at,ham", "--warmup", "1", "--epochs", "4", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["bench_pgd.py", *told])
     for _ in range(2):  # a second call takes the place of the first
         assert bench_pgd.main() == code
         assert ("the time claim does not hold" in capsys.readouterr().err) == bool(code)
+    monkeypatch.setattr(bench_pgd, "run_seed", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # what a stopped call leaves is what was there
+        bench_pgd.main()
+    assert len(list((tmp_path / "bench_pgd_digits").glob("*-seed?"))) == 6
     result = json.loads((tmp_path / "bench_pgd_digits.json").read_text())
     assert result["table"]["ham"]["phase_ratio"] == pytest.approx([ham_seconds / 10] * 3)
     assert result["table"]["ham"]["whole_ratio"] == pytest.approx([(5 + 3 * ham_seconds) / 35] * 3)
@@ -89,7 +96,7 @@ def test_check_follows_the_time_claim(ham_seconds, code, tmp_path, monkeypatch, 
         (["--methods", "pgd_at,ham,trades"], "--methods: got"),
         (["--warmup", "9", "--epochs", "9"], "--warmup: got 9 with --epochs 9"),
         (["--seeds", "0"], "--seeds: got 0"),
-        (["--dataset", "digits", "--data", "x"], "not allowed with argument"),
+        (["--dataset", "digits", "--data", str(ROOT)], "not allowed with argument"),
     ],
 )
 def test_bad_arguments(args, message):
