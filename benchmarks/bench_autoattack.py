@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("run", type=kinds.there, help="folder of a trained run")
     p.add_argument("--images", type=int, default=64, help="test images, class shares kept (default 64)")
     p.add_argument("--parts", type=int, default=2, help="so many parts take turns (default 2)")
-    p.add_argument("--device", type=kinds.device, default="auto")
+    p.add_argument("--device", type=kinds.device, default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--torchattacks", action="store_true", help="as a competitor too")
     p.add_argument("--out", type=kinds.json_file, help="the JSON file (default: results/bench_autoattack_DEVICE.json)")
     args = p.parse_args(arguments)

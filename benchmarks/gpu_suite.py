@@ -32,6 +32,7 @@ from gpu import stages as gpu_stages
 from gpu.files import collect, fabricate, restore, to_json, write
 from gpu.process import Failed, OutOfTime, Shell, Slot
 from gpu.stages import BENCHMARKS, ROOT, Options, Stage
+from readme import argument_types as kinds
 
 RESERVE = 30.0  # seconds at the end of a slot: a stage that has to stop, the report, the summary
 RESULTS, PAGE = BENCHMARKS / "results" / "gpu", ROOT / "docs" / "gpu-results.md"
@@ -39,12 +40,12 @@ RESULTS, PAGE = BENCHMARKS / "results" / "gpu", ROOT / "docs" / "gpu-results.md"
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, metavar="DIR", help="everything goes here")
+    p.add_argument("--out", type=kinds.folder, metavar="DIR", help="everything goes here")
     p.add_argument("--minutes", type=float, default=9.0, help="of this slot (default 9)")
     p.add_argument("--stage", nargs="+", default=[], metavar="NAME", help="only stages whose names begin so")
     p.add_argument("--retry", action="store_true", help="run stages that failed once more")
     p.add_argument("--again", action="store_true", help="with --stage: tests and benchmarks anew, even if done")
-    p.add_argument("--data", type=Path, metavar="PATH", help="CIFAR-10 as a folder or tar of class folders "
+    p.add_argument("--data", type=kinds.there, metavar="PATH", help="CIFAR-10 as a folder or tar of class folders "
                    "(default: torchvision's, downloaded)")  # fmt: skip
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="(default 0 1)")
     p.add_argument("--arms", nargs="+", choices=gpu_runs.ALL, metavar="ARM", help=f"of {', '.join(gpu_runs.ALL)}; "
@@ -53,8 +54,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--engine", choices=gpu_runs.ENGINES, default="bf16", help="of training (default bf16; both bf16 "
                    "and fp32 with channels_last, compile and cuda_graphs, plain with nothing)")  # fmt: skip
     p.add_argument("--autoattack-images", type=int, default=1000, metavar="N", help="(default 1000; 0: all)")
-    p.add_argument("--collect", type=Path, metavar="DIR2", help="copy results.tar.gz, summary.md and summary.json here")
-    p.add_argument("--restore", type=Path, metavar="FILE", help="begin with the results.tar.gz of another machine")
+    p.add_argument("--collect", type=kinds.folder, metavar="DIR2", help="copy results.tar.gz and the summary here")
+    p.add_argument("--restore", type=kinds.there, metavar="FILE", help="begin with results.tar.gz of another machine")
     p.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU: does every stage work?")
     p.add_argument("--commit", metavar="TEXT", help="of the code, for the summary (default: asks git)")
     p.add_argument("--list", action="store_true", help="print the stages and end")
@@ -75,16 +76,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         p.error("--again: needs --stage")
     if min(args.seeds) < 0:
         p.error(f"--seeds: got {min(args.seeds)}; none may be negative")
-    for name in ("data", "restore"):
-        path = getattr(args, name)
-        if path is not None and not path.exists():
-            p.error(f"--{name}: {path} is not there")
     if args.restore is not None and not (args.restore.is_file() and tarfile.is_tarfile(args.restore)):
         p.error(f"--restore: {args.restore} is not a tar, as --collect writes it")
-    for name in ("out", "collect"):
-        path = getattr(args, name)
-        if path is not None and path.exists() and not path.is_dir():
-            p.error(f"--{name}: {path} is not a folder")
     known = [stage.name for stage in plan_of(Options(args.out, seeds=tuple(args.seeds), arms=args.arms))]
     if unknown := [name for name in args.stage if not any(k.startswith(name) for k in known)]:
         p.error(f"--stage: got {unknown[0]}; there are {', '.join(known)}")
@@ -155,8 +148,7 @@ class Suite:
             missing, enough = list(stage.behind), any
         if not missing:
             return None
-        comes = enough(name in self.left for name in missing)
-        if comes:
+        if enough(name in self.left for name in missing):
             self.left.append(stage.name)
             return f"waits for {missing[0]}"
         self.blocked.add(stage.name)

@@ -16,7 +16,8 @@ HERE = str(ROOT / "benchmarks")
 
 
 def refusal(monkeypatch, capsys, script: str, *arguments: str) -> str:
-    pytest.importorskip("pyautoattack") if script == "bench_autoattack" else None
+    if script == "bench_autoattack":
+        pytest.importorskip("pyautoattack")
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(script).parse()
@@ -57,7 +58,7 @@ def test_what_is_fine_makes_no_folder(monkeypatch, tmp_path):
         ("bench_training", ["--device", "foo"], "--device: got foo; it must be one of torch's devices"),
         ("bench_methods", ["--data", "/no/where"], "--data: /no/where is not there"),
         ("bench_input", ["--workers", "0", "-1"], "--workers: got -1; none may be negative"),
-        ("bench_run", ["--device", "foo"], "--device: got foo; it must be one of torch's devices"),
+        ("bench_run", ["--device", "auto"], "--device: got auto; it must be one of torch's devices"),
         ("simulate_ranks", ["--seed", "-1"], "--seed: got -1; it must be >= 0"),
         ("simulate_ranks", ["--node-gb-s", "0"], "--node-gb-s: got 0.0; it must be > 0"),
     ],

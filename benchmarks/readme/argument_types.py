@@ -6,8 +6,6 @@ import os
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-import torch
-
 
 def folder(text: str) -> Path:
     """One that files can be written to; it need not be there yet."""
@@ -36,9 +34,11 @@ def there(text: str) -> Path:
 
 
 def device(text: str) -> str:
-    """As torch names it, or auto."""
+    """As torch names it."""
+    import torch  # here, since the GPU suite, which has no --device, need not load it
+
     try:
-        torch.device("cpu" if text == "auto" else text)
+        torch.device(text)
     except RuntimeError:
         raise ArgumentTypeError(f"got {text}; it must be one of torch's devices, such as cpu or cuda:0") from None
     return text
