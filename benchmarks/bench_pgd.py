@@ -155,8 +155,8 @@ def main() -> int:
     found = result_of(folder, args, f"{images.name}, {args.seeds} seeds, eps {args.eps:g}")
     result = {"machine": about, "settings": settings, **found, "overhead": overhead(images, args)}
 
-    print(f"\nmean ± standard deviation over {args.seeds} seeds; phase: the epochs after the warm-up; ", end="")
-    print("raw, ema: last weights and their average\n")
+    over = "one seed" if args.seeds == 1 else f"mean ± standard deviation over {args.seeds} seeds"
+    print(f"\n{over}; phase: the epochs after the warm-up; raw, ema: last weights and their average\n")
     print(aligned(cells(result["table"])))
     print()
     for line in verdict_lines(result):

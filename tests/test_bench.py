@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_pgd  # noqa: E402
 from pgd.competitors import TITLES  # noqa: E402
-from pgd.results import predicted_ratio  # noqa: E402
+from pgd.results import cells, predicted_ratio  # noqa: E402
 from readme import measured  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -110,6 +110,15 @@ def test_predicted_ratio_is_the_cost_model():
     assert predicted_ratio(0.0, 10, 3) == pytest.approx(7 / 23)
     assert predicted_ratio(1.0, 10, 3) == pytest.approx(24 / 23)
     assert predicted_ratio(0.33, 10, 3) == pytest.approx(0.548, abs=1e-3)
+
+
+@pytest.mark.parametrize(("seeds", "worst"), [(1, "30.0"), (3, "30.1 ± 0.1")])
+def test_cells_tell_a_spread_of_several_seeds_alone(tmp_path, seeds, worst):
+    args = argparse.Namespace(methods=["pgd_at", "ham"], seeds=seeds, warmup=1, steps=10, screen_steps=3)
+    fake_runs(tmp_path, seeds)
+    rows = cells(bench_pgd.result_of(tmp_path, args, "")["table"])
+    assert ["CW-20 worst class %, ema", "20.0" + " ± 0.0" * (seeds > 1), worst] in rows
+    assert any("±" in cell for row in rows for cell in row) == (seeds > 1)
 
 
 def test_claims_are_those_of_the_report_beside_the_cost_model(tmp_path):

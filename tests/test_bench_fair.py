@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,13 +61,16 @@ def test_longer_candidates_take_the_forwards_of_pgd_at(tmp_path, monkeypatch):
 
     def note(settings, images, held_out):
         trained.append(settings)
-        return {"by_class": [(1, 1)] * 10, "cpu_seconds": 1.0, "hard": 1.0}
+        return {"by_class": [(1, 1)] * 10, "hard": 1.0}
 
     monkeypatch.setattr(bench_fair, "train_and_judge", note)
     name = "PGD-AT, steps 2 1 ½ ε"
     assert bench_fair.main(["--out", str(tmp_path / "a.json"), "--only", name, f"{name}, time 0.95"]) == 0
     assert [s.optim.epochs for s in trained] == [24] * 4 + [58] * 4  # 0.95 * 24 * 23 / 9
     assert {s.method for s in trained} == {candidates.ALL[name]}
+    result = json.loads((tmp_path / "a.json").read_text())
+    costs = [bench_fair.summary(result, one)["forwards"] for one in (name, f"{name}, time 0.95")]
+    assert costs == pytest.approx([9 / 23, 9 * 58 / (23 * 24)])
     assert [s.run.seed for s in trained] == [0, 1, 2, 3] * 2
 
 
@@ -87,10 +91,14 @@ def test_results_are_kept_and_completed(tmp_path, capsys, monkeypatch):
     result = json.loads(out.read_text())
     assert result["candidates"]["PGD-AT, steps 2 1 ½ ε"] == first
     s = bench_fair.summary(result, "PGD-AT")
-    assert s["time"] == 1.0
+    assert s["forwards"] == 1.0
     assert s["worst"] <= s["worst_3"] <= s["average"] <= 100
     assert "PGD-AT, steps 2 1 ½ ε" in capsys.readouterr().out
     assert "in 2 folds, 2 epochs" in bench_fair.readme_section(result)
     assert bench_fair.main(["--epochs", "3", "--folds", "2", "--out", str(out)]) == 2
+    others = replace(few, y_train=few.y_train.roll(1))
+    monkeypatch.setattr(bench_fair, "images_of", lambda _: others)
+    assert bench_fair.main(flags) == 2
+    assert json.loads(out.read_text()) == result
     with pytest.raises(SystemExit):
         bench_fair.parse(["--only", "nonsense"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from dataclasses import replace
 
@@ -28,25 +27,23 @@ def folds_of(images: data.ImageSet, folds: int) -> Tensor:
 
 
 def train_and_judge(settings: TrainSettings, images: data.ImageSet, held_out: Tensor) -> dict:
-    """One training without the images held out: who resists among those, by class; time; share of hard rows."""
+    """One training without the images held out: who resists among those, by class; the share of hard rows."""
     kept = replace(images, x_train=images.x_train[~held_out], y_train=images.y_train[~held_out], x_val=None, y_val=None)
     device = torch.device("cpu")
     model = model_of(settings, len(images.classes), images.channels)
     trainer = trainer_of(settings, model, device)
-    began = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", HamWarning)
         history = trainer.fit(
             loaders_of(settings, kept, device).train, settings.optim.epochs, scheduler=scheduler_of(settings, trainer)
         )
-    seconds = time.process_time() - began
     x, y = images.x_train[held_out].float() / 255, images.y_train[held_out]
     judged = trainer.model if trainer.ema_model is None else trainer.ema_model
     eps, parts = settings.attack.eps, zip(x.split(256), y.split(256), strict=True)
     right = torch.cat([multi_targeted(judged.eval(), *part, eps) for part in parts])
     by_class = [(int((y == c).sum()), int(right[y == c].sum())) for c in range(len(images.classes))]
     n = sum(report.n for report in history)
-    return {"by_class": by_class, "cpu_seconds": seconds, "hard": sum(report.n_hard for report in history) / n}
+    return {"by_class": by_class, "hard": sum(report.n_hard for report in history) / n}
 
 
 def multi_targeted(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:

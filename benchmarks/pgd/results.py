@@ -8,6 +8,7 @@ from typing import Any
 
 from ham_kernels.report import Run
 from ham_kernels.report.comparing.over_seeds import spread
+from ham_kernels.report.text_format import mean_std
 from pgd.competitors import ATTACKS, BASE, FOREIGN, TITLES
 
 WEIGHTS = {"ema": "ema", "raw": "last"}  # in the table: in a run folder
@@ -48,19 +49,19 @@ def table_of(runs: Mapping[str, Sequence[Run]], warmup: int, steps: int, screen_
     return table
 
 
-ROWS = [
-    ("phase_s", "phase time, s", "{:.1f} ± {:.1f}", 1),
-    ("phase_ratio", "phase time / PGD-AT", "{:.2f} ± {:.2f}", 1),
-    ("h", "hard fraction h", "{:.2f} ± {:.2f}", 1),
-    ("predicted_ratio", "predicted from h", "{:.2f} ± {:.2f}", 1),
-    ("measured_over_predicted", "measured / predicted", "{:.2f} ± {:.2f}", 1),
-    ("whole_s", "whole run, s", "{:.1f} ± {:.1f}", 1),
-    ("whole_ratio", "whole run / PGD-AT", "{:.2f} ± {:.2f}", 1),
+ROWS = [  # key, title, scale, digits
+    ("phase_s", "phase time, s", 1, 1),
+    ("phase_ratio", "phase time / PGD-AT", 1, 2),
+    ("h", "hard fraction h", 1, 2),
+    ("predicted_ratio", "predicted from h", 1, 2),
+    ("measured_over_predicted", "measured / predicted", 1, 2),
+    ("whole_s", "whole run, s", 1, 1),
+    ("whole_ratio", "whole run / PGD-AT", 1, 2),
 ]
 for _weights in WEIGHTS:
-    ROWS.append((f"{_weights}_clean", f"clean %, {_weights}", "{:.1f} ± {:.1f}", 100))
+    ROWS.append((f"{_weights}_clean", f"clean %, {_weights}", 100, 1))
     ROWS += [
-        (f"{_weights}_{_attack}_{key}", f"{_title} {label}, {_weights}", "{:.1f} ± {:.1f}", 100)
+        (f"{_weights}_{_attack}_{key}", f"{_title} {label}, {_weights}", 100, 1)
         for _attack, _title in ATTACKS.items()
         for key, label in (("robust", "%"), ("worst", "worst class %"), ("std", "class std, points"))
     ]
@@ -68,14 +69,14 @@ for _weights in WEIGHTS:
 
 def cells(table: Mapping[str, dict]) -> list[list[str]]:
     """Header and rows of the table as text."""
-    out = [["", *(TITLES[name] for name in table)]]
-    for key, label, form, scale in ROWS:
-        row = [label]
-        for columns in table.values():
-            found = spread([v * scale for v in columns[key]])
-            row.append(form.format(found["mean"], found["std"] or 0.0))
-        out.append(row)
-    return out
+    head = ["", *(TITLES[name] for name in table)]
+    rows = [[label, *(_told(columns[key], *how) for columns in table.values())] for key, label, *how in ROWS]
+    return [head, *rows]
+
+
+def _told(values: Sequence[float], scale: float = 1, digits: int = 2) -> str:
+    """Mean and standard deviation over seeds; of one seed its value."""
+    return "".join(mean_std(spread(values), scale, digits))
 
 
 MINING = "mining epochs alone"
@@ -99,10 +100,10 @@ def verdict_lines(result: Mapping[str, Any]) -> list[str]:
     lines = [f"{c['claim']}: {c['measured']}{VERDICTS[c['holds']]}" for c in result["claims"]]
     table, extra = result["table"], result["overhead"]
     if FOREIGN in table:
-        ours = spread([1 / ratio for ratio in table[FOREIGN]["phase_ratio"]])
+        ours = _told([1 / ratio for ratio in table[FOREIGN]["phase_ratio"]])
         lines.append(
-            f"our PGD-AT takes {ours['mean']:.2f} ± {ours['std'] or 0.0:.2f} of the torchattacks loop's time "
-            "(both in this process, where our engine keeps freed memory for everybody)"
+            f"our PGD-AT takes {ours} of the torchattacks loop's time (both in this process, where our engine keeps "
+            "freed memory for everybody)"
         )
     lines.append(f"outside the model's forward and backward: {extra['share']:.1%} of a PGD-AT step ({extra['how']})")
     return lines
