@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import update_readme  # noqa: E402
-from readme import frontier, measured, presets, questions, timed  # noqa: E402
+from readme import frontier, measured, presets, questions, reports, timed  # noqa: E402
 
 
 @pytest.fixture
@@ -158,13 +158,13 @@ def test_a_machine_is_named_once_whatever_cores_a_process_may_take():
 
 def test_a_report_names_runs_that_did_not_finish(results):
     change(results / "sweep_cheaper" / "data.json", lambda data: data["runs"][1].update(state="failed", name="the one"))
-    assert "Did not finish: the one." in measured.cheaper(ROOT)
+    assert "Did not finish: the one." in reports.kept("cheaper")(ROOT)
 
 
 def test_a_report_by_a_weaker_attack_than_all_its_runs_share_is_refused(results):
     change(results / "sweep_cifar_small" / "data.json", lambda data: data["sections"][0].update(attack="pgd20"))
     with pytest.raises(ValueError, match=r"sweep_cifar_small: its figures are by pgd20, but all .* by autoattack"):
-        measured.cifar_small(ROOT)
+        reports.cifar_small(ROOT)
 
 
 def test_the_strongest_attack_is_told_first(results):
@@ -178,7 +178,7 @@ def test_the_frontier_comes_first_where_a_report_has_one(results):
     folder = results / "sweep_cheaper"
     (folder / "frontier.md").write_text("| the frontier |\n")
     (folder / "frontier_time.png").write_bytes(b"")
-    text = measured.report(ROOT, "sweep_cheaper", "")
+    text = reports.report(ROOT, "sweep_cheaper", "")
     table = (folder / "table.md").read_text().strip()
     places = [text.index(part) for part in ("frontier_time.png", "worst_class_time.png", "| the frontier |", table)]
     assert places == sorted(places)

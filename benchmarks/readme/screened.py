@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from readme import measured
+from readme import measured, reports
 from readme.output import markdown
 from readme.questions import difference
 
@@ -29,7 +29,7 @@ def screened_field(here: Path) -> str:
 def _report(here: Path, sweep: str, unscreened: Sequence[str], said: str, said_of_differences: str) -> str:
     head = ["screened against unscreened, points", "average", "worst class", "std over classes", "time", "forwards"]
     rows = [head, *_differences(sweep, unscreened)]
-    return f"{measured.report(here, sweep, said)}\n\n{said_of_differences}\n\n{markdown(rows)}"
+    return f"{reports.report(here, sweep, said)}\n\n{said_of_differences}\n\n{markdown(rows)}"
 
 
 def _differences(sweep: str, unscreened: Sequence[str]) -> Iterator[list[str]]:
