@@ -137,6 +137,7 @@ def test_bad_ham_loss_settings(choices, error, message):
         ({"norm": "linfty"}, ValueError, r"norm: got 'linfty'"),
         ({"random_start": 1}, TypeError, r"random_start: got 1"),
         ({"precision": "fp64"}, ValueError, r"precision: got 'fp64'"),
+        ({"generator": 1}, TypeError, r"generator: got int; it must be a torch.Generator"),
     ],
     ids=lambda v: str(v)[:30],
 )

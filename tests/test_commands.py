@@ -89,6 +89,22 @@ def test_help_of_every_command(command, capsys):
         (["sweep", "baseline", "--method", "fair"], "method: cannot be given to a sweep; the experiment sets it"),
         (["sweep", "grid", "--lam", "7"], "lam: cannot be given to a sweep of grid"),
         (["sweep", "grid", "--steps", "4", "--screen-steps", "3"], "screen-steps: cannot be given"),
+        *[
+            (["train", f"--{name}", ""], f"{name}: got an empty string")
+            for name in ("path", "out", "weights", "from", "resume", "teacher", "generated", "config", "root")
+        ],
+        (["train", "--quiet", "--out="], "out: got an empty string"),
+        (["train", "--resume", "RUN", "--path", ""], "path: got an empty string"),
+        (["evaluate", ""], "run: got an empty string"),
+        (["evaluate", "--quiet", "", "--attacks", "clean"], "run: got an empty string"),
+        (["evaluate", "--model", "small_cnn", "--checkpoint", ""], "checkpoint: got an empty string"),
+        (["evaluate", "RUN", "--transfer_from", ""], "transfer_from: got an empty string"),
+        (["export", ""], "run: got an empty string"),
+        (["report", "--no-pdf", "a", ""], "runs: got an empty string"),
+        (["report", "a", "--out", ""], "out: got an empty string"),
+        (["predict", "", "a.png"], "source: got an empty string"),
+        (["predict", "RUN", ""], "files: got an empty string"),
+        (["sweep", "ham", "--out", ""], "out: got an empty string"),
     ],
 )
 def test_bad_input_is_told_in_one_line_and_leaves_nothing(argv, message, tmp_path, capsys, monkeypatch):
@@ -113,13 +129,40 @@ def test_free_folder_counts_on(tmp_path, monkeypatch):
     assert names == [f"runs/svhn-ham-seed0{end}" for end in ("", "-2", "-3")]
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "status.json", "data.json"])
+@pytest.mark.parametrize("name", ["checkpoints", "status.json", "data.json", "evaluation"])
 def test_a_run_does_not_begin_where_parts_of_one_lie(name, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).mkdir()
     with pytest.raises(FileExistsError, match=f"out: .* holds {name}"):
         train_command.train(flags.parse_train(list(TINY)).settings, tmp_path / "run", quiet=True)
     assert [p.name for p in (tmp_path / "run").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "other/config.toml"])
+def test_a_run_does_not_begin_in_a_folder_of_runs(name, tmp_path, capsys):
+    (tmp_path / "runs" / name).parent.mkdir(parents=True)
+    (tmp_path / "runs" / name).touch()
+    assert cli.main(["train", *TINY, "--out", str(tmp_path / "runs")]) == 2
+    told = capsys.readouterr().err
+    assert told == f"ham train: out: {tmp_path}/runs holds other runs; give {tmp_path}/runs/NAME\n"
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == [name.split("/")[0]]
+
+
+def test_an_empty_string_is_no_folder_in_python():
+    told = flags.parse_train(list(TINY)).settings
+    with pytest.raises(ValueError, match=r"^out: got an empty string"):
+        train_command.train(told, "", quiet=True)
+    with pytest.raises(ValueError, match=r"^run: got an empty string"):
+        train_command.resume("")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("text", ["1.5", "[]", "null", "{}", '{"state": "finished"}'])
+def test_a_status_that_tells_nothing_is_named_as_damaged(text, tmp_path):
+    run = RunFolder.create(tmp_path / "run", preset("digits"))
+    (run.path / "status.json").write_text(text)
+    with pytest.warns(UserWarning, match=r"status\.json is damaged \(it h"):
+        assert run.status()["state"] == "new"
 
 
 # ---------------------------------------------------------------- train

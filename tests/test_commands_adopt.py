@@ -132,6 +132,37 @@ def test_a_model_that_returns_no_logits_leaves_no_folder(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+class InPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, x):
+        return self.net(torch.relu_(x))
+
+
+def test_a_model_that_writes_into_its_images_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"model: .* writes into its images; it must leave them"):
+        ham.adopt(InPlace(), tmp_path / "out", attacks=("clean",))
+    assert not (tmp_path / "out").exists()
+
+
+class Extra(Net):
+    """Has a state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"n": 0}
+
+    def set_extra_state(self, state):
+        assert state == {"n": 0}
+
+
+def test_a_state_that_is_no_tensor(tmp_path, seed):
+    how, model = {"attacks": ("clean",), "images": 40, "masking": False}, Extra()
+    out = ham.adopt(model, tmp_path / "out", **how)
+    assert ham.adopt(model, out, **how) == out
+
+
 def test_a_model_as_an_object(tmp_path, seed):
     net, how = Net().train(), {"images": 60, "masking": False}
     net.f.eval()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -13,10 +15,11 @@ from runs_helper import TINY
 
 import ham_kernels as ham
 from ham_kernels import models
-from ham_kernels.commands import cli, flags
+from ham_kernels.commands import cli, export, flags
 from ham_kernels.commands import train as train_command
 from ham_kernels.commands.export import _apart
 from ham_kernels.commands.model_card import model_card, robustbench_entry
+from ham_kernels.common import files
 from ham_kernels.models.weights import lay, read_weights
 from ham_kernels.runs.folder import RunFolder
 
@@ -118,11 +121,42 @@ def test_first_weights_and_generated_images_are_told(run, tmp_path):
     card = (tmp_path / "out/MODEL_CARD.md").read_text()
     assert "It began with the weights of another training: PGD-AT, " in card
     assert str(tmp_path) not in card
+    (tuned / "begun_with.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"run: .*begun_with.json is damaged \(it tells no 'weights'\)"):
+        export.about_of(RunFolder.open(tuned), "last", RunFolder.open(tuned).load_weights("last"))
     about = json.loads((tmp_path / "out/about.json").read_text())
     assert robustbench_entry(about, {})["additional_data"] == ""
     assert robustbench_entry(about | {"begun_with": None}, {})["additional_data"] is False
+    assert robustbench_entry(about | {"begun_with": None, "teacher": "t"}, {})["additional_data"] == ""
     assert robustbench_entry(about | {"generated": True}, {})["additional_data"] is True
     assert robustbench_entry(about | {"begun_with": None, "method": None}, {})["additional_data"] == ""
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (("--method", "pgd_at"), "Attack: eps 0.2, step 0.05, K 10, linf."),
+        (("--method", "natural"), "Attack: none."),
+        (("--method", "n_fgsm"), "Attack: eps 0.2, one step, linf."),
+        (("--method", "free_at"), "Attack: eps 0.2, by the gradients of the updates, linf."),
+        (("--method", "fair", "--fast"), "Attack: eps 0.25 (1.25 of 0.2), steps of 2 1 0.5 eps, K 3, linf."),
+        (("--method", "ham", "--warm-up", "n_fgsm", "--start-epoch", "5"), "Epochs before 5: N-FGSM."),
+        (
+            ("--method", "ham", "--natural-epochs", "2", "--start-epoch", "5"),
+            "Epochs before 5: the first 2 by clean images, then PGD-AT.",
+        ),
+        (("--method", "pgd_at", "--balance", "sampler"), "augmentation none, balanced sampler."),
+        (("--method", "pgd_at", "--grad-clip", "0.5"), "weight decay 0.0002, gradients clipped at 0.5, augm"),
+        (("--method", "rslad", "--teacher", "/of/this machine"), "It learned from a teacher (this machine)."),
+        (("--method", "offsets", "--weights", "x.pt"), "steps of the method's own in place of an optimiser's, augm"),
+    ],
+)
+def test_the_card_tells_what_was_trained_with(told, said, run, monkeypatch):
+    settings = flags.parse_train(["--dataset", "digits", *told]).settings
+    monkeypatch.setattr(RunFolder, "settings", lambda _: settings)
+    folder = RunFolder.open(run)
+    about = export.about_of(folder, "last", folder.load_weights("last"))
+    assert said in model_card(about, {}, folder)
 
 
 def test_tied_weights_are_written_apart(tmp_path):
@@ -180,12 +214,16 @@ def test_names_of_the_field(tmp_path, seed):
         "--start-epoch",
     ]
     settings = flags.parse_train(
-        [*command, "1", "--train-images", "20", "--val-images", "0", "--test-images", "20"]
+        [*command, "1", "--train-images", "20", "--val-images", "0", "--test-images", "20", "--normalize", "0.3", "0.4"]
     ).settings
     train_command.train(settings, tmp_path / "run", quiet=True)
-    cli.main(
-        ["export", str(tmp_path / "run"), "--names", "field", "--formats", "state_dict", "--out", str(tmp_path / "e")]
-    )
+    names = ["--names", "field", "--formats", "state_dict", "card"]
+    cli.main(["export", str(tmp_path / "run"), *names, "--out", str(tmp_path / "e")])
+    about = json.loads((tmp_path / "e/about.json").read_text())
+    assert (about["mean"], about["std"]) == ([0.3], [0.4])
+    left_out = "left out of model.pt: give images normalised by mean and std"
+    assert about["normalisation"] == left_out
+    assert f"Normalisation (mean 0.3, std 0.4) is {left_out}." in (tmp_path / "e/MODEL_CARD.md").read_text()
     state = torch.load(tmp_path / "e/model.pt")
     assert {
         "conv1.weight",
@@ -206,6 +244,41 @@ def test_an_export_that_fails_leaves_nothing(run, tmp_path, monkeypatch, capsys)
     assert cli.main(["export", str(run), "--out", str(tmp_path / "e")]) == 2
     assert "formats: torch.export cannot take small_cnn (no program); leave pt2 out" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("format", "name"), list({**export._BARE, "pt2": "model.pt2"}.items()))
+def test_a_full_disk_is_told_with_the_file(format, name, run, tmp_path, monkeypatch, capsys):
+    if format == "safetensors":
+        pytest.importorskip("safetensors")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    assert cli.main(["export", str(run), "--formats", format, "--out", str(tmp_path / "e")]) != 0
+    said = capsys.readouterr().err
+    assert "No space left on device, writing" in said
+    assert f"/{name}'" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        torch.compile,
+        torch.nn.DataParallel,
+        lambda model: torch.nn.Sequential(torch.nn.Identity(), torch.nn.DataParallel(torch.compile(model))),
+        lambda model: model.compile() or model,
+    ],
+    ids=["compiled", "parallel", "inside", "compiled in place"],
+)
+def test_a_wrapped_model_is_exported_without_its_wrapper(wrapped, run, tmp_path, monkeypatch, seed):
+    bare = export.trained_model
+    monkeypatch.setattr(export, "trained_model", lambda *how: wrapped(bare(*how)).eval())
+    assert cli.main(["export", str(run), "--formats", "pt2", "--out", str(tmp_path / "e")]) == 0
+    x = torch.rand(3, 1, 8, 8)
+    found = torch.export.load(tmp_path / "e/model.pt2").module()(x)
+    torch.testing.assert_close(found, ham.load_model(run, "ema")(x))
 
 
 def test_what_is_wrong_is_told(run, exported, tmp_path, capsys):

@@ -166,6 +166,16 @@ def test_what_would_fail_in_every_run_is_told_once(more, message, tmp_path, caps
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.parametrize("name", ["config.toml", "status.json", "evaluation/last.json"])
+def test_a_sweep_does_not_begin_in_a_run(name, tmp_path, capsys):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert cli.main(["sweep", "ham", *TINY, "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith(f"ham sweep: out: {tmp_path}/run holds ")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [name.split("/")[0]]
+
+
 def test_autoattack_needs_its_library_before_the_training(tmp_path, capsys, monkeypatch):
     from ham_kernels.evaluation import autoattack
 

@@ -25,7 +25,7 @@ import ham_kernels as ham
 import ham_reference as reference
 from ham_kernels.attack.replay import Bucket
 from ham_kernels.engine import PLAIN, Engine, EngineOptions, EngineWarning
-from ham_kernels.engine.graphs import BUCKETS, bucket_of
+from ham_kernels.engine.graphs import BUCKETS, Graphs, bucket_of
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +168,14 @@ def test_buckets_hold_every_number_of_rows(full):
     assert buckets == sorted(buckets)
     assert len(set(buckets)) <= len(BUCKETS)
     assert all(bucket - rows <= full / 8 + 1 for rows, bucket in enumerate(buckets, 1))  # what padding costs at most
+
+
+def test_a_bucket_is_a_share_of_batches_of_its_size():
+    graphs = Graphs(CPU, lambda *_: [])
+    assert graphs.rows_for(38, 128) == bucket_of(38, 128)
+    assert graphs.rows_for(154, 512) == bucket_of(154, 512)
+    assert graphs.rows_for(38, 128) == bucket_of(38, 128)  # whatever larger batches there were
+    assert graphs.rows_for(100, 336) == bucket_of(100, 512)  # the last of an epoch
 
 
 def test_unused_rows_do_not_matter(batches):

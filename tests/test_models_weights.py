@@ -13,6 +13,8 @@ from their_nets import TheirPreActResNet18, TheirWideResNet, at_random
 from torch import nn
 
 from ham_kernels import models
+from ham_kernels.common import checks
+from ham_kernels.common.troubles import HamWarning
 from ham_kernels.models.keys import to_theirs
 from ham_kernels.models.weights import brought, lay, read_weights
 
@@ -140,6 +142,49 @@ def test_what_does_not_fit_is_named(seed):
     state["1.weight"][0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"F: 1.weight holds NaN or infinite values"):
         lay(models.SmallCNN(1, 4), state, source="F")
+    whole = {k: v.to(torch.int8) if k == "1.weight" else v for k, v in models.SmallCNN(1, 4).state_dict().items()}
+    with pytest.raises(ValueError, match=r"F: 1.weight holds torch.int8, the model torch.float32; quantised"):
+        lay(models.SmallCNN(1, 4), whole, source="F")
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+
+
+def test_tied_weights_have_one_name_in_a_file(seed):
+    theirs, ours = Tied(), Tied()
+    lay(ours, {k: v for k, v in theirs.state_dict().items() if k != "b.weight"}, source="F")
+    assert torch.equal(ours.b.weight, theirs.a.weight)
+    assert torch.equal(ours.b.bias, theirs.b.bias)
+    with pytest.raises(ValueError, match=r"F: .* missing b.bias"):
+        lay(ours, {k: v for k, v in theirs.state_dict().items() if k != "b.bias"}, source="F")
+
+
+class Extra(nn.Sequential):
+    """Has a state that is no tensor."""
+
+    extra = None
+
+    def get_extra_state(self):
+        return {"n": self.extra}
+
+    def set_extra_state(self, state):
+        self.extra = state["n"]
+
+
+def test_a_state_that_is_no_tensor_goes_along(tmp_path, seed):
+    theirs, ours = Extra(nn.Linear(4, 4)), Extra(nn.Linear(4, 4))
+    theirs.extra = 3
+    torch.save(theirs.state_dict(), tmp_path / "a.pt")
+    lay(ours, read_weights(tmp_path / "a.pt").state, source="F")
+    assert ours.extra == 3
+    assert torch.equal(ours[0].weight, theirs[0].weight)
+    checks.state_fits("ours", ours, theirs.state_dict())
+    with pytest.raises(ValueError, match=r"1 entries differ, the first is _extra_state: missing"):
+        checks.state_fits("ours", ours, nn.Sequential(nn.Linear(4, 4)).state_dict())
 
 
 # ---------------------------------------------------------------- files
@@ -178,6 +223,12 @@ def test_an_entry_by_its_name(tmp_path):
         read_weights(tmp_path / "a.pt", "ema")
     with pytest.raises(ValueError, match=r"checkpoint_key: 'epoch' of .*a.pt is no state_dict"):
         read_weights(tmp_path / "a.pt", "epoch")
+
+
+def test_the_usual_one_of_several_entries_is_named(tmp_path):
+    torch.save({"model": {"w": torch.zeros(1)}, "ema": {"w": torch.ones(1)}}, tmp_path / "a.pt")
+    with pytest.warns(HamWarning, match=r"a.pt holds model, ema; model is taken"):
+        assert read_weights(tmp_path / "a.pt").state["w"] == 0
 
 
 def test_no_code_of_a_file_runs(tmp_path):

@@ -204,6 +204,14 @@ def test_a_loss_scale_reaches_small_fp16_gradients(device):
     torch.testing.assert_close(z.grad[:, 1].float(), expected, rtol=2e-3, atol=0)
 
 
+def test_a_gradient_of_its_gradient_is_refused(device):
+    """It would lack the part that goes through the saved gradient, without a word."""
+    z = torch.randn(4, 3, device=device, requires_grad=True)
+    y = torch.tensor([0, 1, 2, 0], device=device)
+    with pytest.raises(RuntimeError, match=r"weighted_cross_entropy: is differentiable once"):
+        torch.autograd.grad(ops.weighted_cross_entropy(z, y), z, create_graph=True)
+
+
 @pytest.mark.parametrize("weights", [None, torch.rand(0)], ids=["no weights", "weights"])
 def test_no_rows_no_loss(weights, device):
     layer = torch.nn.Linear(4, 10, device=device)

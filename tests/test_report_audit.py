@@ -40,6 +40,8 @@ def held(runs, out, *required, **options):
         ("worst_class >= 10.5 %", 10.0, False),
         ("accuracy>=45", 45.0, True),
         ("worst3>=30", 30.0, True),
+        ("worst_class>=0.5 %", 10.0, True),
+        ("worst_class>=0", 10.0, True),
         ("range<=79", 80.0, False),
         ("gini<=0.37", 0.361, True),
         ("nstd<=0.6", 0.657, False),
@@ -103,11 +105,11 @@ def test_a_class_of_one_data_set_is_asked_of_that(tmp_path):
 
 
 def test_what_was_not_measured_fails(tmp_path):
-    (entry,) = held([one(tmp_path)], tmp_path / "out", "autoattack.accuracy>=1")
+    (entry,) = held([one(tmp_path)], tmp_path / "out", "autoattack.accuracy>=2")
     assert not entry["passes"]
     assert entry["measured"] == "not judged by AutoAttack"
     begun = one(tmp_path, "begun", state="stopped")
-    (entry,) = held([begun], tmp_path / "begun-out", "accuracy>=1")
+    (entry,) = held([begun], tmp_path / "begun-out", "accuracy>=2")
     assert not entry["passes"]
 
 
@@ -118,6 +120,9 @@ def test_what_was_not_measured_fails(tmp_path):
         ("worst_class>=twenty", "a number"),
         ("gini<=20%", "gini is a ratio, not in percent"),
         ("gini<=20", "gini is from 0 to 1"),
+        ("clean.accuracy>=0.5", "accuracy is in percent; did you mean 50?"),
+        ("worst_class>=1", "worst_class is in percent; did you mean 100?"),
+        ("class cat>=.25", "class cat is in percent; did you mean 25?"),
         ("accuracy>=101", "accuracy is from 0 to 100"),
         ("median>=20", "'median>=20' has no measure that is known"),
         ("class horse>=20", "names no class of these: airplane, bird, cat, dog"),

@@ -173,6 +173,43 @@ def test_a_failure_is_noted_and_can_be_resumed(reference, tmp_path, monkeypatch,
     assert_same_weights(tmp_path / "run", reference)
 
 
+@pytest.mark.parametrize("when", ["_batch_end", "_keep_best", "within a write"])
+@pytest.mark.parametrize("how", ["moved", "removed"])
+def test_a_run_that_is_moved_or_removed_leaves_no_half_run(how, when, reference, tmp_path, monkeypatch, one_thread):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    owner, name = (checkpoints, "save") if when == "within a write" else (train_command._Job, when)
+    original = getattr(owner, name)
+
+    def vanishing(*told):
+        if (run / "checkpoints").exists():
+            run.rename(moved) if how == "moved" else shutil.rmtree(run)
+        return original(*told)
+
+    monkeypatch.setattr(owner, name, vanishing)
+    with pytest.raises(FileNotFoundError, match=r"^out: .*run has been moved or removed while it was trained"):
+        train_command.train(settings(), run, quiet=True)
+    assert not run.exists()
+    if how == "moved":
+        monkeypatch.undo()
+        train_command.resume(moved, quiet=True)
+        assert_same_weights(moved, reference)
+
+
+def test_what_others_wrote_where_a_run_was_stays(tmp_path, monkeypatch):
+    run = RunFolder.create(tmp_path / "run", settings())
+    original = files.write_atomically
+
+    def meanwhile(path, *parts):
+        (run.path / "config.toml").unlink()
+        (run.path / "notes.txt").write_text("of another")
+        original(path, *parts)
+
+    monkeypatch.setattr("ham_kernels.runs.folder.write_atomically", meanwhile)
+    with pytest.raises(FileNotFoundError, match=r"^out: .* has been moved or removed"):
+        run.write_json("evaluation/last.json", {})
+    assert os.listdir(run.path) == ["notes.txt"]
+
+
 # ---------------------------------------------------------------- processes and signals
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_ends_with_a_checkpoint(number, code, reference, tmp_path):
@@ -363,6 +400,16 @@ def test_changed_settings_need_a_new_run(stopped, tmp_path):
     config.write_text(text.replace("milestones = [\n    4,\n]", "milestones = [2, 4]"))
     with pytest.raises(ValueError, match="lr_decay: got 1 factors for 2 milestones"):
         train_command.resume(tmp_path / "run", quiet=True)
+
+
+def test_epochs_are_no_fewer_than_begun(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    config = tmp_path / "run/config.toml"
+    config.write_text(config.read_text().replace("epochs = 4", "epochs = 3"))
+    before = (tmp_path / "run/status.json").read_text()
+    with pytest.raises(ValueError, match=r"optim\.epochs: config\.toml says 3, but the checkpoint is of epoch 4"):
+        train_command.resume(tmp_path / "run", quiet=True)
+    assert (tmp_path / "run/status.json").read_text() == before
 
 
 def test_a_checkpoint_may_be_older_than_a_setting(stopped, tmp_path, one_thread):

@@ -282,6 +282,8 @@ def test_toml_gives_back_what_was_written(dataset, tmp_path):
         ("data = 3", "data: got 3; it is a section"),
         ("[attack]\nnorm = 'l1'", "attack.norm: got 'l1'; allowed are 'linf', 'l2'"),
         ("[optim]\nmilestones = 3", "optim.milestones: got 3; it must be a list"),
+        ("[data]\npath = ''", "data.path: got an empty string"),
+        ("[run]\nweights = ''", "run.weights: got an empty string"),
         ("[optim", "config: "),
     ],
 )
@@ -399,6 +401,8 @@ def test_unsound_settings(changes, message):
         ("optim", {"epochs": "3"}, r"optim.epochs: got '3' \(str\); it must be int"),
         ("attack", {"eps": "0.1"}, "attack.eps: got '0.1'"),
         ("data", {"workers": True}, "data.workers: got True"),
+        ("data", {"generated": ""}, "data.generated: got an empty string"),
+        ("run", {"teacher": ""}, "run.teacher: got an empty string"),
     ],
 )
 def test_settings_of_python_are_checked_as_those_of_a_file(section, change, message):

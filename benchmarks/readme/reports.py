@@ -68,9 +68,9 @@ HOW = {  # the runs of each were made; {small_cifar} stands for those flags, {se
     ),
     "field_cifar10": (
         "`ham train --method trades --seed 9 --out runs/teacher` with the flags below, without those of judging; `ham "
-        "sweep methods --only pgd_at free_at atta n_fgsm fgsm_rs fair_tat mart cfol frl mail fat bat fsr rslad --seeds "
-        "{seeds} --teacher runs/teacher {small_cifar}`; {machines}. CPU times are of one thread; the other core had "
-        "other work."
+        "sweep methods --only pgd_at free_at atta n_fgsm fgsm_rs fair_tat mart cfol frl mail fat bat fsr rslad "
+        "fair_ard absld --seeds {seeds} --teacher runs/teacher {small_cifar}`; {machines}. CPU times are of one "
+        "thread; the other core had other work."
     ),
     "numerics": (
         "`ham sweep baseline --seeds {seeds} --attacks clean pgd20 cw20 --out runs/numerics/fp32` on the digits, `ham "

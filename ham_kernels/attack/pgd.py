@@ -143,5 +143,7 @@ def pgd_attack(
 
 def draw_seed(generator: torch.Generator | None) -> int:
     """A 62-bit seed from a generator (one on a GPU costs a sync; torch's default generator is on the CPU)."""
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise TypeError(f"generator: got {type(generator).__name__}; it must be a torch.Generator")
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(0, 2**62, (1,), generator=generator, device=device))

@@ -138,7 +138,10 @@ def _made(wanted: Adoption, settings: TrainSettings, facts: dict) -> tuple[Train
 
 def _folder(out: Path, settings: TrainSettings, model: nn.Module, named: bool) -> RunFolder:
     """A new folder with the model's weights, or the one that holds the same, wherever its images lie by now."""
-    state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    state = {
+        name: value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
+        for name, value in model.state_dict().items()
+    }  # get_extra_state may give anything
     run = RunFolder(out)
     if (out / "config.toml").exists():
         if run.status()["state"] not in (ADOPTED, "new"):
@@ -157,9 +160,14 @@ def _folder(out: Path, settings: TrainSettings, model: nn.Module, named: bool) -
     if not run.checkpoints.newest_first():
         run.checkpoints.save({"trainer": {"model": state, "ema": None, "epoch": 0}}, 0)
     held = run.load_weights("last")["model"]
-    if held.keys() != state.keys() or any(not torch.equal(held[k], v) for k, v in state.items()):
+    if held.keys() != state.keys() or any(not _equal(held[k], v) for k, v in state.items()):
         raise ValueError(f"out: {out} holds other weights; give another folder")
     return run
+
+
+def _equal(a: Any, b: Any) -> bool:
+    both = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    return torch.equal(a, b) if both else bool(a == b)
 
 
 def _file_facts(checkpoint: Path | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 import warnings
@@ -12,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 
 from ..common import provenance
 from ..common.files import write_atomically
+from ..distributed import inner_model
 from ..models.keys import to_theirs
+from ..models.weights import brought
 from ..runs.folder import RunFolder, dumps, read_json
 from ..runs.settings import TrainSettings
 from . import run_images
@@ -27,6 +31,7 @@ from .options import Export
 ABOUT = "about.json"
 PROGRAM = "model.pt2"
 _NEEDS = {"safetensors": "safetensors", "onnx": "onnxscript"}  # packages that write a format
+_BARE = {"state_dict": "model.pt", "safetensors": "model.safetensors"}  # the field's names are of no normalisation
 
 
 def export(wanted: Export) -> Path:
@@ -47,6 +52,9 @@ def export(wanted: Export) -> Path:
     model = trained_model(told, facts, state["model"], torch.device("cpu"))
     judged = _judged(run, kind, state["sha256"])
     about = about_of(run, kind, state) | {"judged": sorted(judged.get("attacks", {}))}
+    bare = [_BARE[name] for name in wanted.formats if name in _BARE] if wanted.names == "field" else []
+    if bare and about["mean"] is not None:
+        about["normalisation"] = f"left out of {' and '.join(bare)}: give images normalised by mean and std"
     files = {ABOUT: dumps(about, indent=1).encode() + b"\n"}
     files |= {name: text.encode() for name, text in _texts(wanted, about, judged, run).items()}
     weights = _apart({k: v.contiguous() for k, v in model.state_dict().items()})
@@ -65,15 +73,27 @@ def export(wanted: Export) -> Path:
 
 def _write(formats: Sequence[str], model: nn.Module, weights: dict[str, Tensor], about: dict, folder: Path) -> None:
     if "state_dict" in formats:
-        torch.save(weights, folder / "model.pt")
+        held = io.BytesIO()  # torch's own writer ends the process where the disk is full
+        torch.save(weights, held)
+        write_atomically(folder / "model.pt", held.getbuffer())
     if "safetensors" in formats:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        save_file(weights, folder / "model.safetensors", {"about": json.dumps(about)})
+        write_atomically(folder / "model.safetensors", save(weights, {"about": json.dumps(about)}))
     if "pt2" in formats:
-        _save_program(model, about, folder / PROGRAM)
+        _save_program(_unwrapped(model), about, folder / PROGRAM)
     if "onnx" in formats:
-        _save_onnx(model, about, folder / "model.onnx")
+        _save_onnx(_unwrapped(model), about, folder / "model.onnx")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Without the wrappers of torch.compile and of several devices, also of modules inside: a program has none."""
+    model = inner_model(model)
+    if isinstance(model, (nn.DataParallel, OptimizedModule)):
+        return _unwrapped(next(model.children()))
+    for name, child in model.named_children():
+        setattr(model, name, _unwrapped(child))
+    return model
 
 
 def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -101,7 +121,10 @@ def about_of(run: RunFolder, kind: str, state: dict[str, Any]) -> dict[str, Any]
     """What whoever loads the weights must know, without a path of this machine."""
     told, facts = run.settings(), run.data_facts()
     channels, height, width = facts.get("shape") or list(_first_shape(told, run))
-    m, origin = told.model, run.path / "origin.json"
+    m, held = told.model, brought(state["model"])
+    origin, teacher = run.path / "origin.json", told.run.teacher
+    if teacher is not None:
+        teacher = Path(run.places().get("teacher", {}).get("absolute", teacher)).name
     return {
         "format": 1,
         "classes": facts["classes"],
@@ -110,13 +133,16 @@ def about_of(run: RunFolder, kind: str, state: dict[str, Any]) -> dict[str, Any]
             "resize": "centre crop" if facts.get("files_sha256") else "whole image",
         },
         "normalisation": "inside the model",
+        "mean": m.mean or held.mean,
+        "std": m.std or held.std,
         "model": m.name,
         "threat_model": {"norm": told.attack.norm, "eps": told.attack.eps},
         "dataset": told.data.source,
         "method": None if run.adopted else told.method.describe(told.warm_up.name),
         "label": told.run.label,
-        "origin": json.loads(origin.read_text())["class"] if origin.exists() else None,
+        "origin": _told(origin, "class")["class"] if origin.exists() else None,
         "begun_with": _begun_with(run),
+        "teacher": teacher,
         "generated": facts.get("generated") is not None,
         "weights": {"kind": kind, "epoch": state["epoch"] or None, "checkpoint_sha256": state["sha256"]},
         "versions": provenance.versions(),
@@ -128,8 +154,16 @@ def _begun_with(run: RunFolder) -> dict[str, Any] | None:
     path = run.path / "begun_with.json"
     if not path.exists():
         return None
-    found = json.loads(path.read_text())
+    found = _told(path, "weights")
     return {"weights": Path(found["weights"]).name, "run": found.get("run"), "epochs": found.get("epochs")}
+
+
+def _told(path: Path, key: str) -> dict[str, Any]:
+    """What a note of the run holds. Raises: ValueError naming a file that does not tell `key` in words."""
+    found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get(key), str):
+        raise ValueError(f"run: {path} is damaged (it tells no {key!r})")
+    return found
 
 
 def _first_shape(told: TrainSettings, run: RunFolder) -> tuple[int, ...]:
@@ -163,7 +197,9 @@ def _save_program(model: nn.Module, about: dict, path: Path) -> None:
     except Exception as error:  # whatever a model of the user's meets in there
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"formats: torch.export cannot take {about['model']} ({why}); leave pt2 out") from error
-    torch.export.save(program, path, extra_files={ABOUT: json.dumps(about)})
+    held = io.BytesIO()
+    torch.export.save(program, held, extra_files={ABOUT: json.dumps(about)})
+    write_atomically(path, held.getbuffer())
 
 
 def _save_onnx(model: nn.Module, about: dict, path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass, replace
 from itertools import takewhile
 from typing import TypeVar
 
@@ -20,7 +21,7 @@ T = TypeVar("T")
 
 
 def parse_train(argv: list[str]) -> Train | Resume:
-    argv = hyphened(argv)
+    argv = hyphened(_filled(Train, argv))
     if (run := seen(argv, "--resume")) is not None:
         if (epochs := seen(argv, "--epochs")) is not None:
             raise ValueError(f"epochs: a run keeps its own; `ham train --from {run} --epochs {epochs}` trains on")
@@ -59,7 +60,7 @@ def _train(argv: list[str], stretch: float | None = None) -> Train:
 
 def parse_evaluate(argv: list[str]) -> Evaluate | Adoption:
     """A run to judge, or with --model a model that was trained elsewhere, under its data set's budget unless told."""
-    argv = hyphened(argv)
+    argv = hyphened(_filled(Evaluate, argv))
     if not any(word == "--model" or word.startswith("--model=") for word in argv):
         wanted = _cli(Evaluate, argv, "ham evaluate", Evaluate(tyro.MISSING, settings=EvaluateSettings(masking=True)))
         return replace(wanted, settings=replace(wanted.settings, masking=_switched(argv, "masking")))
@@ -80,19 +81,19 @@ def _switched(argv: list[str], name: str) -> bool | None:
 
 
 def parse_report(argv: list[str]) -> Report:
-    return _cli(Report, argv, "ham report")
+    return _cli(Report, _filled(Report, argv), "ham report")
 
 
 def parse_export(argv: list[str]) -> Export:
-    return _cli(Export, argv, "ham export")
+    return _cli(Export, _filled(Export, argv), "ham export")
 
 
 def parse_predict(argv: list[str]) -> Predict:
-    return _cli(Predict, argv, "ham predict")
+    return _cli(Predict, _filled(Predict, argv), "ham predict")
 
 
 def parse_sweep(argv: list[str]) -> Sweep:
-    argv = hyphened(argv)
+    argv = hyphened(_filled(Sweep, argv))
     own = {"--seed": "give --seeds", "--method": "the experiment sets it", "--label": "the experiment sets it"}
     _refuse(argv, own, "a sweep")
     wanted = _cli(Sweep, argv, "ham sweep", Sweep(tyro.MISSING, settings=base_of(argv)))
@@ -102,6 +103,34 @@ def parse_sweep(argv: list[str]) -> Sweep:
         of_grid = {"--screen-steps": "the grid sets it", "--lam": "the grid sets it"}
         _refuse(argv, of_grid, f"a sweep of {wanted.experiment}")
     return wanted
+
+
+def _filled(kind: type, argv: list[str]) -> list[str]:
+    """The command line. Raises: ValueError naming the flag, or else the argument, that is an empty string."""
+    switches = set(_switches(kind))
+    positional = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    flag, bare = "", 0
+    for word in argv:
+        if word.startswith("--"):
+            name, is_, value = word[2:].partition("=")
+            if is_ and not value:
+                raise ValueError(f"{name}: {field_types.EMPTY}")
+            flag = "" if name.replace("-", "_").removeprefix("no_") in switches else name
+        elif word:
+            bare += not flag
+        else:
+            name = flag or (positional[min(bare, len(positional) - 1)] if positional else "argument")
+            raise ValueError(f"{name}: {field_types.EMPTY}")
+    return argv
+
+
+def _switches(kind: type) -> Iterator[str]:
+    """The fields that are flags without a value."""
+    for name, hint in field_types.hints(kind).items():
+        if is_dataclass(hint):
+            yield from _switches(hint)
+        elif hint in (bool, bool | None):
+            yield name
 
 
 def _refuse(argv: list[str], flags: dict[str, str], of: str) -> None:

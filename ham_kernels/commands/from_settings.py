@@ -62,14 +62,18 @@ def check_takes(model: nn.Module, name: str, loader, classes: int, argument: str
     """The logits of a loader's first two images. Raises: TypeError, ValueError where a model cannot take such images,
     returns no logits, or knows other classes."""
     x, _ = next(iter(loader))
+    x = x[:2].clone()
+    before = x._version
     try:
         with modes_kept(model), torch.no_grad():
-            logits = model.eval()(x[:2])
+            logits = model.eval()(x)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ValueError(f"{argument}: {name} cannot take images of shape {tuple(x.shape[1:])}: {error}") from error
+    if x._version != before:
+        raise ValueError(f"{argument}: {name} writes into its images; it must leave them (clone them first)")
     if not isinstance(logits, torch.Tensor):
-        checks.model_output(logits, len(x[:2]))
-    if tuple(logits.shape) != (len(x[:2]), classes):
+        checks.model_output(logits, len(x))
+    if tuple(logits.shape) != (len(x), classes):
         shape = tuple(logits.shape)
         raise ValueError(
             f"{argument}: {name} gives {shape} for 2 images of {classes} classes; it must be (2, {classes})"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+from ..attack.pgd import PGD
+from ..common.field_types import shown, words
+from ..methods.registry import warm_up_of
 from ..report.text_format import attack_title, markdown
 from ..runs.folder import RunFolder
+from ..runs.settings import DataSettings, TrainSettings
 from .evaluation_text import interval, limits, percent
+from .train import attack_in_words
 
 _NORMS = {
     "linf": "each pixel value by at most {eps:g} (L∞)",
@@ -24,7 +30,7 @@ def model_card(about: dict[str, Any], judged: dict[str, Any], run: RunFolder) ->
         f"# {about['label'] or about['dataset'] + ', ' + (about['method'] or about['model'])}",
         "",
         f"{about['model']}: images {size['channels']} × {size['height']} × {size['width']} with values in [0, 1] -> "
-        f"logits of {len(about['classes'])} classes. Normalisation is inside the model.",
+        f"logits of {len(about['classes'])} classes. {_normalisation(about)}",
         "",
         "## Data",
         "",
@@ -60,14 +66,46 @@ def _settings(about: dict[str, Any], run: RunFolder) -> list[str]:
     if about["method"] is None:
         return []
     s = run.settings()
-    o, a = s.optim, s.attack
+    o, d = s.optim, s.data
+    by = (
+        f"learning rate {o.lr:g} ({o.schedule}), "
+        f"{'AdamW' if o.optimizer == 'adamw' else f'momentum {o.momentum:g}'}, weight decay {o.weight_decay:g}"
+    )
+    if s.method.tunes_only:
+        by = "steps of the method's own in place of an optimiser's"
+    if o.grad_clip:
+        by += f", gradients clipped at {o.grad_clip:g}"
+    balance = dict(words(DataSettings)["balance"].by_value).get(d.balance)
     return [
-        f"{o.epochs} epochs, batch {s.data.batch_size}, learning rate {o.lr:g} ({o.schedule}), "
-        f"{'AdamW' if o.optimizer == 'adamw' else f'momentum {o.momentum:g}'}, weight decay {o.weight_decay:g}, "
-        f"augmentation {s.data.augment}.",
-        f"Attack: K = {a.steps}, step {a.step_size:g}. {s.run.precision}, seed {s.run.seed}.",
+        f"{o.epochs} epochs, batch {d.batch_size}, {by}, augmentation {d.augment}{f', {balance}' if balance else ''}.",
+        *_warm_up(s),
+        f"{_attack(s)}. {s.run.precision}, seed {s.run.seed}.",
+        *([f"It learned from a teacher ({about['teacher']})."] if about["teacher"] else []),
         *_first_weights(about),
     ]
+
+
+def _attack(s: TrainSettings) -> str:
+    """The one that the method trains with, whatever the training was told."""
+    if s.method.attack_steps(s.attack.steps):
+        return f"Attack: {attack_in_words(s)}"
+    eps = s.method.attack(PGD(**asdict(s.attack))).eps
+    return f"Attack: eps {eps:g}, by the gradients of the updates, {s.attack.norm}" if eps else "Attack: none"
+
+
+def _warm_up(s: TrainSettings) -> list[str]:
+    start, natural = s.method.start_epoch, s.warm_up.natural_epochs
+    warm = warm_up_of(s.method, s.warm_up.name)
+    before = [f"the first {natural} by clean images"] if natural else []
+    if warm != s.method and natural < start - 1:
+        before.append(warm.describe())
+    return [f"Epochs before {start}: {', then '.join(before)}."] if start > 1 and before else []
+
+
+def _normalisation(about: dict[str, Any]) -> str:
+    if about["mean"] is None:
+        return f"Normalisation is {about['normalisation']}."
+    return f"Normalisation (mean {shown(about['mean'])}, std {shown(about['std'])}) is {about['normalisation']}."
 
 
 def _first_weights(about: dict[str, Any]) -> list[str]:
@@ -152,7 +190,8 @@ def _limits(judged: dict[str, Any]) -> list[str]:
 
 
 def _additional_data(about: dict[str, Any]) -> bool | str:
-    known = about["method"] is not None and about["begun_with"] is None  # of other weights it is not told
+    others = (about["begun_with"], about["teacher"])  # of what they were trained on it is not told
+    known = about["method"] is not None and others == (None, None)
     return True if about["generated"] else (False if known else "")
 
 

@@ -44,12 +44,13 @@ def sweep(wanted: Sweep) -> int:
     share it: it is trained once, and its time counts in each. sweep.json holds how all runs of the folder ended.
     Under torchrun each process takes some of the runs, and trains each by itself, on a GPU of its own.
     Returns: 0, or 1 where a run failed. Raises: Stopped after a signal; and, before anything is trained, ValueError,
-        FileNotFoundError, ImportError naming what would fail in every run.
+        FileNotFoundError, FileExistsError, ImportError naming what would fail in every run.
     """
     ranks = start("gloo", PATIENT)  # others may have runs of days left
     without_idle_teacher(wanted.settings).check()
     wanted = replace(wanted, settings=with_its_digest(with_their_normalisation(wanted.settings)))
     folder = wanted.out or Path("runs") / f"sweep-{wanted.settings.data.source}"
+    RunFolder(folder).check_no_run()
     plan, left_out = planned(wanted.experiment, wanted.settings, wanted.seeds, wanted.only)
     for cell in plan:
         cell.settings.check()

@@ -320,8 +320,10 @@ def module(name: str, value) -> None:
 
 def state_fits(name: str, model: nn.Module, state: dict[str, Tensor]) -> None:
     """A state dict of this model's architecture."""
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    other = {k: tuple(v.shape) for k, v in state.items()}
+    own, other = (
+        {k: tuple(v.shape) if isinstance(v, Tensor) else "a state of its own" for k, v in of.items()}
+        for of in (model.state_dict(), state)
+    )  # get_extra_state may give anything
     wrong = sorted(k for k in own.keys() | other.keys() if own.get(k) != other.get(k))
     if wrong:
         k = wrong[0]

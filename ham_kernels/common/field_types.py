@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+EMPTY = "got an empty string, as of a shell variable that is not set; give a value"
 _BOUNDS = {Ge: (">=", "ge"), Gt: ("above", "gt"), Le: ("<=", "le"), Lt: ("below", "lt")}
 
 
@@ -90,6 +91,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         return tuple(convert(name, v, args[0]) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint in (str, Path) and isinstance(value, str) and not value:  # as a path it would be the folder at hand
+        raise ValueError(f"{name}: {EMPTY}")
     if hint is Path and isinstance(value, str):
         return Path(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

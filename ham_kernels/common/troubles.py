@@ -212,6 +212,11 @@ TROUBLES: dict[str, Trouble] = {
         "The weights were trained behind that normalisation; without it the model is worth less than it was.",
         "give --mean and --std, or a model that normalises",
     ),
+    "one_of_several_weights": Trouble(
+        "checkpoint: {file} holds {held}; {taken} is taken",
+        "The others, such as an average of the weights, may be worth more or less.",
+        "give --checkpoint-key to choose",
+    ),
     "flag_without_effect": Trouble(
         "{flag}: has no effect {why}",
         "Another flag, or the method, leaves it without a use: what it asks for is not done.",

@@ -125,7 +125,8 @@ def _exchange(
     for t in tensors:
         if t.shape[:1] != (have,):
             raise ValueError(f"tensors: got shape {tuple(t.shape)}; by the plan this rank has {have} rows")
-    assert (kept + sum(sends), kept + sum(receives)) == (have, want), "rows would be lost or made"
+    if (kept + sum(sends), kept + sum(receives)) != (have, want):
+        raise ValueError(f"sends: got {sends}, and receives {receives}; of {have} rows they do not make {want}")
     if not anyone:
         return tensors
     leaving = [_bytes(t[kept:]) for t in tensors]

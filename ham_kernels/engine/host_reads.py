@@ -32,7 +32,8 @@ def start_read(values: Tensor) -> Callable[[], list[float]]:
     try:
         host, arrived = free.pop()
     except IndexError:
-        host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+        with torch.inference_mode(False):  # it is used again, by trainings too
+            host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
         arrived = torch.cuda.Event()
     host.copy_(values, non_blocking=True)
     arrived.record(torch.cuda.current_stream(values.device))

@@ -18,6 +18,8 @@ from .nets import Normalize, PreActResNet18
 
 _WRAPPERS = ("module", "_orig_mod")  # of DataParallel and torch.compile
 _INSIDE = ("state_dict", "model_state_dict", "model", "net", "weights")  # where files keep the weights, in this order
+_EXTRA = "_extra_state"  # whatever a module's get_extra_state gives
+_OPTIONAL = ("num_batches_tracked", _EXTRA)
 _NORMALISATIONS = (("mean", "std"), ("mu", "sigma"))
 
 
@@ -66,7 +68,8 @@ def lay(model: nn.Module, state: State, *, source: str, new_head: bool = False) 
     if (had := brought(state)).mean is not None and brought(model.state_dict()).mean is None:
         troubles.warn("normalisation_left_out", source=source, mean=had.mean, std=had.std)
     state = max(_readings(model, state), key=lambda reading: 2 * len(reading.keys() & wanted.keys()) - len(reading))
-    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    held = {_place(wanted[k]) for k in state.keys() & wanted.keys()} - {None}  # tied weights: safetensors has one name
+    missing = [k for k, v in wanted.items() if not (k in state or k.endswith(_OPTIONAL) or _place(v) in held)]
     unexpected = [k for k in state if k not in wanted]
     if missing or unexpected:
         differences = _differences(model, missing, unexpected)
@@ -75,7 +78,8 @@ def lay(model: nn.Module, state: State, *, source: str, new_head: bool = False) 
         raise ValueError(
             f"{source}: its weights are not those of this model: {differences}; it is a {called}, --model names another"
         )
-    other = [k for k, v in state.items() if v.shape != wanted[k].shape]
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    other = [k for k, v in tensors.items() if v.shape != wanted[k].shape]
     if new_head and other and set(other) <= set(head_of(model)):
         state = {k: v for k, v in state.items() if k not in other}
     elif other:
@@ -84,7 +88,14 @@ def lay(model: nn.Module, state: State, *, source: str, new_head: bool = False) 
             f"{source}: {k} has shape {tuple(state[k].shape)}, the model {tuple(wanted[k].shape)}: another width, or "
             "another number of classes"
         )
-    bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    whole = [k for k, v in tensors.items() if wanted[k].is_floating_point() and not v.is_floating_point()]
+    if whole:
+        k = whole[0]
+        raise ValueError(
+            f"{source}: {k} holds {state[k].dtype}, the model {wanted[k].dtype}; quantised weights must be made "
+            "floating by their scales first"
+        )
+    bad = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
         raise ValueError(f"{source}: {bad[0]} holds NaN or infinite values")
     model.load_state_dict(state, strict=False)
@@ -132,15 +143,24 @@ def _entry(content: Any, key: str | None, path: Path) -> State:
     usual = [k for k in _INSIDE if k in inside]
     if not inside:
         raise ValueError(f"checkpoint: {path} holds no state_dict")
+    held = ", ".join(map(str, inside))
     if len(inside) > 1 and not usual:
-        held = ", ".join(map(str, inside))
         raise ValueError(f"checkpoint: {path} holds several state_dicts, {held}; name one by --checkpoint-key")
-    return dict(content[(usual or inside)[0]])
+    taken = (usual or inside)[0]
+    if len(inside) > 1:
+        troubles.warn("one_of_several_weights", file=path, held=held, taken=taken)
+    return dict(content[taken])
 
 
 def _is_state(value: Any) -> bool:
     named = isinstance(value, Mapping) and bool(value)
-    return named and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    named = named and all(isinstance(k, str) for k in value)
+    return named and all(isinstance(v, Tensor) or k.endswith(_EXTRA) for k, v in value.items())
+
+
+def _place(t: Any) -> Any:
+    """What tensors have in common that are one; None of nothing."""
+    return (t.data_ptr(), t.shape, t.stride()) if isinstance(t, Tensor) and t.numel() else None
 
 
 # ---------------------------------------------------------------- names

@@ -146,6 +146,11 @@ def _keep_gradient(ctx, inputs, output):
 
 def _scale_gradient(ctx, row_grad, _):
     (grad,) = ctx.saved_tensors
+    if torch.is_grad_enabled():  # what is saved has no graph, so that a part would go missing quietly
+        raise RuntimeError(
+            "weighted_cross_entropy: is differentiable once; where gradients are differentiated (create_graph=True), "
+            "use torch.nn.functional.cross_entropy"
+        )
     # rounded only now: in fp16 w * p / n would be lost below 6e-8 before a loss scale can lift it
     return (grad * row_grad[:, None]).to(ctx.logits_dtype), None, None
 
@@ -154,14 +159,14 @@ torch.library.register_autograd(f"{NAMESPACE}::weighted_cross_entropy", _scale_g
 
 
 def weighted_cross_entropy(logits: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
-    """sum_i w_i * CE(logits_i, y_i) / n, differentiable with respect to logits, once.
+    """sum_i w_i * CE(logits_i, y_i) / n, differentiable with respect to logits, once, in reverse mode.
 
     Args:
         logits: (n, classes), fp32, fp16 or bf16; n = 0 gives a loss of 0 (with a zero gradient), not NaN.
         y: (n,) int64 labels, range-checked on the CPU.
         weights: (n,) weights; None for ones. No gradient flows to them.
     Returns: 0-dim fp32 tensor.
-    Raises: TypeError, ValueError naming the argument.
+    Raises: TypeError, ValueError naming the argument; RuntimeError where its gradient is differentiated.
     """
     checks.logits("logits", logits)
     checks.labels(y, logits, "logits")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,47 @@ from ..common.files import CheckpointError, read, save
 KEPT = 2  # resume points of a run: the newest, and one to fall back on
 
 
-class Checkpoints:
-    """The resume points of one run, `step_XXXXXXXXXX.pt`, of which the newest KEPT stay; `writes`: see RunFolder."""
+@contextlib.contextmanager
+def within(run: Path | None, path: Path) -> Iterator[None]:
+    """Around the write of a file of this run: it would make the folders anew that the run was moved away with.
 
-    def __init__(self, folder: str | Path, *, writes: bool = True):
-        self.folder, self.writes = Path(folder), writes
+    Raises: FileNotFoundError where the run is gone, before the write or behind it; then nothing stays of the write.
+    """
+    _check_there(run)
+    yield
+    try:
+        _check_there(run)
+    except FileNotFoundError:
+        path.unlink(missing_ok=True)
+        for folder in (run / part for part in path.relative_to(run).parents):
+            with contextlib.suppress(OSError):  # it is gone, or holds what others wrote
+                folder.rmdir()
+        raise
+
+
+def _check_there(run: Path | None) -> None:
+    if run is not None and not (run / "config.toml").exists():
+        raise FileNotFoundError(
+            f"out: {run} has been moved or removed while it was trained or judged (its config.toml is gone); "
+            "go on with it where it lies now"
+        )
+
+
+class Checkpoints:
+    """The resume points of one run, `step_XXXXXXXXXX.pt`, of which the newest KEPT stay; `writes`: see RunFolder.
+
+    run: its folder, without which nothing is written; None for resume points that lie alone.
+    """
+
+    def __init__(self, folder: str | Path, *, writes: bool = True, run: Path | None = None):
+        self.folder, self.writes, self.run = Path(folder), writes, run
 
     def save(self, state: dict[str, Any], step: int) -> Path:
         path = self.folder / f"step_{step:010d}.pt"
         if not self.writes:
             return path
-        save(path, state)
+        with within(self.run, path):
+            save(path, state)
         for old in self.newest_first()[KEPT:]:
             old.unlink(missing_ok=True)
         for torn in self.folder.glob(".*.partial"):  # of a killed process

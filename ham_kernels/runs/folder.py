@@ -20,14 +20,14 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common import locks, troubles
+from ..common import field_types, locks, troubles
 from ..common.files import CheckpointError, load, read, save, write_atomically
 from ..common.line_sums import with_sums
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, within
 from .config_file import from_toml, to_toml
 from .settings import TrainSettings, lr_factor
 
@@ -39,12 +39,15 @@ JUDGING_LOCK = "evaluation/.lock"
 class RunFolder:
     """One run on disk. Every file is replaced as a whole, so a killed process leaves none torn.
 
+    Nothing is written once its config.toml has gone (FileNotFoundError): a run that is moved away leaves no half of it.
+
     writes: False for a process that works on a run which another writes: it reads as the other, and changes nothing.
     """
 
     def __init__(self, path: str | Path, *, writes: bool = True):
-        self.path, self.writes = Path(path), writes
-        self.checkpoints = Checkpoints(self.path / "checkpoints", writes=writes)
+        self.path, self.writes = field_types.convert("out", path, Path), writes
+        self._begun = self.path if (self.path / "config.toml").exists() else None
+        self.checkpoints = Checkpoints(self.path / "checkpoints", writes=writes, run=self._begun)
 
     # ------------------------------------------------------------ what it was told
     @classmethod
@@ -71,16 +74,22 @@ class RunFolder:
             os.replace(aside, run.path / "config.toml")
         finally:
             aside.unlink(missing_ok=True)
-        return run
+        return cls(path)
 
     def check_free(self) -> None:
         """Raises: FileExistsError, NotADirectoryError where a new run cannot begin here."""
+        self.check_no_run()
+        if (self.path / "sweep.json").exists() or any(self.path.glob("*/config.toml")):  # reports would miss them
+            raise FileExistsError(f"out: {self.path} holds other runs; give {self.path / 'NAME'}")
+
+    def check_no_run(self) -> None:
+        """Raises: FileExistsError, NotADirectoryError where this is no folder, or holds a run or parts of one."""
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"out: {self.path} is a file; it must be a folder")
         if (self.path / "config.toml").exists():
             quoted = shlex.quote(str(self.path))
             raise FileExistsError(f"out: {self.path} holds a run already; go on with `ham train --resume {quoted}`")
-        for name in ("checkpoints", "metrics.jsonl", "status.json", "data.json"):
+        for name in ("checkpoints", "metrics.jsonl", "status.json", "data.json", "evaluation"):
             if (self.path / name).exists():
                 raise FileExistsError(f"out: {self.path} holds {name} of something else; give another folder")
 
@@ -96,7 +105,7 @@ class RunFolder:
     @classmethod
     def open(cls, path: str | Path, *, writes: bool = True) -> RunFolder:
         """An existing run. Raises: FileNotFoundError naming the folder."""
-        run = cls(path, writes=writes)
+        run = cls(field_types.convert("run", path, Path), writes=writes)
         if not (run.path / "config.toml").is_file():
             raise FileNotFoundError(f"run: {path} is no run folder (it has no config.toml)")
         return run
@@ -111,7 +120,8 @@ class RunFolder:
             yield
             return
         path = self.path / lock
-        path.parent.mkdir(exist_ok=True)
+        if path.parent != self.path:
+            path.parent.mkdir(exist_ok=True)
         with path.open("w") as file:
             end = time.monotonic() + patience
             # The system lets go when the process ends, however; its data workers may outlive it by some seconds.
@@ -209,8 +219,7 @@ class RunFolder:
         self.write_json("environment.json", facts)
 
     def note_error(self, trace: str) -> None:
-        if self.writes:
-            write_atomically(self.path / "error.txt", trace.encode())
+        self._write("error.txt", trace.encode())
 
     def set_status(self, state: str, epoch: int, epochs: int, message: str = "") -> None:
         self.write_json("status.json", {"state": state, "epoch": epoch, "epochs": epochs, "message": message})
@@ -227,18 +236,24 @@ class RunFolder:
         if not self.writes:
             return
         lines = with_sums(dumps(metrics_of(report, settings)) for report in history)
-        write_atomically(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        self._write("metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
     def write_json(self, name: str, value: Any) -> Path:
+        return self._write(name, dumps(value, indent=1).encode() + b"\n")
+
+    def _write(self, name: str, content: bytes) -> Path:
         path = self.path / name
         if self.writes:
-            write_atomically(path, dumps(value, indent=1).encode() + b"\n")
+            with within(self._begun, path):
+                write_atomically(path, content)
         return path
 
     # ------------------------------------------------------------ the weights it left
     def save_best(self, weights: str, state: dict[str, Any]) -> None:
         if self.writes:
-            save(self.path / "checkpoints" / f"{weights}.pt", state)
+            path = self.path / "checkpoints" / f"{weights}.pt"
+            with within(self._begun, path):
+                save(path, state)
 
     def load_weights(self, weights: str) -> dict[str, Any]:
         """{"model": state_dict, "epoch", "sha256", "path" of the checkpoint} of one of WEIGHTS.
@@ -311,12 +326,17 @@ def metrics_of(report: Any, settings: TrainSettings) -> dict[str, Any]:
     }
 
 
-def read_json(path: Path) -> Any:
-    """Raises: ValueError naming a file that is damaged."""
+def read_json(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
+    """An object with these keys. Raises: ValueError naming a file that is damaged."""
     try:
-        return json.loads(path.read_text())
+        told = json.loads(path.read_text())
+        if not isinstance(told, dict):
+            raise ValueError(f"it holds a {type(told).__name__}, not an object")
+        if missing := [key for key in keys if key not in told]:
+            raise ValueError(f"it has no {missing[0]!r}")
     except ValueError as error:
         raise ValueError(f"run: {path} is damaged ({error})") from error
+    return told
 
 
 def _told_of(path: Path, without: dict[str, Any]) -> dict[str, Any]:
@@ -324,7 +344,7 @@ def _told_of(path: Path, without: dict[str, Any]) -> dict[str, Any]:
     if not path.exists():
         return without
     try:
-        return read_json(path)
+        return read_json(path, without)
     except ValueError as error:
         troubles.warn("damaged_note", error=error)
         return without

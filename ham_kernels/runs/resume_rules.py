@@ -35,6 +35,11 @@ def check_unchanged(state: dict[str, Any], settings: TrainSettings) -> None:
             _same(f"{section}.{name}", before.get(name), value)
     running = state["trainer"]["running"]
     begun = state["trainer"]["epoch"] + (running is not None and running["batches"] > 0)
+    if settings.optim.epochs < begun:
+        raise ValueError(
+            f"optim.epochs: config.toml says {settings.optim.epochs}, but the checkpoint is of epoch {begun}; give "
+            f"{begun} or more"
+        )
     before = replace(settings.optim, epochs=state.get("epochs", settings.optim.epochs))
     if any(lr_factor(before, epoch) != lr_factor(settings.optim, epoch) for epoch in range(1, begun + 1)):
         _same("optim.epochs", before.epochs, settings.optim.epochs)

@@ -65,4 +65,8 @@ def _requirement(text: str) -> Requirement:
     if bound < 0 or (most is not None and bound > most):
         limit = "at least 0" if most is None else f"from 0 to {most:g}"
         raise ValueError(f"require: got {text!r}; {measure} is {limit}")
+    if most == 100.0 and 0 < bound <= 1 and not percent:
+        raise ValueError(
+            f"require: got {text!r}; {measure} is in percent; did you mean {100 * bound:g}? If not, write {number} %"
+        )
     return Requirement(text.strip(), attack, measure, sign == ">=", bound)
